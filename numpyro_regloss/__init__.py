@@ -1,0 +1,38 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
+
+from numpyro_regloss import anchor, fit, problems, schemes, shift, values
+from numpyro_regloss._version import __version__
+from numpyro_regloss.gaussian import Gaussian, kl_divergence
+from numpyro_regloss.loss import Loss
+from numpyro_regloss.minibatch import Minibatch
+from numpyro_regloss.regularized import RegularizedLoss, model
+from numpyro_regloss.two_step import (
+    RejectedError,
+    TwoStep,
+    TwoStepInfo,
+    TwoStepResult,
+    TwoStepState,
+)
+
+__all__ = [
+    "Gaussian",
+    "Loss",
+    "Minibatch",
+    "RegularizedLoss",
+    "RejectedError",
+    "TwoStep",
+    "TwoStepInfo",
+    "TwoStepResult",
+    "TwoStepState",
+    "__version__",
+    "anchor",
+    "fit",
+    "kl_divergence",
+    "model",
+    "problems",
+    "schemes",
+    "shift",
+    "values",
+]

@@ -1,0 +1,109 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the values users give: expected, got, remedy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._typing import Key
+
+__all__ = ["check_choice", "check_count", "check_key", "check_positive"]
+
+
+def check_count(value: Any, what: str, minimum: int = 1) -> int:
+    """Refuses what is not an integer of at least `minimum`.
+
+    Args:
+        value: the count.
+        what: begins the error message.
+        minimum: the least value allowed.
+
+    Returns:
+        The count as a Python integer.
+
+    Raises:
+        TypeError: if it is not an integer (booleans and floats are not).
+        ValueError: if it is below `minimum`.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{what}: expected an integer >= {minimum}, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{what}: expected an integer >= {minimum}, got {value}.")
+    return int(value)
+
+
+def check_choice(value: Any, what: str, choices: tuple[Any, ...]) -> None:
+    """Refuses what is not one of the choices.
+
+    Args:
+        value: the choice made.
+        what: begins the error message.
+        choices: what is allowed.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    ):
+        raise ValueError(f"{what}: expected one of {choices}, got {value!r}.")
+
+
+def check_key(rng_key: Any, what: str) -> Key:
+    """Turns a raw key into a typed one and refuses anything else.
+
+    Args:
+        rng_key: `jax.random.key(seed)`, or a raw key of `jax.random.PRNGKey(seed)`.
+        what: begins the error message.
+
+    Returns:
+        A typed key of shape `()`.
+
+    Raises:
+        TypeError: if it is not one random key.
+    """
+    key = rng_key
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{what}: expected a random key such as jax.random.key(0) as the first argument, got "
+            f"{type(rng_key).__name__}."
+        )
+    if key.shape != ():
+        raise TypeError(
+            f"{what}: expected one random key, got an array of keys of shape {key.shape}; use jax.vmap "
+            "for several runs."
+        )
+    return key
+
+
+def check_positive(value: Any, what: str) -> Any:
+    """Casts a number to the default float and refuses what is not finite and positive.
+
+    Args:
+        value: a number or array; tracers pass unchecked.
+        what: begins the error message.
+
+    Returns:
+        The value as an array that is not weakly typed.
+
+    Raises:
+        TypeError: if it is not a real number.
+        ValueError: if it is not finite and positive everywhere.
+    """
+    if not is_concrete(value):
+        return jnp.asarray(value, float)
+    if isinstance(value, bool | str | complex) or value is None:
+        raise TypeError(f"{what}: expected a positive number, got {value!r}.")
+    try:
+        array = np.asarray(value, jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what}: expected a positive number, got {value!r}.") from error
+    if not (np.isfinite(array).all() and (array > 0).all()):
+        raise ValueError(f"{what}: expected a finite positive number, got {value!r}.")
+    return array

@@ -1,0 +1,137 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""A loss that is a function of a pytree: how its parameters become one flat vector and return."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._typing import Array
+
+__all__ = ["FunctionSource", "flatten_params"]
+
+
+class Leaf(NamedTuple):
+    """Shape and type of one array of the parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@pytree_dataclass
+class FunctionSource:
+    """`fn(params, *args, **kwargs)` with the structure of `params`."""
+
+    fn: Partition
+    structure: Any = static_field()
+    sites: tuple[Leaf | Any, ...] = static_field()
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(site.shape) for site in self.sites if isinstance(site, Leaf))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names under which the parameters appear as sites of a NumPyro model."""
+        return tuple(site.name for site in self.sites if isinstance(site, Leaf))
+
+    def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
+        """What the user's function returns; it averages or sums as it likes, so no data scale."""
+        del data_scale
+        return self.fn.tree(self.constrain(x, args, kwargs), *args, **kwargs)
+
+    def constrain(self, x: Array, args: tuple, kwargs: dict) -> Any:
+        """The parameters in the user's structure and types."""
+        del args, kwargs
+        return jax.tree.unflatten(self.structure, self._arrays(x))
+
+    def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
+        """The parameters as a flat dictionary of sites."""
+        del args, kwargs
+        arrays = [
+            a for a, s in zip(self._arrays(x), self.sites, strict=True) if isinstance(s, Leaf)
+        ]
+        return dict(zip(self.names, arrays, strict=True))
+
+    def check(self, arguments: Partition) -> None:
+        """Parameters do not depend on the arguments."""
+
+    def expand(self, tree: Any) -> Array:
+        """One value per flat parameter from a pytree prefix of the parameters."""
+        indices = jax.tree.unflatten(self.structure, range(len(self.sites)))
+        prefix = jax.tree.broadcast(tree, indices)
+        values = [
+            jnp.broadcast_to(jnp.asarray(value, float), site.shape).reshape(-1)
+            for value, site in zip(jax.tree.leaves(prefix), self.sites, strict=True)
+            if isinstance(site, Leaf)
+        ]
+        return jnp.concatenate(values)
+
+    def _arrays(self, x: Array) -> list[Any]:
+        arrays, start = [], 0
+        for site in self.sites:
+            if not isinstance(site, Leaf):
+                arrays.append(site)
+                continue
+            stop = start + math.prod(site.shape)
+            arrays.append(x[start:stop].reshape(site.shape).astype(site.dtype))
+            start = stop
+        return arrays
+
+
+def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
+    """Flattens floating-point parameters into one vector.
+
+    Args:
+        params: a pytree of floating-point arrays or floats. Functions among its leaves (the activation
+            of a network object) are kept as they are.
+
+    Returns:
+        The vector `(dim,)` in JAX's default float, the tree's structure, and one `Leaf` or function
+        per leaf.
+
+    Raises:
+        TypeError: if a leaf is not of a floating-point type.
+        ValueError: if there is no parameter, or one is not finite.
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    sites, flat = [], []
+    for path, leaf in paths:
+        if callable(leaf):
+            sites.append(leaf)
+            continue
+        where = f"params{jax.tree_util.keystr(path)}"
+        kind = getattr(leaf, "dtype", None) or (
+            np.dtype(float) if isinstance(leaf, float) else None
+        )
+        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+            raise TypeError(
+                f"Loss.from_function: expected floating-point parameters, got {where} of type "
+                f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
+                "as an argument of the loss instead."
+            )
+        array = jnp.asarray(leaf)
+        sites.append(Leaf(_name(path), array.shape, array.dtype))
+        flat.append(array.astype(float).reshape(-1))
+        if not isinstance(array, Tracer) and not np.isfinite(flat[-1]).all():
+            raise ValueError(
+                f"Loss.from_function: expected finite starting values, got NaN or infinity in {where}."
+            )
+    if not sum(part.size for part in flat):
+        raise ValueError(
+            "Loss.from_function: expected at least one parameter, got an empty params; pass the "
+            "starting values of the parameters as the second argument."
+        )
+    return jnp.concatenate(flat), structure, tuple(sites)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return "/".join(parts) or "params"

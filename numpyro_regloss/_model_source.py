@@ -1,0 +1,211 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""A loss that is a NumPyro model: its latent sites as one flat unconstrained vector."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
+
+from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._typing import Array
+
+__all__ = ["DENSITIES", "ModelSource", "latent_sites"]
+
+DENSITIES = ("joint", "map", "likelihood")
+
+
+class Site(NamedTuple):
+    """Name and unconstrained shape of one latent site."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@pytree_dataclass
+class ModelSource:
+    """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name."""
+
+    model: Callable = static_field()
+    density: str = static_field()
+    sites: tuple[Site, ...] = static_field()
+
+    @property
+    def dim(self) -> int:
+        """Number of unconstrained parameters."""
+        return sum(math.prod(site.shape) for site in self.sites)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the latent sites."""
+        return tuple(site.name for site in self.sites)
+
+    def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
+        """Minus the log density; observed sites count `data_scale` times (rows per row of the batch)."""
+        unconstrained = self.unravel(x)
+        # Handlers are global: without the block an outer model would count the user's sites again.
+        with handlers.block():
+            model = handlers.seed(self.model, 0)
+            joint = self.density == "joint"
+            value = potential_energy(model, args, kwargs, unconstrained) if joint else 0.0
+            if joint and data_scale == 1.0:
+                return value
+            constrained = constrain_fn(model, args, kwargs, unconstrained)
+            log_probs, trace = compute_log_probs(model, args, kwargs, constrained)
+        observed = sum((v for k, v in log_probs.items() if trace[k]["is_observed"]), start=0.0)
+        latent = sum((v for k, v in log_probs.items() if not trace[k]["is_observed"]), start=0.0)
+        if joint:
+            return value - (data_scale - 1.0) * observed
+        return -data_scale * observed - (latent if self.density == "map" else 0.0)
+
+    def constrain(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
+        """Latent sites in their supports, and the model's deterministic sites, by name."""
+        return _constrain(self, x, Partition((args, kwargs)))
+
+    def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
+        """The same as `constrain`: a model's parameters already have names."""
+        return self.constrain(x, args, kwargs)
+
+    def check(self, arguments: Partition) -> None:
+        """Refuses arguments with which the model has other latent sites.
+
+        Args:
+            arguments: the model's `(args, kwargs)`.
+
+        Raises:
+            ValueError: if the latent sites differ from those at construction.
+        """
+        found = latent_sites(self.model, arguments)
+        if found != self.sites:
+            raise ValueError(
+                "Loss: the model has other latent sites with these arguments than with those bound in "
+                f"Loss.from_model: expected {_describe(self.sites)}, got {_describe(found)}; build a "
+                "new Loss for data of another size."
+            )
+
+    def expand(self, tree: Any) -> Array:
+        """One value per flat parameter from a number or a dict of them by site name.
+
+        Args:
+            tree: a number, or a dict with one for every latent site.
+
+        Returns:
+            `(dim,)`.
+
+        Raises:
+            ValueError: if the names are not those of the latent sites.
+        """
+        if not isinstance(tree, dict):
+            return jnp.broadcast_to(jnp.asarray(tree, float), (self.dim,))
+        if set(tree) != set(self.names):
+            raise ValueError(
+                f"expected one value for each latent site {sorted(self.names)}, got {sorted(tree)}."
+            )
+        return jnp.concatenate([
+            jnp.broadcast_to(jnp.asarray(tree[site.name], float), site.shape).reshape(-1)
+            for site in self.sites
+        ])
+
+    def unravel(self, x: Array) -> dict[str, Array]:
+        """The flat vector as unconstrained sites by name."""
+        arrays, start = {}, 0
+        for site in self.sites:
+            stop = start + math.prod(site.shape)
+            arrays[site.name] = x[start:stop].reshape(site.shape)
+            start = stop
+        return arrays
+
+
+@jax.jit
+def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str, Array]:
+    args, kwargs = arguments.tree
+    with handlers.block():
+        model = handlers.seed(source.model, 0)
+        return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+
+
+def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:
+    """The latent sites of a model, from one abstract run that is remembered per shape of arguments.
+
+    Args:
+        model: a NumPyro model.
+        arguments: its `(args, kwargs)`.
+
+    Returns:
+        The latent sites, sorted by name.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _latent_sites(model, structure, shapes)
+
+
+@functools.lru_cache(maxsize=256)
+def _latent_sites(model: Callable, structure: Any, shapes: tuple[Any, ...]) -> tuple[Site, ...]:
+    sites: tuple[Site, ...] = ()
+
+    def record(leaves: list[Any]) -> None:
+        nonlocal sites
+        args, kwargs = jax.tree.unflatten(structure, leaves).tree
+        with handlers.block():
+            start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
+            trace = handlers.trace(start).get_trace(*args, **kwargs)
+        sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
+
+    jax.eval_shape(record, list(shapes))
+    if not sites:
+        raise ValueError(
+            "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
+            "numpyro.sample statement without obs."
+        )
+    return sites
+
+
+def _latent(site: dict[str, Any]) -> Site | None:
+    kind, name = site["type"], site["name"]
+    if kind in ("param", "mutable"):
+        raise ValueError(
+            f"Loss.from_model: expected latent sample sites only, got the {kind} site {name!r}, which "
+            "would stay fixed; write it as a sample site (random_flax_module makes a network's weights "
+            "latent), or write the loss as a function and use Loss.from_function."
+        )
+    if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
+        raise ValueError(
+            f"Loss.from_model: expected full plates, got the plate {name!r} with subsample_size="
+            f"{site['args'][1]} of {site['args'][0]}; pass the data as arguments and use "
+            "minibatch=Minibatch(batch_size) instead."
+        )
+    if kind != "sample" or site["is_observed"]:
+        return None
+    distribution = site["fn"]
+    if isinstance(distribution, dist.Delta):
+        raise ValueError(  # noqa: TRY004
+            f"Loss.from_model: the latent site {name!r} has a Delta distribution; use "
+            "numpyro.deterministic to name its value."
+        )
+    if distribution.support.is_discrete:
+        raise ValueError(
+            f"Loss.from_model: expected continuous latent sites, got the discrete site {name!r}; "
+            "marginalize it (numpyro.distributions.MixtureSameFamily, or a sum in numpyro.factor), or "
+            "use Loss.from_function with a gradient-free engine."
+        )
+    shape = biject_to(distribution.support).inverse_shape(jnp.shape(site["value"]))
+    return Site(name, tuple(shape))
+
+
+def _zero(site: dict[str, Any]) -> Array | None:
+    if site["type"] != "sample" or site["is_observed"] or site["fn"].support.is_discrete:
+        return None
+    transform = biject_to(site["fn"].support)
+    shape = site["kwargs"].get("sample_shape", ()) + site["fn"].shape()
+    return transform(jnp.zeros(transform.inverse_shape(shape)))
+
+
+def _describe(sites: tuple[Site, ...]) -> str:
+    return ", ".join(f"{site.name}{list(site.shape)}" for site in sites)

@@ -1,0 +1,225 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen dataclasses as pytrees: leaves are what changes, static fields are what compiles.
+
+JAX's own registration rebuilds a dataclass through its constructor, with tracers and placeholders
+inside, so a constructor could not check its values. Here constructors run for users only, and
+transforms rebuild objects behind their back.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+__all__ = ["Partition", "is_concrete", "pytree_dataclass", "replace_fields", "static_field"]
+
+
+T = TypeVar("T")
+
+
+def static_field(**kwargs: Any) -> Any:
+    """Declares a field that is part of the compiled program (a function, a count, a name)."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def _field_is_static(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a field's value compiles: declared so, or a plain function (a schedule, say)."""
+    return field.metadata.get("static", False) or (
+        callable(value) and jax.tree_util.all_leaves([value])
+    )
+
+
+def is_concrete(tree: Any) -> bool:
+    """Whether no leaf is a tracer, so that values can be checked on the host."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static_field, dataclasses.field))
+def pytree_dataclass(cls: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass that prints, compares, hashes and is a pytree.
+
+    Equality compares leaves by value; the hash looks at static fields only, so it is defined for
+    objects that hold arrays.
+
+    Args:
+        cls: the class to decorate.
+
+    Returns:
+        The same class, registered with JAX.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)
+    names = [field.name for field in fields]
+
+    def split(obj: T) -> tuple[list[tuple[str, Any]], tuple[Hashable, ...]]:
+        values = [getattr(obj, name) for name in names]
+        fixed = [_field_is_static(f, v) for f, v in zip(fields, values, strict=True)]
+        children = [(n, v) for n, v, s in zip(names, values, fixed, strict=True) if not s]
+        static = tuple((n, v) for n, v, s in zip(names, values, fixed, strict=True) if s)
+        return children, (tuple(name for name, _ in children), static)
+
+    def flatten_with_keys(obj: T) -> tuple[list[tuple[Any, Any]], tuple[Hashable, ...]]:
+        children, aux = split(obj)
+        return [(jax.tree_util.GetAttrKey(name), value) for name, value in children], aux
+
+    def flatten(obj: T) -> tuple[list[Any], tuple[Hashable, ...]]:
+        children, aux = split(obj)
+        return [value for _, value in children], aux
+
+    def unflatten(aux: Any, children: Any) -> T:
+        obj = object.__new__(cls)
+        child_names, static = aux
+        for name, value in (*zip(child_names, children, strict=True), *static):
+            object.__setattr__(obj, name, value)
+        return obj
+
+    def equal(self: T, other: object) -> Any:
+        if type(self) is not type(other):
+            return NotImplemented
+        leaves, structure = jax.tree.flatten(self)
+        others, other_structure = jax.tree.flatten(other)
+        return structure == other_structure and all(
+            np.array_equal(a, b) for a, b in zip(leaves, others, strict=True)
+        )
+
+    def hashed(self: T) -> int:
+        return hash((cls, jax.tree.structure(self)))
+
+    for name, method in {"__eq__": equal, "__hash__": hashed}.items():
+        setattr(cls, name, method)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def replace_fields(obj: T, **changes: Any) -> T:
+    """The same object with some fields changed, without the checks of its constructor.
+
+    Args:
+        obj: an instance of a `pytree_dataclass`.
+        **changes: new values by field name.
+
+    Returns:
+        A new object.
+    """
+    new = object.__new__(type(obj))
+    for field in dataclasses.fields(obj):  # ty: ignore[invalid-argument-type]
+        object.__setattr__(new, field.name, changes.get(field.name, getattr(obj, field.name)))
+    return new
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Partition:
+    """A pytree split into leaves that are traced and values that compile.
+
+    Arrays and floats (Python's and NumPy's) are leaves. Integers, booleans, strings and functions
+    are static: they size plates, choose branches and index. Everything else is refused.
+
+    Attributes:
+        structure: the tree's structure, hashable.
+        static: per leaf the static value, or `Partition.TRACED`.
+        leaves: the traced leaves, in order.
+    """
+
+    TRACED = "<traced>"
+
+    def __init__(self, tree: Any, where: str = "argument") -> None:
+        paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
+        traced = [_is_traced(leaf, where, path) for path, leaf in paths]
+        self.static = tuple(
+            Partition.TRACED if t else _Static(leaf)
+            for t, (_, leaf) in zip(traced, paths, strict=True)
+        )
+        self.leaves = tuple(
+            _canonical(leaf) for t, (_, leaf) in zip(traced, paths, strict=True) if t
+        )
+
+    @property
+    def tree(self) -> Any:
+        """The tree as it was given."""
+        leaves = iter(self.leaves)
+        return jax.tree.unflatten(
+            self.structure,
+            [
+                next(leaves) if value is Partition.TRACED else value.value  # ty: ignore
+                for value in self.static
+            ],
+        )
+
+    def map(self, fn: Callable[[Any], Any]) -> "Partition":
+        """The same split with `fn` applied to the traced leaves."""
+        return self.tree_unflatten((self.structure, self.static), map(fn, self.leaves))
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """For JAX: leaves and what compiles."""
+        return self.leaves, (self.structure, self.static)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        """For JAX: leaves with their position, and what compiles."""
+        keyed = [(jax.tree_util.SequenceKey(i), leaf) for i, leaf in enumerate(self.leaves)]
+        return keyed, (self.structure, self.static)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], leaves: Any) -> "Partition":
+        """For JAX: rebuilds without checks."""
+        obj = object.__new__(cls)
+        obj.structure, obj.static = aux
+        obj.leaves = tuple(leaves)
+        return obj
+
+    def __repr__(self) -> str:
+        """The tree, with arrays by shape and type only."""
+        return repr(
+            jax.tree.map(
+                lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else a, self.tree
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A static value compared with its type: 1, 1.0 and True compile different programs."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Static)
+            and type(self.value) is type(other.value)
+            and self.value == other.value
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self.value), self.value))
+
+
+def _is_traced(leaf: Any, where: str, path: Any) -> bool:
+    if isinstance(leaf, bool | int | str | np.bool_ | np.integer):
+        return False
+    if isinstance(leaf, float | complex | np.generic | np.ndarray | jax.Array):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
+            raise TypeError(
+                f"{where}{jax.tree_util.keystr(path)}: expected numbers, got an array of type "
+                f"{leaf.dtype}; convert it to numbers, or bind it to the function by a closure."
+            )
+        return True
+    if callable(leaf):
+        return False
+    raise TypeError(
+        f"{where}{jax.tree_util.keystr(path)}: expected an array, a number, a string, None or a "
+        f"function, got {type(leaf).__name__}; convert it to an array, or bind it by a closure."
+    )
+
+
+def _canonical(leaf: Any) -> Any:
+    # A Python float is weakly typed: the same program with an array in its place would recompile.
+    # NumPy arrays go to the device once here, not at every call.
+    if isinstance(leaf, jax.Array):
+        return leaf
+    if isinstance(leaf, float | complex):
+        return np.asarray(leaf, jax.dtypes.canonicalize_dtype(type(leaf)))
+    return jnp.asarray(leaf)

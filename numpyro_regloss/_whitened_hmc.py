@@ -1,0 +1,333 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""NumPyro's HMC and NUTS on the whitened target, for a reference that moves at every outer step.
+
+In whitened coordinates x = mean + scale ε the regularizer is a standard normal wherever the reference
+is, so step size and mass matrix carry over when it moves. Warm-up runs once, as leading iterations of
+the same compiled loop; then the step size is frozen within a shift and corrected once after it,
+
+    log step_size += mean acceptance - target,
+
+so that each shift is a valid chain. Starting a new warm-up from the old step size would not be a warm
+start: dual averaging begins at ten times it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+from numpyro.infer.hmc import HMCState, hmc
+from numpyro.infer.hmc_util import HMCAdaptState
+from numpyro.infer.util import ParamInfo
+
+from numpyro_regloss._checks import check_count, check_positive
+from numpyro_regloss._stats import effective_sample_size, split_rhat
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss.regularized import RegularizedLoss
+
+__all__ = [
+    "HMCInfo",
+    "Settings",
+    "WhitenedState",
+    "after_rejection",
+    "check_settings",
+    "init",
+    "step",
+]
+
+# Below this mean acceptance one correction of the step size is not enough: warm up again.
+REWARM_BELOW = 0.2
+# Below this the chains hardly moved and their mean is that of the last shift.
+REJECT_BELOW = 0.02
+# NUTS stops at 2^10 leapfrog steps; the same bound keeps HMC from endless paths at a tiny step size.
+MAX_LEAPFROG = 1024
+# Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
+JITTER = 0.25
+
+# What differs between chains (0) and what does not (None): the iteration count and the adaptation window
+# must stay unbatched, or every conditional of the warm-up would run both branches at every iteration.
+CHAIN_AXES: Any = HMCState(*(0 for _ in HMCState._fields))._replace(
+    i=None,
+    r=None,
+    trajectory_length=None,
+    adapt_state=HMCAdaptState(*(0 for _ in HMCAdaptState._fields))._replace(window_idx=None),
+)
+
+
+class Settings(NamedTuple):
+    """What NUTS and HMC share; everything but the three last fields compiles."""
+
+    algorithm: str
+    num_warmup: int
+    num_samples: int
+    num_chains: int
+    dense_mass: bool
+    max_tree_depth: int
+    trajectory_length: Array | float | None
+    step_size: Array | float
+    target_accept_prob: Array | float
+
+
+class WhitenedState(NamedTuple):
+    """The least that the next shift needs.
+
+    Attributes:
+        x: last positions of the chains, `(chain, dim)`.
+        step_size: in whitened units, shared by the chains.
+        inverse_mass_matrix: `(dim,)` or `(dim, dim)`, shared by the chains.
+        warm: whether step size and mass matrix are adapted.
+    """
+
+    x: Array
+    step_size: Array
+    inverse_mass_matrix: Array
+    warm: Array
+
+
+class HMCInfo(NamedTuple):
+    """Diagnostics of one shift, over all chains, warm-up left out but for the evaluations.
+
+    Attributes:
+        ok: draws are finite and the chains moved.
+        num_loss: loss evaluations beside those that come with a gradient.
+        num_grad: gradient evaluations, warm-up included.
+        accept_prob: mean acceptance probability.
+        step_size: of the leapfrog integrator, in whitened units (1 is one reference scale).
+        num_divergent: divergent transitions.
+        num_steps: mean number of leapfrog steps per transition.
+        ess: least effective sample size of the mean over the coordinates.
+        rhat: greatest split R-hat over the coordinates.
+    """
+
+    ok: Array
+    num_loss: Array
+    num_grad: Array
+    accept_prob: Array
+    step_size: Array
+    num_divergent: Array
+    num_steps: Array
+    ess: Array
+    rhat: Array
+
+
+class _Tally(NamedTuple):
+    accept_prob: Array
+    num_divergent: Array
+    num_steps: Array
+    num_grad: Array
+
+
+class _Buffers(NamedTuple):
+    noise: Array
+    potential: Array
+    gradient: Array
+
+
+def check_settings(engine: Any) -> None:
+    """Refuses settings that NUTS and HMC share when they are out of range.
+
+    Args:
+        engine: the engine under construction.
+
+    Raises:
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range.
+    """
+    name = type(engine).__name__
+    check_count(engine.num_warmup, f"{name}: num_warmup", 0)
+    check_count(engine.num_samples, f"{name}: num_samples")
+    check_count(engine.num_chains, f"{name}: num_chains")
+    if not isinstance(engine.dense_mass, bool):
+        raise TypeError(f"{name}: expected dense_mass as True or False, got {engine.dense_mass!r}.")
+    check_positive(engine.step_size, f"{name}: step_size")
+    if (check_positive(engine.target_accept_prob, f"{name}: target_accept_prob") >= 1).any():
+        raise ValueError(
+            f"{name}: expected target_accept_prob between 0 and 1, got {engine.target_accept_prob}."
+        )
+
+
+def init(settings: Settings, target: RegularizedLoss) -> WhitenedState:
+    """Chains at the centre, not yet warm.
+
+    Args:
+        settings: of the kernel.
+        target: the first target.
+
+    Returns:
+        The state.
+    """
+    mean = target.reference.mean
+    mass = jnp.ones(target.dim, mean.dtype)
+    return WhitenedState(
+        x=jnp.broadcast_to(mean, (settings.num_chains, target.dim)),
+        step_size=jnp.asarray(settings.step_size, mean.dtype),
+        inverse_mass_matrix=jnp.diag(mass) if settings.dense_mass else mass,
+        warm=jnp.asarray(False),
+    )
+
+
+def after_rejection(old: WhitenedState, new: WhitenedState) -> WhitenedState:
+    """Positions go back; the next step warms up again from the last good step size.
+
+    Args:
+        old: the state before the rejected step.
+        new: the state after it, unused.
+
+    Returns:
+        The state to go on with.
+    """
+    del new
+    return old._replace(warm=jnp.zeros_like(old.warm))
+
+
+def step(
+    settings: Settings, rng_key: Key, state: WhitenedState, target: RegularizedLoss
+) -> tuple[WhitenedState, StoredDraws, HMCInfo]:
+    """One shift: warm-up if it is due, then `num_samples` transitions of every chain.
+
+    Args:
+        settings: of the kernel.
+        rng_key: a random key.
+        state: where the chains are and how they are tuned.
+        target: the target, whose reference may have moved.
+
+    Returns:
+        The next state, the draws with their scores, and the diagnostics.
+    """
+    key_init, key_jitter, key_batch = random.split(rng_key, 3)
+    # One batch for the whole shift: the chains' target must not change under them.
+    target = target.on_batch(key_batch)
+    init_kernel, sample_kernel = hmc(
+        potential_fn_gen=lambda: target.whitened_potential, algo=settings.algorithm
+    )
+
+    def init_chain(key: Key, info: ParamInfo, step_size: Array, mass: Array) -> HMCState:
+        return init_kernel(
+            info,
+            settings.num_warmup,
+            step_size=step_size,
+            inverse_mass_matrix=mass,
+            dense_mass=settings.dense_mass,
+            target_accept_prob=settings.target_accept_prob,
+            trajectory_length=settings.trajectory_length,
+            max_tree_depth=settings.max_tree_depth,
+            rng_key=key,
+        )
+
+    start = _start(state, target)
+    keys = random.split(key_init, settings.num_chains)
+    chains = jax.vmap(init_chain, in_axes=(0, 0, None, None), out_axes=CHAIN_AXES)(
+        keys, start, state.step_size, state.inverse_mass_matrix
+    )
+    chains = _strong(chains._replace(i=jnp.where(state.warm, settings.num_warmup, chains.i)))
+
+    def pool(chains: HMCState) -> HMCState:
+        info = ParamInfo(chains.z, chains.potential_energy, chains.z_grad)
+        step_size = jnp.exp(jnp.mean(jnp.log(chains.adapt_state.step_size)))
+        mass = jnp.mean(chains.adapt_state.inverse_mass_matrix, 0)
+        pooled = jax.vmap(init_chain, in_axes=(0, 0, None, None), out_axes=CHAIN_AXES)(
+            keys, info, step_size, mass
+        )
+        return chains._replace(adapt_state=_strong(pooled.adapt_state))
+
+    num_leading = jnp.where(state.warm, 0, settings.num_warmup)
+
+    def body(
+        j: Array, carry: tuple[HMCState, _Buffers, _Tally]
+    ) -> tuple[HMCState, _Buffers, _Tally]:
+        chains, buffers, tally = carry
+        chains = lax.cond(chains.i == settings.num_warmup, pool, lambda c: c, chains)
+        if settings.trajectory_length is not None:
+            length = settings.trajectory_length * random.uniform(
+                random.fold_in(key_jitter, j), (), chains.z.dtype, 1 - JITTER, 1 + JITTER
+            )
+            bound = MAX_LEAPFROG * jnp.min(chains.adapt_state.step_size)
+            chains = chains._replace(trajectory_length=jnp.minimum(length, bound))
+        chains = jax.vmap(sample_kernel, in_axes=(CHAIN_AXES,), out_axes=CHAIN_AXES)(chains)
+        row = _Buffers(chains.z, chains.potential_energy, chains.z_grad)
+        place = jnp.maximum(j - num_leading, 0)
+        buffers = jax.tree.map(
+            lambda b, r: lax.dynamic_update_index_in_dim(b, r, place, 0), buffers, row
+        )
+        counts = j >= num_leading
+        steps = jnp.sum(chains.num_steps)
+        tally = _Tally(
+            tally.accept_prob + jnp.where(counts, jnp.mean(chains.accept_prob), 0.0),
+            tally.num_divergent + jnp.where(counts, jnp.sum(chains.diverging), 0),
+            tally.num_steps + jnp.where(counts, steps, 0),
+            tally.num_grad + steps,
+        )
+        return chains, buffers, tally
+
+    buffers = jax.tree.map(
+        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype),
+        _Buffers(chains.z, chains.potential_energy, chains.z_grad),
+    )
+    zero = jnp.zeros_like(jnp.sum(chains.num_steps))
+    tally = _Tally(jnp.zeros_like(state.step_size), jnp.sum(chains.diverging) * 0, zero, zero)
+    chains, buffers, tally = lax.fori_loop(
+        0, num_leading + settings.num_samples, body, (chains, buffers, tally)
+    )
+    return _report(settings, target, chains, buffers, tally)
+
+
+def _start(state: WhitenedState, target: RegularizedLoss) -> ParamInfo:
+    # Potential and gradient belong to the old target and are computed anew. A chain that stands where
+    # the new target is not finite restarts at the centre.
+    noise = jax.vmap(target.reference.whiten)(state.x)
+    points = jnp.concatenate([noise, jnp.zeros_like(noise[:1])])
+    potential, gradient = jax.vmap(jax.value_and_grad(target.whitened_potential))(points)
+    info = ParamInfo(points, potential, gradient)
+    finite = jnp.isfinite(potential) & jnp.all(jnp.isfinite(gradient), -1)
+
+    def choose(a: Array) -> Array:
+        return jnp.where(finite[:-1].reshape(-1, *(1,) * (a.ndim - 1)), a[:-1], a[-1:])
+
+    return jax.tree.map(choose, info)
+
+
+def _report(
+    settings: Settings,
+    target: RegularizedLoss,
+    chains: HMCState,
+    buffers: _Buffers,
+    tally: _Tally,
+) -> tuple[WhitenedState, StoredDraws, HMCInfo]:
+    noise, potential, gradient = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), buffers)
+    x = target.reference.unwhiten(noise)
+    loss = (potential - 0.5 * jnp.sum(noise**2, -1)) * target.temperature
+    score = -target.reference.unscale_transpose(gradient)
+    draws = StoredDraws(x, jnp.zeros_like(loss), loss, target.temperature, score)
+
+    accept_prob = tally.accept_prob / settings.num_samples
+    step_size = jnp.mean(chains.adapt_state.step_size)
+    finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()
+    info = HMCInfo(
+        ok=finite & (accept_prob >= REJECT_BELOW),
+        num_loss=jnp.asarray(0),
+        num_grad=tally.num_grad + settings.num_chains + 1,
+        accept_prob=accept_prob,
+        step_size=step_size,
+        num_divergent=tally.num_divergent,
+        num_steps=tally.num_steps / (settings.num_samples * settings.num_chains),
+        ess=jnp.min(effective_sample_size(noise)),
+        rhat=jnp.max(split_rhat(noise)),
+    )
+    state = WhitenedState(
+        x=target.reference.unwhiten(chains.z),
+        step_size=step_size * jnp.exp(accept_prob - settings.target_accept_prob),
+        inverse_mass_matrix=chains.adapt_state.inverse_mass_matrix[0],
+        warm=accept_prob >= REWARM_BELOW,
+    )
+    return state, draws, info
+
+
+def _strong(tree: Any) -> Any:
+    def cast(a: Array) -> Array:
+        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        return a if is_key else lax.convert_element_type(a, a.dtype)
+
+    # A fresh HMCState has weakly typed leaves, which a loop's carry may not have.
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,8 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Step 3: how the fitted Gaussian becomes the next reference."""
+
+from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.anchor.proximal import Proximal
+
+__all__ = ["Anchor", "Proximal"]

@@ -1,0 +1,69 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Step 3 of the scheme: the next reference. The protocol that every anchor follows."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.regularized import RegularizedLoss
+
+__all__ = ["Anchor", "AnchorInfo"]
+
+
+class AnchorInfo(NamedTuple):
+    """What every anchor reports.
+
+    Attributes:
+        ok: the next reference may be used.
+        num_loss: loss evaluations.
+        num_grad: gradient evaluations.
+    """
+
+    ok: Array
+    num_loss: Array
+    num_grad: Array
+
+
+@runtime_checkable
+class Anchor(Protocol):
+    """Turns the fitted Gaussian into the next reference, at the tau of this step.
+
+    A schedule of tau is the driver's: it rescales the reference afterwards.
+    """
+
+    def init(self, target: RegularizedLoss) -> Any:
+        """The anchor's state before the first step.
+
+        Args:
+            target: the first target.
+
+        Returns:
+            A pytree.
+        """
+        ...
+
+    def step(
+        self,
+        rng_key: Key,
+        state: Any,
+        target: RegularizedLoss,
+        draws: Draws,
+        fitted: Gaussian,
+        fit_info: Any,
+    ) -> tuple[Any, Gaussian, Any]:
+        """The next reference.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target of this step, with the reference so far.
+            draws: from the shift.
+            fitted: from the fit.
+            fit_info: from the fit.
+
+        Returns:
+            The next state, a Gaussian of the structure of `target.reference`, and the info.
+        """
+        ...

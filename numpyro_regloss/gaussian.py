@@ -1,0 +1,225 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Gaussians of three structures: what regularizes a loss and what is fitted to the shifted density.
+
+The structure is read off the ranks of the two arrays, so a Gaussian survives `vmap` and stacking.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Float
+
+from numpyro_regloss._typing import Array, Key
+
+__all__ = ["Gaussian", "kl_divergence"]
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian N(mean, scale scaleᵀ) with isotropic, diagonal or dense covariance.
+
+    Attributes:
+        mean: `(*batch, dim)`.
+        scale: standard deviations, in units of the parameters: `(*batch,)` isotropic,
+            `(*batch, dim)` diagonal, `(*batch, dim, dim)` lower Cholesky factor.
+
+    Example:
+        >>> gaussian = Gaussian.isotropic(jnp.zeros(3), tau=0.25)
+        >>> float(gaussian.scale)
+        0.5
+        >>> gaussian.covariance.shape
+        (3, 3)
+    """
+
+    mean: Array
+    scale: Array
+
+    @classmethod
+    def isotropic(cls, mean: Array, tau: Array | float) -> "Gaussian":
+        """N(mean, tau I), or N(mean, diag(tau)) when tau has one value per parameter.
+
+        Args:
+            mean: `(*batch, dim)`.
+            tau: variance in squared units of the parameters: a scalar, `(*batch,)`, or
+                `(*batch, dim)` for one variance per parameter.
+
+        Returns:
+            The Gaussian, of isotropic or diagonal structure.
+        """
+        mean = jnp.asarray(mean)
+        scale = jnp.sqrt(jnp.asarray(tau, mean.dtype))
+        if scale.ndim < mean.ndim:
+            scale = jnp.broadcast_to(scale, mean.shape[:-1])
+        return cls(mean, scale)
+
+    @classmethod
+    def from_distribution(cls, distribution: dist.Distribution) -> "Gaussian":
+        """The same Gaussian as a NumPyro distribution.
+
+        Args:
+            distribution: `Normal` (its last axis is the dimension, declared as event or not),
+                `MultivariateNormal` or `LowRankMultivariateNormal` (turned into a dense one).
+
+        Returns:
+            The Gaussian, diagonal for `Normal` and dense otherwise.
+
+        Raises:
+            TypeError: if the distribution is of another kind.
+        """
+        base = distribution
+        while isinstance(
+            base, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+        ):
+            base = base.base_dist
+        shape = distribution.shape()
+        if isinstance(base, dist.Normal) and shape:
+            return cls(jnp.broadcast_to(base.loc, shape), jnp.broadcast_to(base.scale, shape))
+        if isinstance(base, dist.MultivariateNormal):
+            return cls(
+                jnp.broadcast_to(base.loc, shape),
+                jnp.broadcast_to(base.scale_tril, (*shape, shape[-1])),
+            )
+        if isinstance(base, dist.LowRankMultivariateNormal):
+            scale = jnp.linalg.cholesky(base.covariance_matrix)
+            return cls(
+                jnp.broadcast_to(base.loc, shape), jnp.broadcast_to(scale, (*shape, shape[-1]))
+            )
+        raise TypeError(
+            "Gaussian.from_distribution: expected a Normal over a vector, a MultivariateNormal or a "
+            f"LowRankMultivariateNormal, got {type(distribution).__name__} of shape {shape}."
+        )
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters."""
+        return self.mean.shape[-1]
+
+    @property
+    def structure(self) -> str:
+        """Which of the three structures this is.
+
+        Returns:
+            `"isotropic"`, `"diagonal"` or `"dense"`.
+
+        Raises:
+            ValueError: if the shapes of mean and scale are none of them.
+        """
+        rank = self.scale.ndim - self.mean.ndim
+        if rank not in (-1, 0, 1):
+            raise ValueError(
+                "Gaussian: expected a scale of shape (*batch,), (*batch, dim) or (*batch, dim, dim) for "
+                f"a mean of shape (*batch, dim), got scale {self.scale.shape}, mean {self.mean.shape}."
+            )
+        return ("isotropic", "diagonal", "dense")[rank + 1]
+
+    @property
+    def distribution(self) -> dist.Distribution:
+        """The same Gaussian as a NumPyro distribution over vectors of shape `(dim,)`."""
+        if self.structure == "dense":
+            return dist.MultivariateNormal(self.mean, scale_tril=self.scale)
+        return dist.Normal(self.mean, self._per_parameter()).to_event(1)
+
+    @property
+    def covariance(self) -> Array:
+        """`(*batch, dim, dim)`."""
+        if self.structure == "dense":
+            return self.scale @ self.scale.mT
+        variance = jnp.broadcast_to(self._per_parameter() ** 2, self.mean.shape)
+        return variance[..., None] * jnp.eye(self.dim, dtype=variance.dtype)
+
+    @property
+    def variance(self) -> Array:
+        """Marginal variances, `(*batch, dim)`."""
+        if self.structure == "dense":
+            return jnp.sum(self.scale**2, -1)
+        return jnp.broadcast_to(self._per_parameter() ** 2, self.mean.shape)
+
+    def sample(self, rng_key: Key, shape: tuple[int, ...] = ()) -> Array:
+        """Draws of shape `(*shape, *batch, dim)`."""
+        noise = jax.random.normal(rng_key, (*shape, *self.mean.shape), self.mean.dtype)
+        return self.unwhiten(noise)
+
+    def log_prob(self, x: Float[Array, "... dim"]) -> Float[Array, "..."]:
+        """Normalized log density of `x`, `(*shape, *batch, dim)` -> `(*shape, *batch)`."""
+        quadratic = jnp.sum(self.whiten(x) ** 2, -1)
+        return -0.5 * (quadratic + self.dim * math.log(2 * math.pi)) - self.log_det
+
+    @property
+    def log_det(self) -> Array:
+        """Log |det scale|, `(*batch,)`: the constant between whitened and plain densities."""
+        if self.structure == "dense":
+            return jnp.sum(jnp.log(jnp.diagonal(self.scale, axis1=-2, axis2=-1)), -1)
+        return jnp.sum(jnp.log(jnp.broadcast_to(self._per_parameter(), self.mean.shape)), -1)
+
+    def unwhiten(self, noise: Array) -> Array:
+        """The point mean + scale @ noise for standard normal `noise` of shape `(*shape, *batch, dim)`."""
+        return self.mean + self.scaled(noise)
+
+    def scaled(self, noise: Array) -> Array:
+        """The product scale @ noise, of the shape of `noise`."""
+        if self.structure == "dense":
+            return jnp.einsum("...ij,...j->...i", self.scale, noise)
+        return self._per_parameter() * noise
+
+    def scaled_transpose(self, gradient: Array) -> Array:
+        """The product scaleᵀ @ gradient: the gradient in whitened coordinates."""
+        if self.structure == "dense":
+            return jnp.einsum("...ji,...j->...i", self.scale, gradient)
+        return self._per_parameter() * gradient
+
+    def whiten(self, x: Array) -> Array:
+        """The noise scale⁻¹ (x - mean), the inverse of `unwhiten`."""
+        if self.structure == "dense":
+            return _solve(self.scale, x - self.mean)
+        return (x - self.mean) / self._per_parameter()
+
+    def unscale_transpose(self, gradient: Array) -> Array:
+        """The product scale⁻ᵀ @ gradient, the inverse of `scaled_transpose`."""
+        if self.structure == "dense":
+            return _solve(self.scale, gradient, transpose=True)
+        return gradient / self._per_parameter()
+
+    def _per_parameter(self) -> Array:
+        return self.scale[..., None] if self.structure == "isotropic" else self.scale
+
+
+def kl_divergence(p: Gaussian, q: Gaussian) -> Array:
+    """KL(p || q) of two Gaussians of any structure, in nats.
+
+    KL = 1/2 [ |S_q⁻¹ S_p|²_F + |S_q⁻¹ (m_p - m_q)|² - dim ] + log det S_q - log det S_p.
+
+    Args:
+        p: the first argument, batch shape `(*batch,)`.
+        q: the second argument, of a batch shape that broadcasts with it.
+
+    Returns:
+        `(*batch,)`.
+
+    Example:
+        >>> p = Gaussian(jnp.array([1.0]), jnp.array(1.0))
+        >>> float(kl_divergence(p, Gaussian(jnp.array([0.0]), jnp.array([1.0]))))
+        0.5
+    """
+    if q.structure == "dense":
+        columns = (
+            p.scale if p.structure == "dense" else p._per_parameter()[..., None] * jnp.eye(p.dim)
+        )  # noqa: SLF001
+        ratio = _solve(q.scale[..., None, :, :], columns.mT)
+        trace = jnp.sum(ratio**2, (-2, -1))
+    else:
+        trace = jnp.sum(p.variance / q.variance, -1)
+    shift = jnp.sum(q.whiten(p.mean) ** 2, -1)
+    return 0.5 * (trace + shift - p.dim) + q.log_det - p.log_det
+
+
+def _solve(lower: Array, x: Array, *, transpose: bool = False) -> Array:
+    def single(a: Array, b: Array) -> Array:
+        return jax.scipy.linalg.solve_triangular(a, b, trans=1 if transpose else 0, lower=True)
+
+    if lower.ndim == 2:
+        # One factorization, many right-hand sides: a single call, not a batch of vectors.
+        return single(lower, x.reshape(-1, x.shape[-1]).T).T.reshape(x.shape)
+    return jnp.vectorize(single, signature="(d,d),(d)->(d)")(lower, x)

@@ -1,0 +1,101 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Step 1 of the scheme: move the density. The protocol that every shift engine follows.
+
+A new engine is one new file with a class of two verbs. This toy draws from the reference and weights
+by exp(-energy); it is a whole engine:
+
+    >>> from typing import NamedTuple
+    >>> import jax, jax.numpy as jnp
+    >>> from jax import random
+    >>> from numpyro_regloss import Gaussian, Loss, TwoStep, fit, shift
+    >>> from numpyro_regloss.draws import StoredDraws
+    >>> class ToyInfo(NamedTuple):
+    ...     ok: jax.Array
+    ...     num_loss: jax.Array
+    ...     num_grad: jax.Array
+    >>> class Toy(shift.Shift):
+    ...     def init(self, rng_key, target):
+    ...         return ()                             # the least that the next step needs: nothing
+    ...     def step(self, rng_key, state, target):
+    ...         x = target.reference.sample(rng_key, (1, 1000))
+    ...         loss = jax.vmap(jax.vmap(target.value))(x)
+    ...         draws = StoredDraws(x, -loss / target.temperature, loss, target.temperature,
+    ...                             block_size=1)
+    ...         info = ToyInfo(jnp.isfinite(loss).all(), jnp.array(1000), jnp.array(0))
+    ...         return state, draws, info
+    >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.array([3.0, -3.0]))
+    >>> optimizer = TwoStep(loss, tau=0.5, shift=Toy(), fit=fit.ForwardKL())
+    >>> result = optimizer.run(random.key(0), 20, progress_bar=False)
+    >>> bool(jnp.all(jnp.abs(result.params) < 0.1))
+    True
+
+An engine with settings is a frozen pytree dataclass, as `Importance` is: numbers are leaves, counts and
+functions static, so that new numbers never recompile.
+"""
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from numpyro_regloss._typing import Key
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.regularized import RegularizedLoss
+
+__all__ = ["Shift"]
+
+
+@runtime_checkable
+class Shift(Protocol):
+    """Draws from the shifted density q of a target.
+
+    The state has the same shapes and types going in and out. The info has a scalar boolean `ok`, the
+    counts `num_loss` and `num_grad` of evaluations spent, and the engine's own diagnostics; it is
+    never read back.
+
+    A class that inherits from this one needs `init` and `step` only.
+
+    Attributes:
+        uses_gradient: whether the engine differentiates the loss, so that the driver checks the
+            gradient at the start.
+        makes_draws: whether there are draws for a fit to work from.
+    """
+
+    uses_gradient: ClassVar[bool] = False
+    makes_draws: ClassVar[bool] = True
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> Any:
+        """The engine's state before the first step.
+
+        Args:
+            rng_key: a random key.
+            target: the first target.
+
+        Returns:
+            A pytree.
+        """
+        ...
+
+    def step(self, rng_key: Key, state: Any, target: RegularizedLoss) -> tuple[Any, Draws, Any]:
+        """Draws from q.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target, whose reference may have moved since.
+
+        Returns:
+            The next state, the draws and the info.
+        """
+        ...
+
+    def after_rejection(self, old: Any, new: Any) -> Any:
+        """The state to go on with after a rejected step: the old one, unless adaptation must go on.
+
+        Args:
+            old: the state before the step.
+            new: the state that the step returned, which may hold non-finite values.
+
+        Returns:
+            A state that is safe to step from.
+        """
+        del new
+        return old

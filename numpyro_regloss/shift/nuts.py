@@ -1,0 +1,97 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The No-U-Turn sampler of NumPyro on the shifted density, several chains at once.
+
+Reference: Hoffman & Gelman (2014), "The No-U-Turn Sampler: Adaptively Setting Path Lengths in Hamiltonian
+Monte Carlo".
+"""
+
+from typing import Any, ClassVar
+
+from numpyro_regloss import _whitened_hmc as whitened
+from numpyro_regloss._checks import check_count
+from numpyro_regloss._pytree import pytree_dataclass, static_field
+from numpyro_regloss._typing import Key
+from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.shift.base import Shift
+
+__all__ = ["NUTS"]
+
+
+@pytree_dataclass
+class NUTS(Shift):
+    """NUTS in whitened coordinates, warmed up once.
+
+    Args:
+        num_warmup: warm-up iterations before the first step (and again when acceptance collapses).
+        num_samples: draws per chain and outer step.
+        num_chains: chains, run side by side by `vmap`.
+        dense_mass: adapt a dense mass matrix instead of a diagonal one.
+        max_tree_depth: at most `2**max_tree_depth` leapfrog steps per draw.
+        step_size: initial step size in whitened units.
+        target_accept_prob: acceptance that the step size is tuned to.
+
+    Raises:
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> NUTS(num_warmup=200, num_samples=50).num_chains
+        4
+    """
+
+    num_warmup: int = static_field(default=200)
+    num_samples: int = static_field(default=100)
+    num_chains: int = static_field(default=4)
+    dense_mass: bool = static_field(default=False)
+    max_tree_depth: int = static_field(default=10)
+    step_size: Any = 0.5
+    target_accept_prob: Any = 0.8
+
+    uses_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        whitened.check_settings(self)
+        check_count(self.max_tree_depth, "NUTS: max_tree_depth")
+
+    @property
+    def settings(self) -> whitened.Settings:
+        """The kernel's settings."""
+        return whitened.Settings(
+            algorithm="NUTS",
+            num_warmup=self.num_warmup,
+            num_samples=self.num_samples,
+            num_chains=self.num_chains,
+            dense_mass=self.dense_mass,
+            max_tree_depth=self.max_tree_depth,
+            trajectory_length=None,
+            step_size=self.step_size,
+            target_accept_prob=self.target_accept_prob,
+        )
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> whitened.WhitenedState:
+        """Chains at the centre; the first step warms them up."""
+        del rng_key
+        return whitened.init(self.settings, target)
+
+    def step(
+        self, rng_key: Key, state: whitened.WhitenedState, target: RegularizedLoss
+    ) -> tuple[whitened.WhitenedState, StoredDraws, whitened.HMCInfo]:
+        """Draws from q.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target.
+
+        Returns:
+            The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
+        """
+        return whitened.step(self.settings, rng_key, state, target)
+
+    def after_rejection(
+        self, old: whitened.WhitenedState, new: whitened.WhitenedState
+    ) -> whitened.WhitenedState:
+        """Positions go back, and the next step warms up again."""
+        return whitened.after_rejection(old, new)

@@ -1,0 +1,527 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The two-step scheme: reference → shifted density → fitted Gaussian → next reference."""
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+from tqdm.auto import tqdm
+
+from numpyro_regloss._checks import check_count, check_key, check_positive
+from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.anchor import Anchor, Proximal
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.fit.base import Fit
+from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.loss import Loss, explain
+from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.shift.base import Shift
+
+__all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
+
+# A chunk runs about this long, so that the bar moves and Ctrl-C answers, at a negligible cost.
+SECONDS_PER_CHUNK = 0.25
+# Room for the history of one chunk on the device.
+CHUNK_BYTES = 2**25
+CHUNK_STEPS = 512
+
+
+class TwoStepState(NamedTuple):
+    """All that determines the rest of a run; a plain pytree.
+
+    Attributes:
+        step: number of steps done.
+        rng_key: the run's key; step t uses `fold_in(rng_key, t)`.
+        reference: the Gaussian of the next step.
+        shift: the shift's state.
+        fit: the fit's state.
+        anchor: the anchor's state.
+    """
+
+    step: Array
+    rng_key: Key
+    reference: Gaussian
+    shift: Any
+    fit: Any
+    anchor: Any
+
+
+class TwoStepInfo(NamedTuple):
+    """What one step did; stacked over steps, the history.
+
+    Attributes:
+        ok: whether the step was taken; a rejected one keeps the reference.
+        loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one.
+        reference: the Gaussian that the step started from.
+        fitted: the Gaussian that was fitted to the shifted density.
+        tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
+        shift: the shift's info.
+        fit: the fit's info.
+        anchor: the anchor's info.
+        num_loss: loss evaluations of the step.
+        num_grad: gradient evaluations of the step.
+    """
+
+    ok: Array
+    loss: Array
+    reference: Gaussian
+    fitted: Gaussian
+    tau: Array
+    shift: Any
+    fit: Any
+    anchor: Any
+    num_loss: Array
+    num_grad: Array
+
+
+class TwoStepResult(NamedTuple):
+    """What a run returns.
+
+    Attributes:
+        params: the parameters at the last centre, as the user wrote them.
+        state: to continue from, `run(..., init_state=result.state)`.
+        history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
+    """
+
+    params: Any
+    state: TwoStepState
+    history: TwoStepInfo
+
+
+class RejectedError(RuntimeError):
+    """Every step of a run was rejected.
+
+    Attributes:
+        result: what was computed nevertheless, with the diagnostics of each step.
+    """
+
+    def __init__(self, message: str, result: TwoStepResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@pytree_dataclass
+class TwoStep:
+    r"""Minimizes a regularized loss: shift a density, fit a Gaussian, move the reference there.
+
+    q ∝ exp(-loss / T) N(centre, tau I). With `fit.ForwardKL` the centre moves to E_q[x] and the local
+    entropy F_tau = -T log E exp(-loss / T) falls; with `fit.RobbinsMonro` or `fit.ReverseKL` it moves by
+    a proximal step on the heat regularization E loss. In both the effective learning rate is tau / T.
+
+    Scale: loss and temperature have the same units, and only loss / T matters. For data, average the
+    loss over the rows and put 1 / rows into `temperature`: tau and step sizes then survive a change of
+    batch size.
+
+    Args:
+        loss: from `Loss.from_function` or `Loss.from_model`.
+        tau: variance of the regularizer in squared units of the (unconstrained) parameters: a positive
+            number, a schedule of the step such as Optax's (built once), or one value per group of
+            parameters (a pytree prefix of the parameters, a dict by site name for a model).
+        shift: step 1, from `numpyro_regloss.shift`.
+        fit: step 2, from `numpyro_regloss.fit`.
+        anchor: step 3, from `numpyro_regloss.anchor`.
+        temperature: T > 0, in the units of the loss.
+
+    Raises:
+        TypeError: if a part is of the wrong kind.
+        ValueError: if tau or temperature is not positive, or the parts do not go together.
+
+    References:
+        García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and
+        Heat Regularization in Deep Learning".
+
+    Example:
+        >>> from numpyro_regloss import fit, shift
+        >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
+        >>> optimizer = TwoStep(loss, tau=0.5, shift=shift.Importance(1000), fit=fit.ForwardKL())
+        >>> result = optimizer.run(random.key(0), 20, progress_bar=False)
+        >>> bool(jnp.all(jnp.abs(result.params - 1.0) < 0.1))
+        True
+    """
+
+    loss: Loss
+    tau: Any
+    shift: Any
+    fit: Any
+    anchor: Any = Proximal()  # noqa: RUF009
+    temperature: Any = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, Loss):
+            raise TypeError(
+                f"TwoStep: expected loss as a Loss, got {type(self.loss).__name__}; wrap it with "
+                "Loss.from_function(fn, params) or Loss.from_model(model, *args)."
+            )
+        for name, kind in (("shift", Shift), ("fit", Fit), ("anchor", Anchor)):
+            part = getattr(self, name)
+            verbs = [getattr(part, verb, None) for verb in ("init", "step")]
+            if isinstance(part, type) or not all(map(callable, verbs)):
+                raise TypeError(
+                    f"TwoStep: expected {name} as an object with init and step, such as those of "
+                    f"numpyro_regloss.{kind.__module__.split('.')[1]}, got {part!r}."
+                )
+        if getattr(self.fit, "uses_draws", True) and not getattr(self.shift, "makes_draws", True):
+            raise ValueError(
+                f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
+                "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
+            )
+        object.__setattr__(
+            self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
+        )
+        object.__setattr__(self, "tau", self._checked_tau())
+
+    def init(self, rng_key: Key, *args: Any, **kwargs: Any) -> TwoStepState:
+        """The state before the first step, at the loss's start.
+
+        Args:
+            rng_key: a random key.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The state.
+
+        Raises:
+            TypeError: if the key is not one.
+            ValueError: if the loss, or the gradient where it is used, is not finite at the start.
+        """
+        rng_key = check_key(rng_key, "TwoStep")
+        arguments = self.loss.bind(args, kwargs)
+        state, value, gradient_ok = explain(lambda: _init(self, rng_key, arguments), "loss")
+        if is_concrete(value):
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
+                    "(params, or rng_key of Loss.from_model)."
+                )
+            if not gradient_ok:
+                raise ValueError(
+                    "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
+                    "another start, or a gradient-free engine such as shift.Importance."
+                )
+        return state
+
+    def step(
+        self, state: TwoStepState, *args: Any, **kwargs: Any
+    ) -> tuple[TwoStepState, TwoStepInfo]:
+        """One step: reference → draws → fitted Gaussian → next reference. Pure.
+
+        Args:
+            state: from `init` or the last step.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The next state and what the step did.
+        """
+        return _step(self, state, self.loss.bind(args, kwargs))
+
+    def scan(
+        self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
+    ) -> tuple[TwoStepState, TwoStepInfo]:
+        """Several steps as one compiled `lax.scan`. Pure, for use inside `jax.jit` and `jax.vmap`.
+
+        Args:
+            state: from `init` or an earlier step.
+            num_steps: number of steps; a new number is a new program.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The last state and the history.
+        """
+        check_count(num_steps, "TwoStep.scan: num_steps")
+        return _scan(self, state, self.loss.bind(args, kwargs), num_steps)
+
+    def run(
+        self,
+        rng_key: Key,
+        num_steps: int,
+        *args: Any,
+        init_state: TwoStepState | None = None,
+        progress_bar: bool = True,
+        callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None = None,
+        **kwargs: Any,
+    ) -> TwoStepResult:
+        """Runs the scheme in compiled chunks, which equal one whole run bit for bit.
+
+        Args:
+            rng_key: a random key; unused with `init_state`, which has its own.
+            num_steps: number of steps to do now; a new number does not recompile.
+            *args: arguments of the loss in place of the bound ones.
+            init_state: a state to continue from.
+            progress_bar: show steps, loss, tau and ESS or acceptance.
+            callback: called after every step as `callback(state, info)`; returning True stops the run.
+                Each step is then dispatched alone, which costs a fraction of a millisecond.
+            **kwargs: keyword arguments of the loss over the bound ones.
+
+        Returns:
+            Parameters at the last centre, state and history. Ctrl-C returns what there is.
+
+        Raises:
+            TypeError: if an argument is of the wrong kind.
+            RejectedError: if every step was rejected.
+        """
+        check_count(num_steps, "TwoStep.run: num_steps")
+        if callback is not None and not callable(callback):
+            raise TypeError(
+                f"TwoStep.run: expected callback(state, info), got {type(callback).__name__}."
+            )
+        arguments = self.loss.bind(args, kwargs)
+        state = self.init(rng_key, *args, **kwargs) if init_state is None else init_state
+        self._check_state(state)
+        state, history = _drive(
+            self, state, arguments, num_steps, callback, progress_bar=progress_bar
+        )
+        params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
+        result = TwoStepResult(params, state, history)
+        _report_rejections(result)
+        return result
+
+    def draw(self, rng_key: Key, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
+        """Draws from the shifted density at the state's reference.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or a run.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The shift's draws.
+        """
+        rng_key = check_key(rng_key, "TwoStep.draw")
+        return _draw(self, rng_key, state, self.loss.bind(args, kwargs))
+
+    def get_params(self, state: TwoStepState) -> Any:
+        """The parameters at the state's centre, as the user wrote them (sites constrained)."""
+        return self.loss.constrain(state.reference.mean)
+
+    def _checked_tau(self) -> Any:
+        what = "TwoStep: tau (a variance, in squared units of the parameters)"
+        if callable(self.tau):
+            check_positive(self.tau(0), f"{what} at step 0")
+            return self.tau
+        if isinstance(self.tau, int | float | np.number | bool | str) or self.tau is None:
+            return check_positive(self.tau, what)
+        if isinstance(self.tau, np.ndarray | jax.Array) and self.tau.ndim == 0:
+            return check_positive(self.tau, what)
+        try:
+            groups = self.loss.source.expand(self.tau)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{what}: expected a number, a schedule, or one value per group of parameters (a pytree "
+                f"prefix of the parameters): {error}"
+            ) from error
+        return check_positive(groups, what)
+
+    def tau_at(self, step: Array) -> Array:
+        """Tau at a step, scalar or `(dim,)`."""
+        tau = self.tau(step) if callable(self.tau) else self.tau
+        return jnp.asarray(tau, self.loss.x0.dtype)
+
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, TwoStepState):
+            raise TypeError(
+                f"TwoStep.run: expected init_state as a TwoStepState, got {type(state).__name__}; pass "
+                "result.state of an earlier run, or start anew without it."
+            )
+        if state.reference.mean.shape != (self.loss.dim,):
+            raise ValueError(
+                f"TwoStep.run: expected init_state of a loss with {self.loss.dim} parameters, got "
+                f"{state.reference.mean.shape}; it belongs to another loss."
+            )
+
+
+def _target(optimizer: TwoStep, reference: Gaussian, arguments: Partition) -> RegularizedLoss:
+    return RegularizedLoss.unchecked(optimizer.loss, reference, arguments, optimizer.temperature)
+
+
+@jax.jit
+def _init(
+    optimizer: TwoStep, rng_key: Key, arguments: Partition
+) -> tuple[TwoStepState, Array, Array]:
+    key_run, key_shift, key_fit = random.split(rng_key, 3)
+    x0 = optimizer.loss.x0
+    reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
+    target = _target(optimizer, reference, arguments)
+    state = TwoStepState(
+        step=jnp.asarray(0, jnp.int32),
+        rng_key=key_run,
+        reference=reference,
+        shift=optimizer.shift.init(key_shift, target),
+        fit=optimizer.fit.init(key_fit, target),
+        anchor=optimizer.anchor.init(target),
+    )
+    gradient_ok = jnp.asarray(True)
+    if any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+        value, gradient = jax.value_and_grad(target.value)(x0)
+        gradient_ok = jnp.isfinite(gradient).all()
+    else:
+        value = target.value(x0)
+    # Weak types in a fresh state would compile the second step anew.
+    return jax.tree.map(_strong, state), value, gradient_ok
+
+
+@jax.jit
+def _step(
+    optimizer: TwoStep, state: TwoStepState, arguments: Partition
+) -> tuple[TwoStepState, TwoStepInfo]:
+    keys = random.split(random.fold_in(state.rng_key, state.step), 4)
+    target = _target(optimizer, state.reference, arguments)
+    shift, draws, shift_info = optimizer.shift.step(keys[0], state.shift, target)
+    fit, fitted, fit_info = optimizer.fit.step(keys[1], state.fit, target, draws)
+    anchor, reference, anchor_info = optimizer.anchor.step(
+        keys[2], state.anchor, target, draws, fitted, fit_info
+    )
+    infos = (shift_info, fit_info, anchor_info)
+    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all()
+    ok = ok & shift_info.ok & fit_info.ok & anchor_info.ok
+    recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
+    keep = partial(_select, ok)
+    reference = keep(reference, state.reference)
+    tau = optimizer.tau_at(state.step)
+    if callable(optimizer.tau):
+        ratio = jnp.sqrt(optimizer.tau_at(state.step + 1) / tau)
+        reference = reference._replace(scale=reference.scale * ratio)
+    info = TwoStepInfo(
+        ok=ok,
+        loss=target.on_batch(keys[3]).value(state.reference.mean),
+        reference=state.reference,
+        fitted=fitted,
+        tau=tau,
+        shift=shift_info,
+        fit=fit_info,
+        anchor=anchor_info,
+        num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(1)),
+        num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
+    )
+    state = TwoStepState(
+        step=state.step + 1,
+        rng_key=state.rng_key,
+        reference=reference,
+        shift=keep(shift, recover(state.shift, shift)),
+        fit=keep(fit, state.fit),
+        anchor=keep(anchor, state.anchor),
+    )
+    return state, info
+
+
+@partial(jax.jit, static_argnames="num_steps")
+def _scan(
+    optimizer: TwoStep, state: TwoStepState, arguments: Partition, num_steps: int
+) -> tuple[TwoStepState, TwoStepInfo]:
+    def body(state: TwoStepState, _: None) -> tuple[TwoStepState, TwoStepInfo]:
+        return _step(optimizer, state, arguments)
+
+    return lax.scan(body, state, None, length=num_steps)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _advance(
+    optimizer: TwoStep, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
+) -> tuple[TwoStepState, TwoStepInfo]:
+    # The number of steps is an argument: one program serves chunks of every length, and none of them
+    # is compiled differently from another, which keeps a chunked run equal to a whole one.
+    row = _step.eval_shape(optimizer, state, arguments)[1]
+    buffers = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), row)
+
+    def body(i: Array, carry: tuple[TwoStepState, TwoStepInfo]) -> tuple[TwoStepState, TwoStepInfo]:
+        state, buffers = carry
+        state, info = _step(optimizer, state, arguments)
+        write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return state, jax.tree.map(write, buffers, info)
+
+    return lax.fori_loop(0, num_steps, body, (state, buffers))
+
+
+@jax.jit
+def _draw(optimizer: TwoStep, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
+    target = _target(optimizer, state.reference, arguments)
+    return optimizer.shift.step(rng_key, state.shift, target)[1]
+
+
+def _drive(
+    optimizer: TwoStep,
+    state: TwoStepState,
+    arguments: Partition,
+    num_steps: int,
+    callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None,
+    *,
+    progress_bar: bool,
+) -> tuple[TwoStepState, TwoStepInfo]:
+    state = jax.tree.map(_strong, state)
+    capacity = 1 if callback else _capacity(optimizer, state, arguments)
+    chunk, done, rows = 1, 0, []
+    with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
+        while done < num_steps:
+            count = min(chunk, num_steps - done)
+            start = time.perf_counter()
+            try:
+                state, buffers = _advance(optimizer, state, arguments, np.int32(count), capacity)
+                infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                warnings.warn(
+                    f"TwoStep.run: interrupted after {done} of {num_steps} steps.", stacklevel=3
+                )
+                break
+            seconds = (time.perf_counter() - start) / count
+            chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
+            done += count
+            rows.append(infos)
+            last = jax.tree.map(lambda a: a[-1], infos)
+            bar.set_postfix(_headline(last), refresh=False)
+            bar.update(count)
+            if callback is not None and callback(state, last):
+                break
+    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+
+
+def _capacity(optimizer: TwoStep, state: TwoStepState, arguments: Partition) -> int:
+    row = jax.tree.leaves(_step.eval_shape(optimizer, state, arguments)[1])
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in row)
+    return max(1, min(CHUNK_STEPS, CHUNK_BYTES // size))
+
+
+def _headline(info: TwoStepInfo) -> dict[str, str]:
+    shown = {"loss": info.loss, "tau": np.mean(info.tau)}
+    for name in ("accept_prob", "ess"):
+        if hasattr(info.shift, name):
+            shown[name] = getattr(info.shift, name)
+            break
+    return {name: f"{float(value):.4g}" for name, value in shown.items()}
+
+
+def _report_rejections(result: TwoStepResult) -> None:
+    ok = result.history.ok
+    if ok.all():
+        return
+    message = (
+        f"TwoStep.run: {np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, weights "
+        "degenerate, or a sampler that did not move) and kept their reference; look at "
+        "history.shift and history.fit, and use a smaller tau, more draws or another start."
+    )
+    if not ok.any():
+        raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
+    warnings.warn(message, stacklevel=3)
+
+
+def _select(ok: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b).astype(b.dtype), new, old)
+
+
+def _strong(leaf: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf
+    return lax.convert_element_type(leaf, leaf.dtype)

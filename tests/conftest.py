@@ -1,0 +1,69 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by all tests: engines by name, trace and compile counters, tolerances."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from numpyro_regloss import fit, shift
+
+# Monte Carlo tests allow this many standard errors. With the fixed seeds of this suite they pass or fail for
+# good; a new seed would fail a single comparison once in 16,000.
+SIGMAS = 4.0
+
+# One row per engine: a new engine is one new line here.
+SHIFTS = {
+    "importance": lambda: shift.Importance(num_samples=4000),
+    "importance_iid": lambda: shift.Importance(num_samples=4000, antithetic=False),
+    "importance_chunked": lambda: shift.Importance(num_samples=3999, chunk_size=512),
+    "nuts": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4),
+    "nuts_dense": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4, dense_mass=True),
+    "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
+}
+HEAT_FITS = {
+    "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
+    "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),
+    "reverse_kl": lambda: fit.ReverseKL(num_steps=2000),
+}
+
+
+class Counter:
+    """A loss that counts how often Python runs it: once per trace under jit."""
+
+    def __init__(self, fn):
+        self.fn, self.count = fn, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return self.fn(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def count_compiles():
+    """Yields a list that grows by one name per XLA compilation."""
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def as_flat(params):
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])

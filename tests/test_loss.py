@@ -1,0 +1,284 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from conftest import Counter
+from jax import random
+from numpyro.infer.util import initialize_model
+
+from numpyro_regloss import Loss, Minibatch
+
+Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def eight_schools(J, sigma, y=None):
+    mu = numpyro.sample("mu", dist.Normal(0, 5))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5))
+    with numpyro.plate("J", J):
+        theta = numpyro.sample("theta", dist.Normal(mu, tau))
+        numpyro.deterministic("twice", 2 * theta)
+        numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
+
+
+def simplex_model(counts):
+    p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+    upper = numpyro.sample("upper", dist.Exponential(1.0))
+    numpyro.sample("inner", dist.Uniform(0.0, upper))
+    numpyro.sample("counts", dist.Multinomial(counts.sum(), p, total_count_max=20), obs=counts)
+
+
+def squares(params, y, weight=1.0):
+    return weight * jnp.sum((params["a"] - y) ** 2) + jnp.sum(params["b"]) ** 2
+
+
+def make(a=0.0, y=1.0):
+    params = {"a": np.full(3, a), "b": jnp.ones((2, 2))}
+    return Loss.from_function(squares, params, np.full(3, y), weight=2.0)
+
+
+def test_function_of_a_pytree():
+    loss = make()
+    assert loss.dim == 7
+    assert loss.names == ("a", "b")
+    assert loss.x0.dtype == jnp.result_type(float)
+    params = loss.constrain(loss.x0)
+    assert params["a"].shape == (3,)
+    assert params["b"].shape == (2, 2)
+    np.testing.assert_allclose(loss.value(loss.x0), 2.0 * 3.0 + 16.0)
+    np.testing.assert_allclose(loss.value(loss.x0, (np.zeros(3),), {"weight": 1.0}), 16.0)
+
+
+def test_same_function_and_structure_are_the_same_program():
+    first, second = make(), make(a=2.0, y=5.0)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert first != second
+    assert first == make()
+    assert hash(first) == hash(make())
+
+
+def test_dtypes_come_back_as_they_were():
+    params = {"low": jnp.ones(2, jnp.bfloat16), "high": jnp.ones(2, jnp.float32)}
+    loss = Loss.from_function(lambda p: jnp.sum(p["low"]) + jnp.sum(p["high"]), params)
+    assert {k: v.dtype for k, v in loss.constrain(loss.x0).items()} == {
+        "low": jnp.bfloat16,
+        "high": jnp.float32,
+    }
+
+
+def test_integer_valued_losses_are_cast():
+    loss = Loss.from_function(lambda x: jnp.sum(x > 0), jnp.array([1.0, -1.0]))
+    value = loss.value(loss.x0)
+    assert value == 1
+    assert value.dtype == jnp.result_type(float)
+
+
+def test_static_and_traced_arguments():
+    seen = []
+
+    def fn(x, n, flag, text, function, number, array):
+        seen.append((type(n), type(flag), type(text), callable(function)))
+        return function(x).sum() * number + array.sum() * n * flag * len(text)
+
+    counter = Counter(fn)
+    call = jax.jit(lambda loss: loss.value(loss.x0))
+    build = functools.partial(Loss.from_function, counter, jnp.ones(2))
+    call(build(3, True, "ab", jnp.sin, 0.5, np.ones(2)))
+    count = counter.count
+    call(build(3, True, "ab", jnp.sin, 0.7, np.zeros(2)))
+    assert counter.count == count
+    call(build(4, True, "ab", jnp.sin, 0.7, np.zeros(2)))
+    assert counter.count > count
+    assert set(seen) == {(int, bool, str, True)}
+
+
+def test_callable_pytrees_are_leaves():
+    partial = jax.tree_util.Partial(lambda w, x: jnp.sum(w * x), jnp.array([1.0, 2.0]))
+    loss = Loss.from_function(partial, jnp.ones(2))
+    other = Loss.from_function(jax.tree_util.Partial(partial.func, jnp.array([3.0, 4.0])), jnp.ones(2))
+    assert jax.tree.structure(loss) == jax.tree.structure(other)
+    np.testing.assert_allclose([loss.value(loss.x0), other.value(other.x0)], [3.0, 7.0])
+
+
+@pytest.mark.parametrize("model_args", [(eight_schools, (8, SIGMA, Y)), (simplex_model, (np.array([3, 1, 2]),))])
+def test_joint_density_is_what_nuts_sees(model_args):
+    model, args = model_args
+    loss = Loss.from_model(model, *args, rng_key=random.key(0))
+    info = initialize_model(random.key(1), model, model_args=args)
+    position, _ = jax.flatten_util.ravel_pytree(info.param_info.z)  # sites sorted by name
+    assert loss.dim == position.size
+    np.testing.assert_allclose(loss.value(position), info.potential_fn(info.param_info.z), rtol=1e-5)
+    ours, theirs = loss.constrain(position), info.postprocess_fn(info.param_info.z)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+def test_densities_differ_by_jacobian_and_prior():
+    x = 0.3 * jnp.arange(10.0)
+    joint, without_jacobian, likelihood = (
+        Loss.from_model(eight_schools, 8, SIGMA, Y, density=d).value(x) for d in ("joint", "map", "likelihood")
+    )
+    # tau = exp(x[1]) is the only constrained site, so log |Jacobian| = x[1].
+    np.testing.assert_allclose(joint, without_jacobian - x[1], rtol=1e-5)
+    theta = x[2:]
+    np.testing.assert_allclose(likelihood, -dist.Normal(theta, SIGMA).log_prob(Y).sum(), rtol=1e-5)
+
+
+def test_canonical_eight_schools_comes_back_by_name():
+    loss = Loss.from_model(eight_schools, 8, SIGMA, y=Y)
+    params = loss.constrain(loss.x0)
+    assert {name: value.shape for name, value in params.items()} == {
+        "mu": (),
+        "tau": (),
+        "theta": (8,),
+        "twice": (8,),
+    }
+    assert params["tau"] > 0
+
+
+def test_random_start_is_in_numpyros_range():
+    loss = Loss.from_model(eight_schools, 8, SIGMA, Y, rng_key=random.key(3))
+    assert jnp.all(jnp.abs(loss.x0) < 2)
+    assert jnp.std(loss.x0) > 0.5
+
+
+def test_models_run_once_per_shape():
+    counter = Counter(eight_schools)
+    Loss.from_model(counter, 8, SIGMA, Y)
+    count = counter.count
+    Loss.from_model(counter, 8, SIGMA + 1, Y * 2)
+    assert counter.count == count
+
+
+def test_outer_handlers_do_not_see_the_users_sites():
+    loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
+    with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
+        value = loss.value(loss.x0)
+        loss.constrain(loss.x0)
+    assert not trace
+    np.testing.assert_allclose(value, loss.value(loss.x0))
+
+
+def test_minibatch_of_a_function():
+    inputs, labels = np.arange(12.0).reshape(6, 2), np.arange(6)
+
+    def fn(x, inputs, labels, scale):
+        return jnp.mean(inputs @ x - labels) * scale
+
+    loss = Loss.from_function(fn, np.ones(2), inputs, labels, 2.0, minibatch=Minibatch(4))
+    batch, factor = loss.draw_batch(random.key(0), loss.arguments)
+    (batch_inputs, batch_labels, scale), _ = batch.tree
+    assert factor == 1.5
+    assert batch_inputs.shape == (4, 2)
+    assert scale == 2.0
+    np.testing.assert_allclose(batch_inputs[:, 0], 2 * batch_labels)  # rows stay together
+    values = jax.vmap(lambda key: loss.evaluate(loss.x0, loss.draw_batch(key, loss.arguments)[0]))(
+        random.split(random.key(1), 4000)
+    )
+    error = jnp.std(values) / len(values) ** 0.5
+    assert jnp.abs(values.mean() - loss.value(loss.x0)) < 4 * error
+
+
+def test_minibatch_of_a_model_is_unbiased():
+    def model(y, scale=1.0):
+        m = numpyro.sample("m", dist.Normal(0, scale))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    y = np.linspace(-1, 3, 20)
+    for density in ("joint", "map", "likelihood"):
+        loss = Loss.from_model(model, y, density=density, minibatch=Minibatch(5, argnums=0))
+        x = jnp.array([0.7])
+        values = jax.vmap(lambda key, loss=loss: loss.evaluate(x, *loss.draw_batch(key, loss.arguments)))(
+            random.split(random.key(2), 4000)
+        )
+        assert jnp.abs(values.mean() - loss.value(x)) < 4 * jnp.std(values) / 4000**0.5
+
+
+def test_minibatch_chooses_arguments():
+    def fn(x, a, b, c=None):
+        return jnp.sum(a) * jnp.sum(b) * jnp.sum(x) * jnp.sum(c)
+
+    args, kwargs = (np.ones(6), np.ones(3)), {"c": np.ones(6)}
+    batch = Minibatch(2, argnums=0, argnames="c")
+    loss = Loss.from_function(fn, np.ones(1), *args, minibatch=batch, **kwargs)
+    (a, b), rest = loss.draw_batch(random.key(0), loss.arguments)[0].tree
+    assert (a.shape, b.shape, rest["c"].shape) == ((2,), (3,), (2,))
+    with pytest.raises(ValueError, match="share one leading axis"):
+        Loss.from_function(fn, np.ones(1), *args, minibatch=Minibatch(2), **kwargs)
+
+
+def test_double_precision(x64):
+    loss = Loss.from_function(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.ones(3, jnp.float32)})
+    assert loss.x0.dtype == jnp.float64
+    assert loss.constrain(loss.x0)["a"].dtype == jnp.float32
+    assert loss.value(loss.x0).dtype == jnp.float64
+
+
+def nothing(y):
+    numpyro.sample("y", dist.Normal(0, 1), obs=y)
+
+
+def discrete(y):
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+
+def with_param(y):
+    m = numpyro.param("m", 0.0)
+    numpyro.sample("s", dist.HalfNormal(1))
+    numpyro.sample("y", dist.Normal(m, 1), obs=y)
+
+
+def subsampled(y):
+    m = numpyro.sample("m", dist.Normal(0, 1))
+    with numpyro.plate("rows", 3, subsample_size=2):
+        numpyro.sample("y", dist.Normal(m, 1), obs=y[:2])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nothing, "latent sample sites, got none"),
+        (discrete, "discrete site 'z'"),
+        (with_param, "param site 'm'"),
+        (subsampled, "subsample_size=2 of 3"),
+    ],
+)
+def test_models_that_are_refused(model, words):
+    with pytest.raises(ValueError, match=words):
+        Loss.from_model(model, np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: Loss.from_function(lambda x: x, np.ones(3)), TypeError, "scalar"),
+        (lambda: Loss.from_function(lambda x: 1j * jnp.sum(x), np.ones(3)), TypeError, "real scalar"),
+        (lambda: Loss.from_function(lambda x: x["no"], {"a": 1.0}), ValueError, "KeyError"),
+        (lambda: Loss.from_function(jnp.sum, np.arange(3)), TypeError, "floating-point"),
+        (lambda: Loss.from_function(jnp.sum, "text"), TypeError, "floating-point"),
+        (lambda: Loss.from_function(jnp.sum, {}), ValueError, "at least one parameter"),
+        (lambda: Loss.from_function(jnp.sum, np.array([1.0, np.nan])), ValueError, "finite starting"),
+        (lambda: Loss.from_function(1.0, np.ones(3)), TypeError, "expected a function"),
+        (lambda: Loss.from_model(eight_schools, 8), TypeError, "sigma"),
+        (lambda: Loss.from_model(eight_schools, 8, SIGMA, Y, density="prior"), ValueError, "likelihood"),
+        (lambda: Loss.from_function(lambda x, d: jnp.sum(x), np.ones(2), {1, 2}), TypeError, "set"),
+    ],
+)
+def test_bad_input(build, error, words):
+    with pytest.raises(error, match=words):
+        build()
+
+
+def test_other_sizes_of_data_are_refused():
+    loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
+    with pytest.raises(ValueError, match="other latent sites"):
+        loss.value(loss.x0, (5, SIGMA[:5], Y[:5]))

@@ -1,0 +1,172 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The regularized loss as a density and as a NumPyro model."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from conftest import SIGMAS
+from jax import random
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.util import log_density
+from test_gaussian import gaussians
+from test_loss import SIGMA, Y, eight_schools
+
+import numpyro_regloss as regloss
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems
+
+
+def quartic(params):
+    return jnp.sum(params["a"] ** 4) + jnp.prod(params["b"])
+
+
+def function_loss():
+    return Loss.from_function(quartic, {"a": jnp.ones(3), "b": 0.5})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("kind", gaussians())
+def test_three_forms_of_one_density(kind, temperature):
+    reference = gaussians()[kind]
+    target = RegularizedLoss(function_loss(), reference, temperature=temperature)
+    eps = 0.5 * random.normal(random.key(0), (6, 4))
+    x = reference.unwhiten(eps)
+    density = jax.vmap(target.log_density)(x)
+    joint = jnp.stack([log_density(regloss.model, (target,), {}, {"eps": e})[0] for e in eps])
+    potential = jax.vmap(target.whitened_potential)(eps)
+    # 1e-4: float32 rounding of terms of size a hundred.
+    np.testing.assert_allclose(joint, density + reference.log_det, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(joint, -potential - 2 * jnp.log(2 * jnp.pi), rtol=1e-4, atol=1e-3)
+    expected = reference.log_prob(x) - jax.vmap(target.value)(x) / temperature
+    np.testing.assert_allclose(density, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_mcmc_with_default_initialization():
+    problem = problems.quadratic(np.diag([1.0, 4.0]), center=np.array([1.0, -2.0]))
+    loss = Loss.from_function(problem.loss, np.zeros(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+    mcmc = MCMC(NUTS(regloss.model), num_warmup=300, num_samples=2000, progress_bar=False)
+    mcmc.run(random.key(0), target)
+    x = mcmc.get_samples()["x"]
+    exact = problem.shift_mean(np.zeros(2), 0.5)
+    sd = np.sqrt(np.diag(problem.shift_covariance(np.zeros(2), 0.5)))
+    ess = numpyro.diagnostics.effective_sample_size(np.asarray(x)[None])
+    assert np.all(np.abs(x.mean(0) - exact) < SIGMAS * sd / np.sqrt(ess))
+
+
+def test_mcmc_moves_with_the_target():
+    loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), np.zeros(2))
+    mcmc = MCMC(
+        NUTS(regloss.model), num_warmup=300, num_samples=500, progress_bar=False, jit_model_args=True
+    )
+    for center in (0.0, 10.0):
+        mcmc.run(random.key(0), RegularizedLoss(loss, Gaussian.isotropic(loss.x0 + center, 1.0)))
+        # The exact mean is half the centre; 500 draws of sd 0.7 leave an error of about 0.03.
+        assert np.all(np.abs(mcmc.get_samples()["x"].mean(0) - center / 2) < 0.2)
+
+
+def test_sites_of_a_model():
+    loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    draws = Predictive(regloss.model, num_samples=5)(random.key(0), target)
+    assert {name: value.shape for name, value in draws.items() if value.size} == {
+        "eps": (5, 10),
+        "x": (5, 10),
+        "mu": (5,),
+        "tau": (5,),
+        "theta": (5, 8),
+        "twice": (5, 8),
+    }
+    np.testing.assert_allclose(draws["x"], target.reference.unwhiten(draws["eps"]), rtol=1e-5)
+    np.testing.assert_allclose(draws["twice"], 2 * draws["theta"], rtol=1e-5)
+
+
+def test_plain_posterior_without_a_reference():
+    loss = Loss.from_function(lambda x: 0.5 * jnp.sum((x - 3.0) ** 2), np.zeros(2))
+    target = RegularizedLoss(loss)
+    assert target.log_density(loss.x0) == -9.0
+    mcmc = MCMC(NUTS(regloss.model), num_warmup=300, num_samples=1000, progress_bar=False)
+    mcmc.run(random.key(0), target)
+    x = mcmc.get_samples()["x"]
+    assert np.all(np.abs(x.mean(0) - 3.0) < 0.2)  # 1000 draws of sd 1
+    assert np.all(np.abs(x.std(0) - 1.0) < 0.15)
+
+
+def test_svi_runs_and_bounds_the_local_entropy():
+    problem = problems.quadratic(np.diag([1.0, 4.0]), center=np.array([1.0, -2.0]))
+    loss = Loss.from_function(problem.loss, np.zeros(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+    svi = SVI(regloss.model, AutoNormal(regloss.model), numpyro.optim.Adam(0.05), Trace_ELBO(20))
+    losses = svi.run(random.key(0), 800, target, progress_bar=False).losses
+    last = losses[-200:]
+    gap = last.mean() - problem.local_entropy(np.zeros(2), 0.5)
+    # The diagonal guide holds the exact posterior, so the bound is tight but for the noise of the ELBO.
+    assert abs(gap) < SIGMAS * last.std() / 200**0.5 + 0.01
+
+
+def test_sites_that_clash_are_renamed():
+    def clashing(y):
+        eps = numpyro.sample("eps", dist.Normal(0, 1))
+        x = numpyro.sample("x", dist.Normal(eps, 1))
+        numpyro.sample("minus_energy", dist.Normal(x, 1))
+        numpyro.sample("y", dist.Normal(x, 1), obs=y)
+
+    loss = Loss.from_model(clashing, 1.0)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(regloss.model, 0)).get_trace(target)
+    assert set(trace) == {"eps_", "x_", "minus_energy_", "eps", "x", "minus_energy"}
+
+
+def test_arviz_reads_it():
+    with warnings.catch_warnings():
+        # ArviZ 0.23 announces its refactoring once a day at import.
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz as az  # noqa: PLC0415
+    loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    mcmc = MCMC(
+        NUTS(regloss.model), num_warmup=200, num_samples=100, num_chains=2, chain_method="vectorized",
+        progress_bar=False,
+    )  # fmt: skip
+    mcmc.run(random.key(0), target)
+    data = az.from_numpyro(mcmc)
+    assert {"mu", "tau", "theta", "x"} <= set(data.posterior.data_vars)
+    assert dict(data.posterior["theta"].sizes)["chain"] == 2
+    assert "mu" in az.summary(data, var_names=["mu"]).index
+
+
+def test_overridden_arguments():
+    loss = Loss.from_function(lambda x, y, w=1.0: w * jnp.sum((x - y) ** 2), np.zeros(2), np.ones(2))
+    reference = Gaussian.isotropic(loss.x0, 1.0)
+    assert RegularizedLoss(loss, reference).energy(loss.x0) == 2.0
+    assert RegularizedLoss(loss, reference, args=(np.full(2, 3.0),)).energy(loss.x0) == 18.0
+    assert RegularizedLoss(loss, reference, kwargs={"w": 5.0}, temperature=2.0).energy(loss.x0) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "temperature", "error"),
+    [
+        (Gaussian(jnp.zeros(3), jnp.ones(3)), 1.0, ValueError),
+        (Gaussian(jnp.zeros(4), jnp.ones(3)), 1.0, ValueError),
+        (Gaussian(jnp.zeros(4), jnp.array(-1.0)), 1.0, ValueError),
+        (Gaussian(jnp.zeros(4), jnp.zeros((4, 4))), 1.0, ValueError),
+        (jnp.zeros(4), 1.0, TypeError),
+        (None, 0.0, ValueError),
+        (None, "hot", TypeError),
+        (None, np.nan, ValueError),
+    ],
+)
+def test_bad_input(reference, temperature, error):
+    with pytest.raises(error, match="RegularizedLoss: "):
+        RegularizedLoss(function_loss(), reference, temperature=temperature)
+
+
+def test_model_takes_nothing_else():
+    with pytest.raises(TypeError, match="expected a RegularizedLoss"):
+        regloss.model(function_loss())
