@@ -245,7 +245,9 @@ def table(rows: list[Row]) -> str:
 
 
 def _with_error(estimate: values.Estimate) -> str:
-    decimals = 4 if estimate.error <= 0 else int(np.clip(1 - np.floor(np.log10(estimate.error)), 0, 8))
+    decimals = (
+        4 if estimate.error <= 0 else int(np.clip(1 - np.floor(np.log10(estimate.error)), 0, 8))
+    )
     return f"{estimate.value:.{decimals}f} ± {estimate.error:.{decimals}f}"
 
 

@@ -39,8 +39,11 @@ __all__ = [
 
 # Below this mean acceptance one correction of the step size is not enough: warm up again.
 REWARM_BELOW = 0.2
-# Below this the chains hardly moved and their mean is that of the last shift.
-REJECT_BELOW = 0.02
+# A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
+# lower acceptance, with more divergent transitions, or with a smaller step in units of the reference.
+LEAST_ACCEPTANCE = 0.02
+MOST_DIVERGENT = 0.5
+LEAST_STEP_SIZE = 1e-6
 # NUTS stops at 2^10 leapfrog steps; the same bound keeps HMC from endless paths at a tiny step size.
 MAX_LEAPFROG = 1024
 # Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
@@ -223,22 +226,12 @@ def step(
     )
     chains = _strong(chains._replace(i=jnp.where(state.warm, settings.num_warmup, chains.i)))
 
-    def pool(chains: HMCState) -> HMCState:
-        info = ParamInfo(chains.z, chains.potential_energy, chains.z_grad)
-        step_size = jnp.exp(jnp.mean(jnp.log(chains.adapt_state.step_size)))
-        mass = jnp.mean(chains.adapt_state.inverse_mass_matrix, 0)
-        pooled = jax.vmap(init_chain, in_axes=(0, 0, None, None), out_axes=CHAIN_AXES)(
-            keys, info, step_size, mass
-        )
-        return chains._replace(adapt_state=_strong(pooled.adapt_state))
-
     num_leading = jnp.where(state.warm, 0, settings.num_warmup)
 
     def body(
         j: Array, carry: tuple[HMCState, _Buffers, _Tally]
     ) -> tuple[HMCState, _Buffers, _Tally]:
         chains, buffers, tally = carry
-        chains = lax.cond(chains.i == settings.num_warmup, pool, lambda c: c, chains)
         if settings.trajectory_length is not None:
             length = settings.trajectory_length * random.uniform(
                 random.fold_in(key_jitter, j), (), chains.z.dtype, 1 - JITTER, 1 + JITTER
@@ -302,10 +295,16 @@ def _report(
     draws = StoredDraws(x, jnp.zeros_like(loss), loss, target.temperature, score)
 
     accept_prob = tally.accept_prob / settings.num_samples
-    step_size = jnp.mean(chains.adapt_state.step_size)
+    # Shared from the next shift on: vmapped chains wait for the longest path among them.
+    step_size = jnp.exp(jnp.mean(jnp.log(chains.adapt_state.step_size)))
     finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()
+    moved = (
+        (accept_prob >= LEAST_ACCEPTANCE)
+        & (tally.num_divergent <= MOST_DIVERGENT * loss.size)
+        & (step_size >= LEAST_STEP_SIZE)
+    )
     info = HMCInfo(
-        ok=finite & (accept_prob >= REJECT_BELOW),
+        ok=finite & moved,
         num_loss=jnp.asarray(0),
         num_grad=tally.num_grad + settings.num_chains + 1,
         accept_prob=accept_prob,
@@ -318,7 +317,7 @@ def _report(
     state = WhitenedState(
         x=target.reference.unwhiten(chains.z),
         step_size=step_size * jnp.exp(accept_prob - settings.target_accept_prob),
-        inverse_mass_matrix=chains.adapt_state.inverse_mass_matrix[0],
+        inverse_mass_matrix=jnp.mean(chains.adapt_state.inverse_mass_matrix, 0),
         warm=accept_prob >= REWARM_BELOW,
     )
     return state, draws, info

@@ -462,29 +462,28 @@ def _drive(
     capacity = 1 if callback else _capacity(optimizer, state, arguments)
     chunk, done, rows = 1, 0, []
     with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
-        while done < num_steps:
-            count = min(chunk, num_steps - done)
-            start = time.perf_counter()
-            try:
-                state, buffers = _advance(optimizer, state, arguments, np.int32(count), capacity)
+        try:
+            while done < num_steps:
+                count = min(chunk, num_steps - done)
+                start = time.perf_counter()
+                after, buffers = _advance(optimizer, state, arguments, np.int32(count), capacity)
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
-            except KeyboardInterrupt:
-                if not rows:
-                    raise
-                warnings.warn(
-                    f"TwoStep.run: interrupted after {done} of {num_steps} steps.", stacklevel=3
-                )
-                break
-            seconds = (time.perf_counter() - start) / count
-            chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
-            done += count
-            rows.append(infos)
-            last = jax.tree.map(lambda a: a[-1], infos)
-            bar.set_postfix(_headline(last), refresh=False)
-            bar.update(count)
-            if callback is not None and callback(state, last):
-                break
-    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+                seconds = (time.perf_counter() - start) / count
+                chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
+                rows.append((after, infos))
+                state, done = after, done + count
+                last = jax.tree.map(lambda a: a[-1], infos)
+                bar.set_postfix(_headline(last), refresh=False)
+                bar.update(count)
+                if callback is not None and callback(state, last):
+                    break
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            message = f"TwoStep.run: interrupted after {done} of {num_steps} steps."
+            warnings.warn(message, stacklevel=3)
+    # An interrupt may fall between any two lines above: state and history are read off together.
+    return rows[-1][0], jax.tree.map(lambda *parts: np.concatenate(parts), *(r[1] for r in rows))
 
 
 def _capacity(optimizer: TwoStep, state: TwoStepState, arguments: Partition) -> int:

@@ -20,7 +20,9 @@ SHIFTS = {
     "importance_iid": lambda: shift.Importance(num_samples=4000, antithetic=False),
     "importance_chunked": lambda: shift.Importance(num_samples=3999, chunk_size=512),
     "nuts": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4),
-    "nuts_dense": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4, dense_mass=True),
+    "nuts_dense": lambda: shift.NUTS(
+        num_warmup=200, num_samples=250, num_chains=4, dense_mass=True
+    ),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
 }
 HEAT_FITS = {

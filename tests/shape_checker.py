@@ -18,5 +18,7 @@ def check_shapes(fn):
     """Decorates a function so that its array shapes are checked at every call."""
     if isinstance(fn, type):
         return fn
-    fn.__annotations__ = {name: hint for name, hint in fn.__annotations__.items() if _has_shape(hint)}
+    fn.__annotations__ = {
+        name: hint for name, hint in fn.__annotations__.items() if _has_shape(hint)
+    }
     return beartype.beartype(fn)

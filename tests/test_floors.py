@@ -59,7 +59,9 @@ def imports(path):
             base = node.module.removeprefix("numpyro_regloss").removeprefix(".")
             for alias in node.names:
                 inner = f"{base}.{alias.name}".removeprefix(".")
-                is_module = (ROOT / (inner.replace(".", "/") + ".py")).exists() or (ROOT / inner).is_dir()
+                is_module = (ROOT / (inner.replace(".", "/") + ".py")).exists() or (
+                    ROOT / inner
+                ).is_dir()
                 yield inner if is_module else base
 
 

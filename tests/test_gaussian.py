@@ -46,9 +46,13 @@ def test_whitening_and_its_transposes_are_inverses(kind):
     gaussian = gaussians()[kind]
     x, g = random.normal(random.key(1), (2, 3, DIM))
     np.testing.assert_allclose(gaussian.unwhiten(gaussian.whiten(x)), x, atol=1e-5)
-    np.testing.assert_allclose(gaussian.scaled_transpose(gaussian.unscale_transpose(g)), g, atol=1e-5)
+    np.testing.assert_allclose(
+        gaussian.scaled_transpose(gaussian.unscale_transpose(g)), g, atol=1e-5
+    )
     inner = jnp.sum(gaussian.scaled(x) * g, -1)
-    np.testing.assert_allclose(inner, jnp.sum(x * gaussian.scaled_transpose(g), -1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        inner, jnp.sum(x * gaussian.scaled_transpose(g), -1), rtol=1e-4, atol=1e-5
+    )
     log_det = jnp.linalg.slogdet(gaussian.covariance)[1] / 2
     np.testing.assert_allclose(gaussian.log_det, log_det, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +100,11 @@ def test_survives_vmap_and_stacking(kind):
 def test_isotropic_takes_variances():
     mean = jnp.zeros((2, 3))
     assert Gaussian.isotropic(mean, 0.25).scale.tolist() == [0.5, 0.5]
-    assert Gaussian.isotropic(mean[0], jnp.array([0.25, 1.0, 4.0])).scale.tolist() == [0.5, 1.0, 2.0]
+    assert Gaussian.isotropic(mean[0], jnp.array([0.25, 1.0, 4.0])).scale.tolist() == [
+        0.5,
+        1.0,
+        2.0,
+    ]
 
 
 def test_from_distribution_of_other_kinds():

@@ -24,7 +24,9 @@ def test_tool(command):
     beside = Path(sys.executable).parent / command[0]
     tool = str(beside) if beside.exists() else shutil.which(command[0])
     assert tool, f"{command[0]} is not installed; install the test extra"
-    done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -37,11 +39,14 @@ def test_readme_examples():
         warnings.filterwarnings("ignore", module="flax")
         for block in blocks:
             exec(compile(block, "README.md", "exec"), names)  # noqa: S102
-    accuracy = (names["net"].apply(names["result"].params, names["inputs"]).argmax(-1) == names["labels"]).mean()
+    accuracy = (
+        names["net"].apply(names["result"].params, names["inputs"]).argmax(-1) == names["labels"]
+    ).mean()
     assert accuracy > 0.9  # three classes of 600 rows, which the largest input decides
 
 
 def test_import_is_light():
-    code = "import sys, numpyro_regloss; print([m for m in ('arviz', 'matplotlib', 'sklearn') if m in sys.modules])"
+    heavy = ("arviz", "matplotlib", "sklearn")
+    code = f"import sys, numpyro_regloss; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -101,19 +101,25 @@ def test_static_and_traced_arguments():
 def test_callable_pytrees_are_leaves():
     partial = jax.tree_util.Partial(lambda w, x: jnp.sum(w * x), jnp.array([1.0, 2.0]))
     loss = Loss.from_function(partial, jnp.ones(2))
-    other = Loss.from_function(jax.tree_util.Partial(partial.func, jnp.array([3.0, 4.0])), jnp.ones(2))
+    other = Loss.from_function(
+        jax.tree_util.Partial(partial.func, jnp.array([3.0, 4.0])), jnp.ones(2)
+    )
     assert jax.tree.structure(loss) == jax.tree.structure(other)
     np.testing.assert_allclose([loss.value(loss.x0), other.value(other.x0)], [3.0, 7.0])
 
 
-@pytest.mark.parametrize("model_args", [(eight_schools, (8, SIGMA, Y)), (simplex_model, (np.array([3, 1, 2]),))])
+@pytest.mark.parametrize(
+    "model_args", [(eight_schools, (8, SIGMA, Y)), (simplex_model, (np.array([3, 1, 2]),))]
+)
 def test_joint_density_is_what_nuts_sees(model_args):
     model, args = model_args
     loss = Loss.from_model(model, *args, rng_key=random.key(0))
     info = initialize_model(random.key(1), model, model_args=args)
     position, _ = jax.flatten_util.ravel_pytree(info.param_info.z)  # sites sorted by name
     assert loss.dim == position.size
-    np.testing.assert_allclose(loss.value(position), info.potential_fn(info.param_info.z), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss.value(position), info.potential_fn(info.param_info.z), rtol=1e-5
+    )
     ours, theirs = loss.constrain(position), info.postprocess_fn(info.param_info.z)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
@@ -123,7 +129,8 @@ def test_joint_density_is_what_nuts_sees(model_args):
 def test_densities_differ_by_jacobian_and_prior():
     x = 0.3 * jnp.arange(10.0)
     joint, without_jacobian, likelihood = (
-        Loss.from_model(eight_schools, 8, SIGMA, Y, density=d).value(x) for d in ("joint", "map", "likelihood")
+        Loss.from_model(eight_schools, 8, SIGMA, Y, density=d).value(x)
+        for d in ("joint", "map", "likelihood")
     )
     # tau = exp(x[1]) is the only constrained site, so log |Jacobian| = x[1].
     np.testing.assert_allclose(joint, without_jacobian - x[1], rtol=1e-5)
@@ -196,9 +203,9 @@ def test_minibatch_of_a_model_is_unbiased():
     for density in ("joint", "map", "likelihood"):
         loss = Loss.from_model(model, y, density=density, minibatch=Minibatch(5, argnums=0))
         x = jnp.array([0.7])
-        values = jax.vmap(lambda key, loss=loss: loss.evaluate(x, *loss.draw_batch(key, loss.arguments)))(
-            random.split(random.key(2), 4000)
-        )
+        values = jax.vmap(
+            lambda key, loss=loss, x=x: loss.evaluate(x, *loss.draw_batch(key, loss.arguments))
+        )(random.split(random.key(2), 4000))
         assert jnp.abs(values.mean() - loss.value(x)) < 4 * jnp.std(values) / 4000**0.5
 
 
@@ -261,15 +268,27 @@ def test_models_that_are_refused(model, words):
     ("build", "error", "words"),
     [
         (lambda: Loss.from_function(lambda x: x, np.ones(3)), TypeError, "scalar"),
-        (lambda: Loss.from_function(lambda x: 1j * jnp.sum(x), np.ones(3)), TypeError, "real scalar"),
+        (
+            lambda: Loss.from_function(lambda x: 1j * jnp.sum(x), np.ones(3)),
+            TypeError,
+            "real scalar",
+        ),
         (lambda: Loss.from_function(lambda x: x["no"], {"a": 1.0}), ValueError, "KeyError"),
         (lambda: Loss.from_function(jnp.sum, np.arange(3)), TypeError, "floating-point"),
         (lambda: Loss.from_function(jnp.sum, "text"), TypeError, "floating-point"),
         (lambda: Loss.from_function(jnp.sum, {}), ValueError, "at least one parameter"),
-        (lambda: Loss.from_function(jnp.sum, np.array([1.0, np.nan])), ValueError, "finite starting"),
+        (
+            lambda: Loss.from_function(jnp.sum, np.array([1.0, np.nan])),
+            ValueError,
+            "finite starting",
+        ),
         (lambda: Loss.from_function(1.0, np.ones(3)), TypeError, "expected a function"),
         (lambda: Loss.from_model(eight_schools, 8), TypeError, "sigma"),
-        (lambda: Loss.from_model(eight_schools, 8, SIGMA, Y, density="prior"), ValueError, "likelihood"),
+        (
+            lambda: Loss.from_model(eight_schools, 8, SIGMA, Y, density="prior"),
+            ValueError,
+            "likelihood",
+        ),
         (lambda: Loss.from_function(lambda x, d: jnp.sum(x), np.ones(2), {1, 2}), TypeError, "set"),
     ],
 )

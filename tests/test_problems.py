@@ -111,10 +111,12 @@ CASES = {
     ),
 }
 ENTROPIC = [name for name in CASES if name != "zero_one"]
-# No quadrature in five dimensions; the zero-one loss has its heat step at high temperature only.
-TEMPERED = [(n, t) for n in ENTROPIC for t in TEMPERATURES if n != "mixture_5" or t == 1]
+# No quadrature in five dimensions; in two it is slow, and its third temperature has a test apart;
+# the zero-one loss has its heat step at high temperature only.
+OMITTED = {("mixture_2", 2.5), ("mixture_5", 0.1), ("mixture_5", 2.5)}
+TEMPERED = [(n, t) for n in ENTROPIC for t in TEMPERATURES if (n, t) not in OMITTED]
 HEATED = [name for name in CASES if name != "mixture_5"]
-STEPPED = [(n, t) for n, t in TEMPERED if n in HEATED] + [("zero_one", 20.0)]
+STEPPED = [c for c in TEMPERED if c[0] in HEATED and c != ("mixture_2", 1.0)] + [("zero_one", 20.0)]
 LINES = {
     name: getattr(problems, name)(1) for name in ("absolute", "relu", "double_well", "rastrigin")
 }
@@ -219,7 +221,7 @@ def test_entropy_and_moments_by_monte_carlo_with_tau_by_coordinate(name, tempera
     problem, loss, x, tau = CASES[name]
     tau = tau * np.linspace(0.6, 1.4, problem.dim)
     rng = np.random.default_rng(2)
-    draws = x + np.sqrt(tau) * rng.normal(size=(100_000, problem.dim))
+    draws = x + np.sqrt(tau) * rng.normal(size=(50_000, problem.dim))
     energy = loss(draws) / temperature
     ratio = np.exp(energy.min() - energy)
     value = -temperature * (np.log(ratio.mean()) - energy.min())
@@ -241,7 +243,7 @@ def test_entropy_and_moments_by_monte_carlo_with_tau_by_coordinate(name, tempera
 def test_heat_by_monte_carlo_with_tau_by_coordinate(name):
     problem, loss, x, tau = CASES[name]
     tau = tau * np.linspace(0.6, 1.4, problem.dim)
-    values = loss(x + np.sqrt(tau) * np.random.default_rng(3).normal(size=(100_000, problem.dim)))
+    values = loss(x + np.sqrt(tau) * np.random.default_rng(3).normal(size=(50_000, problem.dim)))
     error = values.std() / np.sqrt(len(values))
     assert abs(problem.heat(x, tau) - values.mean()) < BANDS * error
 
@@ -271,7 +273,9 @@ def test_closed_forms_agree_with_quadrature(name):
     known = LINES[name]
     kinks = (0.0,) if name in {"absolute", "relu"} else ()
     plain = problems.separable(name, known.loss, 1, start=0.0, minimum=0.0, kinks=kinks)
-    for x, tau in itertools.product([-3.0, 0.0, 0.7, 15.0], [1e-4, 0.3, 20.0]):
+    # At tau/T² = 1e9 a closed form that is not careful loses half its digits to cancellation.
+    widths = [1e-4, 0.3, 20.0] + [1e3] * len(kinks)
+    for x, tau in itertools.product([-3.0, 0.0, 0.7, 15.0], widths):
         assert plain.heat([x], tau) == pytest.approx(known.heat([x], tau), EXACT, EXACT)
         for temperature in (1e-3, 1.0):
             at = [x], tau, temperature
@@ -283,7 +287,7 @@ def test_closed_forms_agree_with_quadrature(name):
 def test_quadrature_has_converged(name, monkeypatch):
     problem, _, x, tau = CASES[name]
     first = answers(problem, x, tau, 0.1)
-    monkeypatch.setattr(problems, "_PANELS", {1: (384, 384), 2: (18, 72)})
+    monkeypatch.setattr(problems, "_PANELS", {1: (384, 384), 2: (18, 60)})
     assert_close(answers(problem, x, tau, 0.1), first, 1e-10)
 
 
@@ -415,12 +419,12 @@ def test_heat_step_is_the_global_minimizer(name, x, tau, temperature):
         return problem.heat([y], tau) + temperature * (y - x) ** 2 / (2 * tau)
 
     step = problem.heat_step([x], tau, temperature).item()
-    best = min(objective(y) for y in np.linspace(-4.0, 4.0, 1_001))
+    best = min(objective(y) for y in np.linspace(-4.0, 4.0, 161))
     assert objective(step) <= best + 1e-12
 
 
 def test_heat_step_of_a_mixture_picks_the_deeper_valley():
-    problem, loss, _, tau = CASES["mixture_1"]
+    problem, loss, *_ = CASES["mixture_1"]
     tau, centers = 0.05, np.linspace(-4, 4, 801)
     grid = Grid.of([0.0], tau, 3.0, 601)
     values = loss((grid.nodes + centers).reshape(-1, 1)).reshape(601, 801)

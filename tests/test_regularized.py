@@ -63,7 +63,11 @@ def test_mcmc_with_default_initialization():
 def test_mcmc_moves_with_the_target():
     loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), np.zeros(2))
     mcmc = MCMC(
-        NUTS(regloss.model), num_warmup=300, num_samples=500, progress_bar=False, jit_model_args=True
+        NUTS(regloss.model),
+        num_warmup=300,
+        num_samples=500,
+        progress_bar=False,
+        jit_model_args=True,
     )
     for center in (0.0, 10.0):
         mcmc.run(random.key(0), RegularizedLoss(loss, Gaussian.isotropic(loss.x0 + center, 1.0)))
@@ -142,11 +146,15 @@ def test_arviz_reads_it():
 
 
 def test_overridden_arguments():
-    loss = Loss.from_function(lambda x, y, w=1.0: w * jnp.sum((x - y) ** 2), np.zeros(2), np.ones(2))
+    loss = Loss.from_function(
+        lambda x, y, w=1.0: w * jnp.sum((x - y) ** 2), np.zeros(2), np.ones(2)
+    )
     reference = Gaussian.isotropic(loss.x0, 1.0)
     assert RegularizedLoss(loss, reference).energy(loss.x0) == 2.0
     assert RegularizedLoss(loss, reference, args=(np.full(2, 3.0),)).energy(loss.x0) == 18.0
-    assert RegularizedLoss(loss, reference, kwargs={"w": 5.0}, temperature=2.0).energy(loss.x0) == 5.0
+    assert (
+        RegularizedLoss(loss, reference, kwargs={"w": 5.0}, temperature=2.0).energy(loss.x0) == 5.0
+    )
 
 
 @pytest.mark.parametrize(

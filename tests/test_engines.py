@@ -1,0 +1,379 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Every engine against exact answers and against the rules that all engines follow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import HEAT_FITS, SHIFTS, SIGMAS, Counter
+from jax import lax, random
+
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, fit, problems, shift
+from numpyro_regloss.fit import ForwardKL
+
+
+def random_quadratic(dim, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(dim, dim)) * (scale / dim) ** 0.5
+    return problems.quadratic(factor @ factor.T, center=rng.normal(size=dim))
+
+
+# Built once: the same loss function is the same compiled program in all tests of a process.
+PROBLEMS = {
+    "quadratic": random_quadratic(10, seed=1),
+    "mixture": problems.gaussian_mixture(
+        [0.3, 0.7], [[-1.0, 0.0], [1.0, 1.0]], [0.3 * np.eye(2), [[0.5, 0.2], [0.2, 0.4]]]
+    ),
+    "absolute": problems.absolute(3),
+    "double_well": problems.double_well(2),
+}
+TEMPERATURES = (1.0, 0.1)
+
+
+def setup(problem, x, tau, temperature):
+    loss = Loss.from_function(problem.loss, np.asarray(x, float))
+    return RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau), temperature=temperature)
+
+
+@jax.jit
+def shift_and_fit(engine, rng_key, target):
+    key_init, key_step, key_fit = random.split(rng_key, 3)
+    _, draws, info = engine.step(key_step, engine.init(key_init, target), target)
+    _, fitted, fit_info = ForwardKL().step(key_fit, (), target, draws)
+    return draws, info, fitted, fit_info
+
+
+def one_shift(engine, target, seed=0):
+    return shift_and_fit(engine, random.key(seed), target)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("engine", SHIFTS)
+def test_shift_and_fit_give_the_exact_mean(engine, name):
+    if engine == "nuts_dense" and name != "quadratic":
+        pytest.skip("the mass matrix is adapted by NumPyro alike on every problem; once is enough")
+    problem = PROBLEMS[name]
+    for temperature in TEMPERATURES:
+        # Near enough to the mass for importance weights: the error of a degenerate cloud is not normal.
+        x, tau = np.full(problem.dim, 0.6 if name == "double_well" else 0.3), 0.5 * temperature
+        target = setup(problem, x, tau, temperature)
+        draws, info, fitted, fit_info = one_shift(SHIFTS[engine](), target)
+        assert info.ok
+        exact = problem.shift_mean(x, tau, temperature)
+        error = np.abs(fitted.mean - exact) / fit_info.mean_error
+        assert np.all(error < SIGMAS), (fitted.mean, exact, fit_info.mean_error)
+        assert np.all(fit_info.mean_error < 0.2 * np.sqrt(tau))
+        assert draws.x.shape == (*draws.loss.shape, problem.dim)
+
+
+@pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
+def test_fifty_dimensions(engine):
+    problem = random_quadratic(50, seed=2, scale=0.2)
+    x, tau = np.zeros(50), 0.3
+    engines = {
+        "importance": shift.Importance(num_samples=20_000),
+        "nuts": shift.NUTS(num_samples=250),
+        "hmc": shift.HMC(num_samples=250),
+    }
+    _, info, fitted, fit_info = one_shift(engines[engine], setup(problem, x, tau, 1.0))
+    assert info.ok
+    error = np.abs(fitted.mean - problem.shift_mean(x, tau)) / fit_info.mean_error
+    assert np.all(error < SIGMAS)
+
+
+@pytest.mark.parametrize("engine", SHIFTS)
+def test_stated_error_of_the_mean_is_calibrated(engine):
+    # 200 repetitions at once: standardized errors must have standard deviation one. The bounds are the
+    # 0.01 % quantiles of a chi distribution with 200 degrees of freedom, widened below since antithetic
+    # and NUTS errors are estimated from few effective draws.
+    problem = random_quadratic(2, seed=3)
+    x, tau = np.array([0.5, -0.5]), 0.5
+    target = setup(problem, x, tau, 1.0)
+    small = {
+        "importance": shift.Importance(num_samples=200),
+        "importance_iid": shift.Importance(num_samples=200, antithetic=False),
+        "importance_chunked": shift.Importance(num_samples=199, chunk_size=64),
+        "nuts": shift.NUTS(num_warmup=150, num_samples=100, num_chains=2),
+        "nuts_dense": shift.NUTS(num_warmup=150, num_samples=100, num_chains=2, dense_mass=True),
+        "hmc": shift.HMC(num_warmup=150, num_samples=100, num_chains=2),
+    }[engine]
+
+    def go(rng_key):
+        _, draws, _ = small.step(rng_key, small.init(rng_key, target), target)
+        _, fitted, info = ForwardKL().step(rng_key, (), target, draws)
+        return (fitted.mean - exact) / info.mean_error
+
+    exact = jnp.asarray(problem.shift_mean(x, tau), target.loss.x0.dtype)
+    scores = jax.jit(jax.vmap(go))(random.split(random.key(4), 200))
+    spread = jnp.sqrt(jnp.mean(scores**2, 0))
+    assert jnp.all((spread > 0.75) & (spread < 1.25)), spread
+
+
+@pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
+def test_dense_fit_matches_the_covariance(engine):
+    problem = random_quadratic(4, seed=5)
+    x, tau = np.zeros(4), 0.7
+    target = setup(problem, x, tau, 0.5)
+    engine = SHIFTS[engine]()
+
+    draws, info, _, _ = one_shift(engine, target)
+    fitted = jax.jit(ForwardKL("dense").step)(random.key(0), (), target, draws)[1]
+    exact = problem.shift_covariance(x, tau, 0.5)
+    sd = np.sqrt(np.diag(exact))
+    # Entries of a sample covariance have standard error at most sqrt(2 / n) in units of sd_i sd_j.
+    error = np.abs(fitted.covariance - exact) / np.outer(sd, sd)
+    assert np.max(error) < SIGMAS * np.sqrt(2 / float(info.ess))
+
+
+@jax.jit
+def heat_step(method, rng_key, target):
+    return method.step(rng_key, method.init(rng_key, target), target, None)[1:]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", HEAT_FITS)
+def test_heat_fits_reach_the_exact_step(method, name):
+    problem = PROBLEMS[name]
+    method = HEAT_FITS[method]()
+    for temperature in TEMPERATURES:
+        x, tau = np.full(problem.dim, 0.3), 0.5 * temperature
+        fitted, info = heat_step(method, random.key(0), setup(problem, x, tau, temperature))
+        assert info.ok
+        # In units of sqrt(tau) the noise of one gradient is at most about one after preconditioning by
+        # the curvature, so 2,000 to 8,000 of them leave less than 0.03; four of those.
+        error = np.abs(fitted.mean - problem.heat_step(x, tau, temperature)) / np.sqrt(tau)
+        assert np.max(error) < 0.12, error
+
+
+def test_robbins_monro_is_exact_on_quadratics_of_any_stiffness():
+    for scale in (0.1, 10.0, 300.0):
+        problem = problems.quadratic(np.array([0.1, 1.0]) * scale, center=np.array([1.0, -1.0]))
+        target = setup(problem, np.zeros(2), 0.5, 1.0)
+        fitted, info = heat_step(fit.RobbinsMonro(num_steps=3000), random.key(1), target)
+        np.testing.assert_allclose(info.curvature, 0.5 * scale, rtol=0.05)
+        # Antithetic gradients of a quadratic have no noise: only the decay of the start is left.
+        np.testing.assert_allclose(fitted.mean, problem.heat_step(np.zeros(2), 0.5), atol=0.02)
+
+
+def test_natural_steps_are_the_papers():
+    # a_j = 1 / j and no averaging: y_M = x - (tau / T) times the mean gradient met on the way.
+    target = setup(problems.linear(np.array([1.0, -2.0])), np.zeros(2), 0.5, 0.25)
+    natural = fit.RobbinsMonro(
+        5, averaging=False, antithetic=False, step_size=lambda j: 1.0 / (j + 1.0)
+    )
+    state = natural.init(random.key(0), target)
+    fitted = natural.step(random.key(1), state, target, None)[1]
+    np.testing.assert_allclose(fitted.mean, -0.5 / 0.25 * jnp.array([1.0, -2.0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("covariance", ["reference", "dense"])
+def test_reverse_kl_of_a_quadratic(covariance):
+    problem = random_quadratic(5, seed=6)
+    x, tau, temperature = np.full(5, 0.5), 0.6, 0.5
+    target = setup(problem, x, tau, temperature)
+    method = fit.ReverseKL(covariance, num_steps=2000)
+    fitted, info = heat_step(method, random.key(0), target)
+    sd = np.sqrt(np.diag(problem.shift_covariance(x, tau, temperature)))
+    assert np.max(np.abs(fitted.mean - problem.heat_step(x, tau, temperature)) / sd) < 0.08
+    if covariance == "dense":
+        exact = problem.shift_covariance(x, tau, temperature)
+        assert np.max(np.abs(fitted.covariance - exact) / np.outer(sd, sd)) < 0.08
+        # q is in the family, so the bound is F_tau itself.
+        gap = float(info.bound) - problem.local_entropy(x, tau, temperature)
+        assert abs(gap) < SIGMAS * float(info.bound_error) + 0.01
+    else:
+        assert info.bound > problem.local_entropy(x, tau, temperature)
+
+
+@pytest.mark.parametrize("engine", SHIFTS)
+def test_states_keep_their_types(engine):
+    target = setup(PROBLEMS["double_well"], np.zeros(2), 0.5, 1.0)
+    engine = SHIFTS[engine]()
+    state = engine.init(random.key(0), target)
+    after = jax.eval_shape(engine.step, random.key(0), state, target)[0]
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("engine", SHIFTS)
+def test_one_trace_then_none(engine):
+    counter = Counter(PROBLEMS["double_well"].loss)
+    loss = Loss.from_function(counter, np.zeros(2))
+    engine = SHIFTS[engine]()
+    step = jax.jit(lambda key, target: engine.step(key, engine.init(key, target), target)[1:])
+    step(random.key(0), RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5)))
+    count = counter.count
+    for tau in (0.1, 0.9):
+        target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0 + tau, tau), temperature=0.5)
+        step(random.key(1), target)
+    assert counter.count == count
+
+
+def test_jit_equals_eager():
+    target = setup(PROBLEMS["double_well"], np.full(2, 0.2), 0.5, 1.0)
+    engine = shift.Importance(1000)
+    jitted, eager = (
+        jax.jit(engine.step)(random.key(0), (), target),
+        engine.step(random.key(0), (), target),
+    )
+    np.testing.assert_allclose(jitted[1].loss, eager[1].loss, rtol=1e-5)
+    np.testing.assert_allclose(jitted[2].ess, eager[2].ess, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", SHIFTS)
+def test_scores_are_gradients_of_log_q(engine):
+    target = setup(PROBLEMS["double_well"], np.full(2, 0.2), 0.5, 0.5)
+    draws, _, _, _ = one_shift(SHIFTS[engine](), target)
+    x = draws.x[0, :5]
+    np.testing.assert_allclose(draws.loss[0, :5], jax.vmap(target.value)(x), rtol=1e-3, atol=1e-3)
+    if draws.score is not None:
+        expected = jax.vmap(jax.grad(target.log_density))(x)
+        np.testing.assert_allclose(draws.score[0, :5], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", SHIFTS)
+def test_fold_visits_every_draw_once(engine):
+    target = setup(PROBLEMS["double_well"], np.full(2, 0.2), 0.5, 1.0)
+    draws, _, _, _ = one_shift(SHIFTS[engine](), target)
+
+    def add(total, chunk):
+        weight = jnp.exp(chunk.log_weight)
+        return total + jnp.sum(weight[:, None] * chunk.x, 0)
+
+    folded = draws.fold(add, jnp.zeros(2))
+    direct = jnp.einsum("cd,cdi->i", jnp.exp(draws.log_weight), draws.x)
+    np.testing.assert_allclose(folded, direct, rtol=1e-3, atol=1e-2)
+
+
+def test_antithetic_pairs_stay_together():
+    target = setup(problems.linear(np.ones(3)), np.full(3, 2.0), 0.5, 1.0)
+    draws, _, _, _ = one_shift(shift.Importance(1001, chunk_size=100), target)
+    x = draws.x[0, :1000].reshape(500, 2, 3)
+    np.testing.assert_allclose(x.mean(1), np.full((500, 3), 2.0), rtol=1e-5)
+    assert draws.x.shape == (1, 1001, 3)
+
+
+def test_importance_does_not_depend_on_chunks_in_law():
+    target = setup(PROBLEMS["double_well"], np.full(2, 0.2), 0.5, 1.0)
+    means = [
+        one_shift(shift.Importance(20_000, chunk_size=size), target, seed=size)[2:]
+        for size in (100, 20_000)
+    ]
+    (a, info_a), (b, info_b) = means
+    error = np.hypot(info_a.mean_error, info_b.mean_error)
+    assert np.all(np.abs(a.mean - b.mean) < SIGMAS * error)
+
+
+def test_walls_and_failures_of_the_loss():
+    def wall(x):
+        return jnp.where(x[0] > 0, jnp.where(x[1] > 0, 0.0, jnp.nan), jnp.inf)
+
+    loss = Loss.from_function(wall, np.ones(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    _, info, fitted, _ = one_shift(shift.Importance(10_000), target)
+    assert info.ok
+    assert info.num_rejected > 1000
+    # N(1, 1) cut off at zero on both axes.
+    exact = 1.0 + jax.scipy.stats.norm.pdf(1.0) / jax.scipy.stats.norm.cdf(1.0)
+    np.testing.assert_allclose(fitted.mean, [exact, exact], atol=0.05)
+
+
+def test_importance_reports_degeneracy():
+    target = setup(problems.linear(np.full(20, 3.0)), np.zeros(20), 1.0, 1.0)
+    _, info, _, fit_info = one_shift(shift.Importance(1000), target)
+    assert info.khat > 0.7
+    assert info.ess < 20
+    # sqrt(tau) = 1, and a mean over a handful of draws is known to a good part of it.
+    assert np.median(fit_info.mean_error) > 0.2
+
+
+def test_hmc_at_a_moved_centre():
+    # The chains of the first target stand far out in the second: they must follow it.
+    engine = shift.NUTS(num_warmup=200, num_samples=500, num_chains=2)
+    problem = random_quadratic(3, seed=7)
+    first, second = (
+        setup(problem, np.zeros(3), 0.5, 1.0),
+        setup(problem, np.full(3, 30.0), 0.5, 1.0),
+    )
+    state = engine.init(random.key(0), first)
+    step = jax.jit(engine.step)
+    state, _, _ = step(random.key(1), state, first)
+    state, _, info = step(random.key(2), state, second)
+    state, draws, info = step(random.key(3), state, second)
+    assert info.num_divergent == 0
+    fitted, fit_info = ForwardKL().step(random.key(0), (), second, draws)[1:]
+    exact = problem.shift_mean(np.full(3, 30.0), 0.5)
+    assert np.all(np.abs(fitted.mean - exact) < SIGMAS * fit_info.mean_error)
+
+
+@pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
+def test_double_precision(engine, x64):
+    problem = random_quadratic(2)
+    target = setup(problem, np.zeros(2), 0.5, 1.0)
+    draws, _, fitted, fit_info = one_shift(SHIFTS[engine](), target)
+    assert draws.x.dtype == fitted.mean.dtype == jnp.float64
+    error = np.abs(fitted.mean - problem.shift_mean(np.zeros(2), 0.5))
+    assert np.all(error < SIGMAS * fit_info.mean_error)
+
+
+def test_diagonal_and_dense_references():
+    problem = random_quadratic(3, seed=8)
+    loss = Loss.from_function(problem.loss, np.zeros(3))
+    rng = np.random.default_rng(9)
+    factor = jnp.asarray(
+        np.tril(rng.normal(size=(3, 3)) * 0.2) + np.diag([0.5, 0.8, 1.2]), jnp.float32
+    )
+    hessian = jax.hessian(problem.loss)(jnp.zeros(3))
+    gradient = jax.grad(problem.loss)(jnp.zeros(3))
+    for scale in (jnp.array([0.5, 0.8, 1.2]), factor):
+        reference = Gaussian(loss.x0, scale)
+        precision = jnp.linalg.inv(reference.covariance)
+        exact = -jnp.linalg.solve(hessian + precision, gradient)
+        target = RegularizedLoss(loss, reference)
+        for engine in (shift.Importance(20_000), shift.NUTS()):
+            _, _, fitted, info = one_shift(engine, target)
+            assert np.all(np.abs(fitted.mean - exact) < SIGMAS * info.mean_error)
+        fitted, _ = heat_step(fit.RobbinsMonro(2000), random.key(0), target)
+        np.testing.assert_allclose(fitted.mean, exact, atol=5e-3)
+
+
+def test_engine_potential_of_a_model_is_the_models():
+    from test_loss import SIGMA, Y, eight_schools  # noqa: PLC0415
+
+    loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    draws, info, _, _ = one_shift(shift.NUTS(num_warmup=100, num_samples=50, num_chains=2), target)
+    assert info.ok
+    potential = lax.map(target.whitened_potential, jax.vmap(target.reference.whiten)(draws.x[0]))
+    noise = jax.vmap(target.reference.whiten)(draws.x[0])
+    np.testing.assert_allclose(
+        draws.loss[0], potential - 0.5 * jnp.sum(noise**2, -1), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        (lambda: shift.Importance(0), ValueError),
+        (lambda: shift.Importance(10.0), TypeError),
+        (lambda: shift.Importance(True), TypeError),
+        (lambda: shift.Importance(10, antithetic=1), TypeError),
+        (lambda: shift.Importance(10, chunk_size=0), ValueError),
+        (lambda: shift.NUTS(num_samples=-1), ValueError),
+        (lambda: shift.NUTS(num_warmup=-1), ValueError),
+        (lambda: shift.NUTS(target_accept_prob=1.5), ValueError),
+        (lambda: shift.NUTS(dense_mass="yes"), TypeError),
+        (lambda: shift.NUTS(step_size=0.0), ValueError),
+        (lambda: shift.HMC(trajectory_length=-1.0), ValueError),
+        (lambda: fit.ForwardKL("full"), ValueError),
+        (lambda: fit.ReverseKL(method="newton"), ValueError),
+        (lambda: fit.ReverseKL(optimizer="adam"), TypeError),
+        (lambda: fit.RobbinsMonro(0), ValueError),
+        (lambda: fit.RobbinsMonro(5, step_size=-1.0), ValueError),
+    ],
+)
+def test_bad_settings(build, error):
+    with pytest.raises(error, match="expected"):
+        build()

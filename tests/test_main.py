@@ -1,0 +1,72 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The main job as a user runs it, and the promise on memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments, **kwargs):
+    command = [sys.executable, "-m", "numpyro_regloss", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_quick(tmp_path):
+    done = run("--quick", "--no-progress", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (out,) = tmp_path.glob("regloss-*")
+    assert (out / "figure.png").stat().st_size > 10_000
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["problem"] for row in rows] == ["digits", "digits", "eight schools"]
+    for row in rows:
+        assert row["rejected_steps"] == 0
+        assert row["local_entropy"]["value"] < row["heat"]["value"] + 4 * row["heat"]["error"]
+    for row in rows[:2]:
+        assert float(row["outcome"].split()[-2]) > 90.0  # per cent of test digits, 10 by chance
+    assert rows[0]["num_grad"] == 0
+    for word in ("local entropy", "heat", "test accuracy", "seconds", "mu"):
+        assert word in done.stdout
+
+
+def test_help_is_complete():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in (
+        "digits",
+        "eight-schools",
+        "--out",
+        "--quick",
+        "--seed",
+        "--no-progress",
+        "--version",
+    ):
+        assert word in done.stdout
+
+
+def test_unknown_problem_is_refused():
+    done = run("--problem", "mnist")
+    assert done.returncode == 2
+    assert "eight-schools" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_of_a_large_cloud(tmp_path):
+    # 100,000 draws in 20,000 dimensions would take 8 GB if they were stored.
+    code = """
+import resource, numpy as np, jax, jax.numpy as jnp
+from numpyro_regloss import Loss, TwoStep, fit, shift
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def build(num_samples):
+    loss = Loss.from_function(lambda x: jnp.sum(jnp.abs(x[:10])) + jnp.mean(x**2), np.ones(20_000))
+    return TwoStep(loss, 1e-3, shift=shift.Importance(num_samples), fit=fit.ForwardKL(), temperature=0.1)
+build(200).run(jax.random.key(0), 1, progress_bar=False)
+before = peak()
+result = build(100_000).run(jax.random.key(0), 1, progress_bar=False)
+assert np.isfinite(result.params).all()
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.0, f"{done.stdout} GiB above the baseline"
