@@ -91,8 +91,8 @@ def start_params(rng_key: jax.Array) -> dict[str, jax.Array]:
 @numpyro.handlers.reparam(config={"theta": TransformReparam()})
 def eight_schools(num_schools: int, errors: jax.Array, effects: jax.Array | None = None) -> None:
     """Effects of coaching in eight schools, in non-centered form (Rubin 1981; Gelman et al. 2013)."""
-    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    mu = jnp.asarray(numpyro.sample("mu", dist.Normal(0.0, 5.0)))
+    tau = jnp.asarray(numpyro.sample("tau", dist.HalfCauchy(5.0)))
     with numpyro.plate("school", num_schools):
         affine = dist.transforms.AffineTransform(mu, tau)
         theta = numpyro.sample("theta", dist.TransformedDistribution(dist.Normal(0.0, 1.0), affine))

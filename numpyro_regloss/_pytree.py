@@ -28,10 +28,10 @@ def static_field(**kwargs: Any) -> Any:
 
 
 def _field_is_static(field: dataclasses.Field, value: Any) -> bool:
-    """Whether a field's value compiles: declared so, or a plain function (a schedule, say)."""
-    return field.metadata.get("static", False) or (
-        callable(value) and jax.tree_util.all_leaves([value])
-    )
+    """Whether a value compiles: declared so, a plain function or an engine that is no pytree."""
+    if field.metadata.get("static", False):
+        return True
+    return (callable(value) or hasattr(value, "step")) and jax.tree_util.all_leaves([value])
 
 
 def is_concrete(tree: Any) -> bool:

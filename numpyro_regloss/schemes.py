@@ -23,7 +23,6 @@ __all__ = ["heat", "local_entropy", "minimize"]
 def local_entropy(
     loss: Loss,
     tau: Any,
-    *,
     shift: Any = None,
     fit: Any = None,
     anchor: Any = None,
@@ -62,7 +61,6 @@ def local_entropy(
 def heat(
     loss: Loss,
     tau: Any,
-    *,
     fit: Any = None,
     anchor: Any = None,
     temperature: Any = 1.0,

@@ -312,7 +312,10 @@ class TwoStep:
             return self.tau
         if isinstance(self.tau, int | float | np.number | bool | str) or self.tau is None:
             return check_positive(self.tau, what)
-        if isinstance(self.tau, np.ndarray | jax.Array) and self.tau.ndim == 0:
+        if isinstance(self.tau, np.ndarray | jax.Array) and self.tau.shape in (
+            (),
+            (self.loss.dim,),
+        ):
             return check_positive(self.tau, what)
         try:
             groups = self.loss.source.expand(self.tau)
@@ -460,7 +463,7 @@ def _drive(
 ) -> tuple[TwoStepState, TwoStepInfo]:
     state = jax.tree.map(_strong, state)
     capacity = 1 if callback else _capacity(optimizer, state, arguments)
-    chunk, done, rows = 1, 0, []
+    chunk, done, past = 1, 0, (state, None)
     with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
         try:
             while done < num_steps:
@@ -470,7 +473,8 @@ def _drive(
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
                 seconds = (time.perf_counter() - start) / count
                 chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
-                rows.append((after, infos))
+                # One assignment, so that an interrupt cannot part the state from its history.
+                past = (after, (infos, past[1]))
                 state, done = after, done + count
                 last = jax.tree.map(lambda a: a[-1], infos)
                 bar.set_postfix(_headline(last), refresh=False)
@@ -478,12 +482,15 @@ def _drive(
                 if callback is not None and callback(state, last):
                     break
         except KeyboardInterrupt:
-            if not rows:
+            if past[1] is None:
                 raise
             message = f"TwoStep.run: interrupted after {done} of {num_steps} steps."
             warnings.warn(message, stacklevel=3)
-    # An interrupt may fall between any two lines above: state and history are read off together.
-    return rows[-1][0], jax.tree.map(lambda *parts: np.concatenate(parts), *(r[1] for r in rows))
+    (state, link), rows = past, []
+    while link is not None:
+        infos, link = link
+        rows.append(infos)
+    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *reversed(rows))
 
 
 def _capacity(optimizer: TwoStep, state: TwoStepState, arguments: Partition) -> int:

@@ -175,6 +175,7 @@ def test_tau_per_group_of_parameters():
     # One proximal step contracts each group by 1 / (1 + tau).
     np.testing.assert_allclose(params["a"], np.full(2, 0.8), atol=2e-3)
     np.testing.assert_allclose(params["b"], np.full((2, 1), 0.5), atol=2e-3)
+    assert same(dataclasses.replace(optimizer, temperature=1.0), optimizer)
     model_loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
     groups = schemes.local_entropy(model_loss, {"mu": 1.0, "tau": 0.1, "theta": 0.5}, shift=CHEAP)
     state = groups.init(random.key(0))
