@@ -25,6 +25,8 @@ SHIFTS = {
     ),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
 }
+# Where an engine's variants run the same code, the rules are checked on one of them.
+FAMILIES = ("importance_chunked", "nuts", "hmc")
 HEAT_FITS = {
     "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
     "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),

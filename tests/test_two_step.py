@@ -234,7 +234,7 @@ def nan_beyond(limit):
     return lambda x: jnp.where(jnp.sum(x**2) > limit, jnp.nan, jnp.sum((x - 1.0) ** 2))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["importance", "nuts"])
 def test_nan_for_good_keeps_the_reference_and_raises(engine):
     # Finite at the start only: no cloud and no path ever finds another finite value.
     loss = Loss.from_function(lambda x: jnp.where(jnp.all(x == 0), 0.0, jnp.nan), np.zeros(3))
@@ -246,7 +246,7 @@ def test_nan_for_good_keeps_the_reference_and_raises(engine):
     np.testing.assert_array_equal(result.params, np.zeros(3))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["importance", "nuts"])
 def test_a_nan_region_is_survived(engine):
     loss = Loss.from_function(nan_beyond(9.0), np.zeros(3))
     optimizer = TwoStep(loss, 0.1, shift=ENGINES[engine], fit=fit.ForwardKL())
@@ -257,7 +257,7 @@ def test_a_nan_region_is_survived(engine):
     assert np.all(np.abs(result.params - 1.0) < 0.4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["importance", "nuts"])
 def test_a_bad_batch_is_rejected_and_the_run_recovers(engine):
     # Row 0 of the data is NaN: batches that hold it fail, the others go on.
     data = np.ones((8, 3))
@@ -265,8 +265,6 @@ def test_a_bad_batch_is_rejected_and_the_run_recovers(engine):
     loss = Loss.from_function(
         lambda x, d: jnp.mean((x - d) ** 2), np.zeros(3), data, minibatch=Minibatch(1)
     )
-    full = Loss.from_function(lambda x, d: jnp.mean((x - d[1:]) ** 2), np.zeros(3), data)
-    del full
     optimizer = TwoStep(loss, 0.3, shift=ENGINES[engine], fit=fit.ForwardKL())
     state = optimizer.init(random.key(0), np.ones((8, 3)))
     with pytest.warns(UserWarning, match="steps were rejected"):
