@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites
-from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
 
-__all__ = ["Loss", "explain"]
+__all__ = ["Loss"]
 
 
 @pytree_dataclass
@@ -132,7 +132,7 @@ class Loss:
         if density not in DENSITIES:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
         arguments = Partition((args, kwargs))
-        sites = explain(lambda: latent_sites(model, arguments), "model")
+        sites = _explain(lambda: latent_sites(model, arguments), "model")
         source = ModelSource(model, density, sites)
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
@@ -185,7 +185,8 @@ class Loss:
             return self.arguments
         bound_args, bound_kwargs = self.arguments.tree
         arguments = Partition((tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}))
-        explain(lambda: self.source.check(arguments), "model")
+        _explain(lambda: self.source.check(arguments), "model")
+        replace_fields(self, arguments=arguments)._check_value()
         return arguments
 
     def evaluate(self, x: Vector, arguments: Partition, data_scale: float = 1.0) -> Scalar:
@@ -221,15 +222,19 @@ class Loss:
     def _checked(
         cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
     ) -> "Loss":
-        if minibatch is not None:
-            if not isinstance(minibatch, Minibatch):
-                raise TypeError(
-                    "Loss: expected minibatch as Minibatch(batch_size), got "
-                    f"{type(minibatch).__name__}."
-                )
-            minibatch.num_rows(arguments)
+        if not isinstance(minibatch, Minibatch | None):
+            raise TypeError(
+                f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
+            )
         loss = cls(x0, arguments, source, minibatch)
-        out = explain(lambda: _raw_value.eval_shape(loss), "loss")
+        loss._check_value()  # noqa: SLF001
+        return loss
+
+    def _check_value(self) -> None:
+        if self.minibatch is not None:
+            self.minibatch.num_rows(self.arguments)
+        # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
+        out = _explain(lambda: _raw_value.eval_shape(self), "loss")
         if not hasattr(out, "shape") or out.shape != ():
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
@@ -238,7 +243,6 @@ class Loss:
             )
         if jnp.issubdtype(out.dtype, jnp.complexfloating):
             raise TypeError(f"Loss: expected a real scalar, got {out.dtype}; take its real part.")
-        return loss
 
     def __repr__(self) -> str:
         """Kind, size and bound arguments, without data."""
@@ -254,7 +258,7 @@ def _raw_value(loss: Loss) -> Any:
     return loss.source.value(loss.x0, args, kwargs, 1.0)
 
 
-def explain(call: Callable[[], Any], what: str) -> Any:
+def _explain(call: Callable[[], Any], what: str) -> Any:
     """Runs the user's code and says what was being tried when it raises.
 
     Args:

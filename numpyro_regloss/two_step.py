@@ -21,7 +21,7 @@ from numpyro_regloss.anchor import Anchor, Proximal
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit
 from numpyro_regloss.gaussian import Gaussian
-from numpyro_regloss.loss import Loss, explain
+from numpyro_regloss.loss import Loss
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
@@ -30,7 +30,7 @@ __all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepS
 # A chunk runs about this long, so that the bar moves and Ctrl-C answers, at a negligible cost.
 SECONDS_PER_CHUNK = 0.25
 # Room for the history of one chunk on the device.
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**23
 CHUNK_STEPS = 512
 
 
@@ -195,7 +195,7 @@ class TwoStep:
         """
         rng_key = check_key(rng_key, "TwoStep")
         arguments = self.loss.bind(args, kwargs)
-        state, value, gradient_ok = explain(lambda: _init(self, rng_key, arguments), "loss")
+        state, value, gradient_ok = _init(self, rng_key, arguments)
         if is_concrete(value):
             if not np.isfinite(value):
                 raise ValueError(
@@ -523,7 +523,11 @@ def _report_rejections(result: TwoStepResult) -> None:
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b).astype(b.dtype), new, old)
+    def choose(a: Any, b: Array) -> Array:
+        a = jnp.asarray(a)
+        return jnp.where(ok, a if a.dtype == b.dtype else a.astype(b.dtype), b)
+
+    return jax.tree.map(choose, new, old)
 
 
 def _strong(leaf: Any) -> Array:

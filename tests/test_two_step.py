@@ -366,3 +366,38 @@ def test_the_start_must_be_finite():
     with pytest.raises(ValueError, match="finite gradient at the start"):
         schemes.local_entropy(kink, 0.1).run(random.key(0), 1, progress_bar=False)
     TwoStep(kink, 0.1, CHEAP, fit.ForwardKL()).run(random.key(0), 1, progress_bar=False)
+
+
+class Keyed(shift.Shift):
+    """An engine of two verbs that is no pytree and keeps a random key in its state."""
+
+    def init(self, rng_key, target):
+        del target
+        return {"key": rng_key, "calls": jnp.array(0)}
+
+    def step(self, rng_key, state, target):
+        _, draws, info = CHEAP.step(rng_key, (), target)
+        failed = state["calls"] == 1
+        state = {"key": random.fold_in(state["key"], 1), "calls": state["calls"] + 1}
+        return state, draws, info._replace(ok=info.ok & ~failed)
+
+
+def test_a_rejected_step_keeps_every_state():
+    optimizer = make(Keyed())
+    with pytest.warns(UserWarning, match="2 of 3 steps were rejected"):
+        result = optimizer.run(random.key(0), 3, progress_bar=False)
+    # The second step fails, is rolled back, and so the third is the second again.
+    assert result.history.ok.tolist() == [True, False, False]
+    assert int(result.state.shift["calls"]) == 1
+    np.testing.assert_array_equal(
+        result.history.reference.mean[1], result.history.reference.mean[2]
+    )
+
+
+def test_overriding_arguments_are_checked():
+    loss = Loss.from_function(lambda x, d: jnp.mean((x - d) ** 2), np.zeros(3), np.zeros((4, 3)))
+    optimizer = TwoStep(loss, 0.1, CHEAP, fit.ForwardKL())
+    with pytest.raises((TypeError, ValueError), match="the loss raised"):
+        optimizer.run(random.key(0), 1, np.zeros((4, 7)), progress_bar=False)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        optimizer.run(random.key(0), 1, weight=1.0, progress_bar=False)

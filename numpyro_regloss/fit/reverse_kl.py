@@ -143,7 +143,7 @@ class ReverseKL(Fit):
             self.optimizer or optax.adam(schedule),
             elbo(num_particles=self.num_particles),
         )
-        svi_state = svi.init(key_init, target.on_batch(key_batch))
+        svi_state = svi.init(key_init, target.on_batch(random.fold_in(key_batch, self.num_steps)))
 
         def body(svi_state: Any, j: Array) -> tuple[Any, Array]:
             return svi.stable_update(svi_state, target.on_batch(random.fold_in(key_batch, j)))
