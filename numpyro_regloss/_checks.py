@@ -71,8 +71,7 @@ def check_key(rng_key: Any, what: str) -> Key:
         key = jax.random.wrap_key_data(jnp.asarray(key))
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(
-            f"{what}: expected a random key such as jax.random.key(0) as the first argument, got "
-            f"{type(rng_key).__name__}."
+            f"{what}: expected a random key such as jax.random.key(0), got {type(rng_key).__name__}."
         )
     if key.shape != ():
         raise TypeError(
@@ -82,24 +81,28 @@ def check_key(rng_key: Any, what: str) -> Key:
     return key
 
 
-def check_positive(value: Any, what: str) -> Any:
+def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = ((),)) -> Any:
     """Casts a number to the default float and refuses what is not finite and positive.
 
     Args:
-        value: a number or array; tracers pass unchecked.
+        value: a number or array; the values of tracers pass unchecked.
         what: begins the error message.
+        shapes: the shapes allowed.
 
     Returns:
         The value as an array that is not weakly typed.
 
     Raises:
         TypeError: if it is not a real number.
-        ValueError: if it is not finite and positive everywhere.
+        ValueError: if it is not finite and positive everywhere, or of another shape.
     """
-    if not is_concrete(value):
-        return jnp.asarray(value, float)
     if isinstance(value, bool | str | complex) or value is None:
         raise TypeError(f"{what}: expected a positive number, got {value!r}.")
+    if np.shape(value) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"{what}: expected shape {wanted}, got {np.shape(value)}.")
+    if not is_concrete(value):
+        return jnp.asarray(value, float)
     try:
         array = np.asarray(value, jnp.result_type(float))
     except (TypeError, ValueError) as error:

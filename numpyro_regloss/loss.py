@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites
 from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
@@ -112,7 +113,7 @@ class Loss:
             deterministic sites, as `MCMC.get_samples` returns them.
 
         Raises:
-            TypeError: if `model` cannot be called or does not fit its arguments.
+            TypeError: if `model` cannot be called or does not fit its arguments, or the key is not one.
             ValueError: if `density` is unknown; if the model has no latent sites, discrete ones,
                 `param` or `mutable` sites or subsampled plates.
 
@@ -136,6 +137,7 @@ class Loss:
         source = ModelSource(model, density, sites)
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
+            rng_key = check_key(rng_key, "Loss.from_model: rng_key")
             x0 = jax.random.uniform(rng_key, x0.shape, x0.dtype, -2.0, 2.0)
         return cls._checked(x0, arguments, source, minibatch)
 

@@ -205,6 +205,15 @@ def _check_reference(reference: Any, dim: int) -> None:
         )
     if is_concrete(reference):
         scale = np.asarray(reference.scale)
+        if not np.isfinite(np.asarray(reference.mean)).all():
+            raise ValueError(
+                "RegularizedLoss: expected a finite reference mean, got NaN or infinity."
+            )
+        if scale.ndim == 2 and np.triu(scale, 1).any():
+            raise ValueError(
+                "RegularizedLoss: expected a lower triangular Cholesky factor as dense reference scale, got "
+                "entries above the diagonal; of a covariance take jnp.linalg.cholesky first."
+            )
         pivots = np.diagonal(scale) if scale.ndim == 2 else scale
         if not (np.isfinite(scale).all() and (pivots > 0).all()):
             raise ValueError(

@@ -124,6 +124,9 @@ def minimize(
     Returns:
         Parameters, state and history.
 
+    Raises:
+        TypeError: if the scheme is not a function.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from jax import random
@@ -132,6 +135,10 @@ def minimize(
         >>> bool(jnp.all(jnp.abs(result.params - 2.0) < 0.2))
         True
     """
+    if not callable(scheme):
+        raise TypeError(
+            f"schemes.minimize: expected scheme as schemes.local_entropy or schemes.heat, got {scheme!r}."
+        )
     loss = Loss.from_function(loss_fn, params, *args, minibatch=minibatch)
     optimizer = scheme(loss, tau, temperature=temperature, **kwargs)
     return optimizer.run(rng_key, num_steps, progress_bar=progress_bar)

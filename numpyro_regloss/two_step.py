@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-step scheme: reference → shifted density → fitted Gaussian → next reference."""
 
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from tqdm.auto import tqdm
 
 from numpyro_regloss._checks import check_count, check_key, check_positive
+from numpyro_regloss._chunks import history_capacity, run_in_chunks
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor import Anchor, Proximal
@@ -26,12 +25,6 @@ from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
-
-# A chunk runs about this long, so that the bar moves and Ctrl-C answers, at a negligible cost.
-SECONDS_PER_CHUNK = 0.25
-# Room for the history of one chunk on the device.
-CHUNK_BYTES = 2**23
-CHUNK_STEPS = 512
 
 
 class TwoStepState(NamedTuple):
@@ -163,7 +156,12 @@ class TwoStep:
         for name, kind in (("shift", Shift), ("fit", Fit), ("anchor", Anchor)):
             part = getattr(self, name)
             verbs = [getattr(part, verb, None) for verb in ("init", "step")]
-            if isinstance(part, type) or not all(map(callable, verbs)):
+            others = {Shift, Fit, Anchor} - {kind}
+            if (
+                isinstance(part, type)
+                or not all(map(callable, verbs))
+                or others & set(type(part).__mro__)
+            ):
                 raise TypeError(
                     f"TwoStep: expected {name} as an object with init and step, such as those of "
                     f"numpyro_regloss.{kind.__module__.split('.')[1]}, got {part!r}."
@@ -277,9 +275,16 @@ class TwoStep:
             )
         arguments = self.loss.bind(args, kwargs)
         state = self.init(rng_key, *args, **kwargs) if init_state is None else init_state
-        self._check_state(state)
-        state, history = _drive(
-            self, state, arguments, num_steps, callback, progress_bar=progress_bar
+        self._check_state(state, arguments)
+        state = jax.tree.map(_strong, state)
+        row = _step.eval_shape(self, state, arguments)[1]
+        capacity = 1 if callback else history_capacity(row)
+
+        def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
+            return _advance(self, state, arguments, np.int32(count), capacity)
+
+        state, history = run_in_chunks(
+            advance, state, num_steps, capacity, callback, _headline, progress_bar=progress_bar
         )
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         result = TwoStepResult(params, state, history)
@@ -307,16 +312,24 @@ class TwoStep:
 
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
+        shapes = ((), (self.loss.dim,))
         if callable(self.tau):
-            check_positive(self.tau(0), f"{what} at step 0")
+            check_positive(self.tau(0), f"{what} at step 0", shapes)
+            try:
+                jax.eval_shape(self.tau, jax.ShapeDtypeStruct((), jnp.int32))
+            except Exception as error:
+                raise TypeError(
+                    f"{what}: expected a schedule that runs under jax.jit, such as Optax's, got one that "
+                    "raises for a traced step; use jnp.where instead of if."
+                ) from error
             return self.tau
-        if isinstance(self.tau, int | float | np.number | bool | str) or self.tau is None:
-            return check_positive(self.tau, what)
-        if isinstance(self.tau, np.ndarray | jax.Array) and self.tau.shape in (
-            (),
-            (self.loss.dim,),
+        is_array = isinstance(self.tau, np.ndarray | jax.Array)
+        if (
+            self.tau is None
+            or jax.tree_util.all_leaves([self.tau])
+            and (not is_array or self.tau.shape in shapes)
         ):
-            return check_positive(self.tau, what)
+            return check_positive(self.tau, what, shapes)
         try:
             groups = self.loss.source.expand(self.tau)
         except (ValueError, TypeError) as error:
@@ -324,14 +337,14 @@ class TwoStep:
                 f"{what}: expected a number, a schedule, or one value per group of parameters (a pytree "
                 f"prefix of the parameters): {error}"
             ) from error
-        return check_positive(groups, what)
+        return check_positive(groups, what, shapes)
 
     def tau_at(self, step: Array) -> Array:
         """Tau at a step, scalar or `(dim,)`."""
         tau = self.tau(step) if callable(self.tau) else self.tau
         return jnp.asarray(tau, self.loss.x0.dtype)
 
-    def _check_state(self, state: Any) -> None:
+    def _check_state(self, state: Any, arguments: Partition) -> None:
         if not isinstance(state, TwoStepState):
             raise TypeError(
                 f"TwoStep.run: expected init_state as a TwoStepState, got {type(state).__name__}; pass "
@@ -341,6 +354,13 @@ class TwoStep:
             raise ValueError(
                 f"TwoStep.run: expected init_state of a loss with {self.loss.dim} parameters, got "
                 f"{state.reference.mean.shape}; it belongs to another loss."
+            )
+        expected = _init.eval_shape(self, state.rng_key, arguments)[0]
+        shapes, found = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, state)
+        if shapes != found:
+            raise ValueError(
+                f"TwoStep.run: expected init_state with shapes {shapes}, got {found}; it comes from other "
+                "engines or other settings of them: start anew without it."
             )
 
 
@@ -450,53 +470,6 @@ def _advance(
 def _draw(optimizer: TwoStep, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
     target = _target(optimizer, state.reference, arguments)
     return optimizer.shift.step(rng_key, state.shift, target)[1]
-
-
-def _drive(
-    optimizer: TwoStep,
-    state: TwoStepState,
-    arguments: Partition,
-    num_steps: int,
-    callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None,
-    *,
-    progress_bar: bool,
-) -> tuple[TwoStepState, TwoStepInfo]:
-    state = jax.tree.map(_strong, state)
-    capacity = 1 if callback else _capacity(optimizer, state, arguments)
-    chunk, done, past = 1, 0, (state, None)
-    with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
-        try:
-            while done < num_steps:
-                count = min(chunk, num_steps - done)
-                start = time.perf_counter()
-                after, buffers = _advance(optimizer, state, arguments, np.int32(count), capacity)
-                infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
-                seconds = (time.perf_counter() - start) / count
-                chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
-                # One assignment, so that an interrupt cannot part the state from its history.
-                past = (after, (infos, past[1]))
-                state, done = after, done + count
-                last = jax.tree.map(lambda a: a[-1], infos)
-                bar.set_postfix(_headline(last), refresh=False)
-                bar.update(count)
-                if callback is not None and callback(state, last):
-                    break
-        except KeyboardInterrupt:
-            if past[1] is None:
-                raise
-            message = f"TwoStep.run: interrupted after {done} of {num_steps} steps."
-            warnings.warn(message, stacklevel=3)
-    (state, link), rows = past, []
-    while link is not None:
-        infos, link = link
-        rows.append(infos)
-    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *reversed(rows))
-
-
-def _capacity(optimizer: TwoStep, state: TwoStepState, arguments: Partition) -> int:
-    row = jax.tree.leaves(_step.eval_shape(optimizer, state, arguments)[1])
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in row)
-    return max(1, min(CHUNK_STEPS, CHUNK_BYTES // size))
 
 
 def _headline(info: TwoStepInfo) -> dict[str, str]:

@@ -350,29 +350,3 @@ def test_engine_potential_of_a_model_is_the_models():
     np.testing.assert_allclose(
         draws.loss[0], potential - 0.5 * jnp.sum(noise**2, -1), rtol=1e-4, atol=1e-3
     )
-
-
-@pytest.mark.parametrize(
-    ("build", "error"),
-    [
-        (lambda: shift.Importance(0), ValueError),
-        (lambda: shift.Importance(10.0), TypeError),
-        (lambda: shift.Importance(True), TypeError),
-        (lambda: shift.Importance(10, antithetic=1), TypeError),
-        (lambda: shift.Importance(10, chunk_size=0), ValueError),
-        (lambda: shift.NUTS(num_samples=-1), ValueError),
-        (lambda: shift.NUTS(num_warmup=-1), ValueError),
-        (lambda: shift.NUTS(target_accept_prob=1.5), ValueError),
-        (lambda: shift.NUTS(dense_mass="yes"), TypeError),
-        (lambda: shift.NUTS(step_size=0.0), ValueError),
-        (lambda: shift.HMC(trajectory_length=-1.0), ValueError),
-        (lambda: fit.ForwardKL("full"), ValueError),
-        (lambda: fit.ReverseKL(method="newton"), ValueError),
-        (lambda: fit.ReverseKL(optimizer="adam"), TypeError),
-        (lambda: fit.RobbinsMonro(0), ValueError),
-        (lambda: fit.RobbinsMonro(5, step_size=-1.0), ValueError),
-    ],
-)
-def test_bad_settings(build, error):
-    with pytest.raises(error, match="expected"):
-        build()

@@ -16,6 +16,7 @@ FLOORS = {
     "_pytree": 0,
     "_stats": 0,
     "_checks": 1,
+    "_chunks": 1,
     "problems": 1,
     "gaussian": 2,
     "minibatch": 2,

@@ -155,26 +155,3 @@ def test_overridden_arguments():
     assert (
         RegularizedLoss(loss, reference, kwargs={"w": 5.0}, temperature=2.0).energy(loss.x0) == 5.0
     )
-
-
-@pytest.mark.parametrize(
-    ("reference", "temperature", "error"),
-    [
-        (Gaussian(jnp.zeros(3), jnp.ones(3)), 1.0, ValueError),
-        (Gaussian(jnp.zeros(4), jnp.ones(3)), 1.0, ValueError),
-        (Gaussian(jnp.zeros(4), jnp.array(-1.0)), 1.0, ValueError),
-        (Gaussian(jnp.zeros(4), jnp.zeros((4, 4))), 1.0, ValueError),
-        (jnp.zeros(4), 1.0, TypeError),
-        (None, 0.0, ValueError),
-        (None, "hot", TypeError),
-        (None, np.nan, ValueError),
-    ],
-)
-def test_bad_input(reference, temperature, error):
-    with pytest.raises(error, match="RegularizedLoss: "):
-        RegularizedLoss(function_loss(), reference, temperature=temperature)
-
-
-def test_model_takes_nothing_else():
-    with pytest.raises(TypeError, match="expected a RegularizedLoss"):
-        regloss.model(function_loss())

@@ -317,57 +317,6 @@ def test_raw_keys_are_accepted():
     assert same(a.state, b.state)
 
 
-LOSS = Loss.from_function(PROBLEM.loss, np.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "words"),
-    [
-        (
-            lambda: TwoStep(PROBLEM.loss, 0.1, CHEAP, fit.ForwardKL()),
-            TypeError,
-            "Loss.from_function",
-        ),
-        (lambda: TwoStep(LOSS, None, CHEAP, fit.ForwardKL()), TypeError, "tau"),
-        (lambda: TwoStep(LOSS, 0.0, CHEAP, fit.ForwardKL()), ValueError, "tau"),
-        (lambda: TwoStep(LOSS, -1.0, CHEAP, fit.ForwardKL()), ValueError, "tau"),
-        (lambda: TwoStep(LOSS, np.nan, CHEAP, fit.ForwardKL()), ValueError, "tau"),
-        (lambda: TwoStep(LOSS, "0.1", CHEAP, fit.ForwardKL()), TypeError, "tau"),
-        (lambda: TwoStep(LOSS, {"a": 0.1}, CHEAP, fit.ForwardKL()), ValueError, "tau"),
-        (lambda: TwoStep(LOSS, lambda t: -1.0, CHEAP, fit.ForwardKL()), ValueError, "step 0"),
-        (
-            lambda: TwoStep(LOSS, 0.1, CHEAP, fit.ForwardKL(), temperature=0),
-            ValueError,
-            "temperature",
-        ),
-        (lambda: TwoStep(LOSS, 0.1, shift.NUTS, fit.ForwardKL()), TypeError, "shift"),
-        (lambda: TwoStep(LOSS, 0.1, CHEAP, "forward"), TypeError, "fit"),
-        (lambda: TwoStep(LOSS, 0.1, CHEAP, fit.ForwardKL(), anchor=1), TypeError, "anchor"),
-        (lambda: TwoStep(LOSS, 0.1, shift.Implicit(), fit.ForwardKL()), ValueError, "makes none"),
-        (lambda: make().run(0, 3), TypeError, "random key"),
-        (lambda: make().run(random.split(random.key(0)), 3), TypeError, "one random key"),
-        (lambda: make().run(random.key(0), 0), ValueError, "num_steps"),
-        (lambda: make().run(random.key(0), 2.0), TypeError, "num_steps"),
-        (lambda: make().run(random.key(0), 2, init_state=1), TypeError, "init_state"),
-        (lambda: make().run(random.key(0), 2, callback=1), TypeError, "callback"),
-        (lambda: make().scan(make().init(random.key(0)), True), TypeError, "num_steps"),
-    ],
-)
-def test_bad_input(build, error, words):
-    with pytest.raises(error, match=words):
-        build()
-
-
-def test_the_start_must_be_finite():
-    loss = Loss.from_function(lambda x: jnp.log(jnp.sum(x)), -np.ones(2))
-    with pytest.raises(ValueError, match="finite loss at the start"):
-        TwoStep(loss, 0.1, CHEAP, fit.ForwardKL()).run(random.key(0), 1, progress_bar=False)
-    kink = Loss.from_function(lambda x: jnp.sqrt(jnp.sum(x**2)), np.zeros(2))
-    with pytest.raises(ValueError, match="finite gradient at the start"):
-        schemes.local_entropy(kink, 0.1).run(random.key(0), 1, progress_bar=False)
-    TwoStep(kink, 0.1, CHEAP, fit.ForwardKL()).run(random.key(0), 1, progress_bar=False)
-
-
 class Keyed(shift.Shift):
     """An engine of two verbs that is no pytree and keeps a random key in its state."""
 
@@ -392,12 +341,3 @@ def test_a_rejected_step_keeps_every_state():
     np.testing.assert_array_equal(
         result.history.reference.mean[1], result.history.reference.mean[2]
     )
-
-
-def test_overriding_arguments_are_checked():
-    loss = Loss.from_function(lambda x, d: jnp.mean((x - d) ** 2), np.zeros(3), np.zeros((4, 3)))
-    optimizer = TwoStep(loss, 0.1, CHEAP, fit.ForwardKL())
-    with pytest.raises((TypeError, ValueError), match="the loss raised"):
-        optimizer.run(random.key(0), 1, np.zeros((4, 7)), progress_bar=False)
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        optimizer.run(random.key(0), 1, weight=1.0, progress_bar=False)

@@ -96,18 +96,3 @@ def test_infinite_losses():
     )
     exact = -jax.scipy.stats.norm.logcdf(1.0)
     assert abs(estimate.value - exact) < SIGMAS * estimate.error
-
-
-@pytest.mark.parametrize(
-    ("call", "error"),
-    [
-        (lambda t: values.local_entropy(random.key(0), t.loss), TypeError),
-        (lambda t: values.heat(random.key(0), RegularizedLoss(t.loss)), TypeError),
-        (lambda t: values.heat(0, t), TypeError),
-        (lambda t: values.heat(random.key(0), t, num_samples=0), ValueError),
-        (lambda t: values.local_entropy(random.key(0), t, method="bridge"), ValueError),
-    ],
-)
-def test_bad_input(call, error):
-    with pytest.raises(error, match="values"):
-        call(setup(PROBLEMS["relu"], np.zeros(2), 0.3, 1.0))

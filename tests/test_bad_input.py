@@ -1,0 +1,444 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Catalogue of bad input: what was given, the exception, words of its message.
+
+Every row must raise before anything is compiled for long, with a message that says what was expected, what
+came and what to do; never a JAX traceback, never a silent NaN.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+
+import numpyro_regloss as regloss
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    Minibatch,
+    RegularizedLoss,
+    TwoStep,
+    fit,
+    schemes,
+    shift,
+    values,
+)
+
+KEY = random.key(0)
+CHEAP = shift.Importance(50)
+DATA = np.zeros((6, 2))
+
+
+def bowl(x):
+    return jnp.sum(x**2)
+
+
+def rows_loss(x, rows, scale=1.0):
+    return scale * jnp.mean((rows - x) ** 2)
+
+
+def model(y, scale=1.0):
+    m = numpyro.sample("m", dist.Normal(0.0, scale))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
+def no_latents(y):
+    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+
+def discrete(y):
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def with_param(y):
+    s = numpyro.param("s", 1.0)
+    m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(m, s), obs=y)
+
+
+def with_mutable(y):
+    numpyro.primitives.mutable("count", {"n": jnp.zeros(())})
+    m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
+def subsampled(y):
+    m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", 6, subsample_size=2):
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y[:2])
+
+
+def delta_site(y):
+    m = numpyro.sample("m", dist.Delta(0.0))
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    numpyro.sample("y", dist.Normal(m, s), obs=y)
+
+
+LOSS = Loss.from_function(bowl, np.zeros(2))
+ROWS = Loss.from_function(rows_loss, np.zeros(2), DATA)
+REFERENCE = Gaussian.isotropic(jnp.zeros(2), 1.0)
+TARGET = RegularizedLoss(LOSS, REFERENCE)
+
+
+def function(fn=bowl, params=None, *args, **kwargs):
+    return lambda: Loss.from_function(
+        fn, np.zeros(2) if params is None else params, *args, **kwargs
+    )
+
+
+def from_model(fn, *args, **kwargs):
+    return lambda: Loss.from_model(fn, *(args or (np.zeros(6),)), **kwargs)
+
+
+def scheme(loss=LOSS, tau=0.1, engine=CHEAP, projection=None, **kwargs):
+    return TwoStep(
+        loss, tau, engine, fit.ForwardKL() if projection is None else projection, **kwargs
+    )
+
+
+def run(*args, loss=LOSS, engine=CHEAP, **kwargs):
+    return lambda: scheme(loss, engine=engine).run(
+        *(args or (KEY, 2)), progress_bar=False, **kwargs
+    )
+
+
+def start(fn, params, engine=CHEAP):
+    return run(loss=Loss.from_function(fn, params), engine=engine)
+
+
+CATALOGUE = {
+    # Losses of a function
+    "loss is no function": (function(3.0), TypeError, "expected a function"),
+    "vector loss": (function(lambda x: x), TypeError, r"scalar, got shape \(2,\)"),
+    "loss of shape (1,)": (function(lambda x: x[:1]), TypeError, "sum or average"),
+    "loss with auxiliary output": (function(lambda x: (x.sum(), x)), TypeError, "got tuple"),
+    "loss returns nothing": (function(lambda x: None), TypeError, "scalar, got NoneType"),
+    "complex loss": (function(lambda x: 1j * x.sum()), TypeError, "real scalar"),
+    "loss raises": (function(lambda x: x["w"].sum()), (TypeError, ValueError), "the loss raised"),
+    "loss does not take its arguments": (
+        function(bowl, None, DATA),
+        TypeError,
+        "the loss raised TypeError",
+    ),
+    "loss is not traceable": (
+        function(lambda x: float(x[0])),
+        (TypeError, ValueError),
+        "under jax.jit",
+    ),
+    "integer parameters": (function(bowl, np.arange(2)), TypeError, "floating-point"),
+    "boolean parameters": (function(bowl, np.array([True])), TypeError, "floating-point"),
+    "complex parameters": (function(bowl, np.zeros(2, complex)), TypeError, "floating-point"),
+    "string parameters": (function(bowl, {"a": "text"}), TypeError, r"params\['a'\] of type str"),
+    "random key as parameter": (function(bowl, {"key": KEY}), TypeError, "floating-point"),
+    "no parameters": (function(bowl, {}), ValueError, "at least one parameter"),
+    "parameters of size zero": (
+        function(bowl, np.zeros((0, 3))),
+        ValueError,
+        "at least one parameter",
+    ),
+    "NaN parameters": (
+        function(bowl, np.array([0.0, np.nan])),
+        ValueError,
+        "finite starting values",
+    ),
+    "infinite parameters": (
+        function(bowl, np.array([0.0, np.inf])),
+        ValueError,
+        "finite starting values",
+    ),
+    "set as data": (function(lambda x, d: x.sum(), None, {1, 2}), TypeError, "got set"),
+    "array of strings as data": (
+        function(lambda x, d: x.sum(), None, np.array(["a"])),
+        TypeError,
+        "numbers",
+    ),
+    # Losses of a model
+    "model is no function": (from_model("model"), TypeError, "expected a NumPyro model"),
+    "model without latents": (from_model(no_latents), ValueError, "got none"),
+    "discrete latents": (from_model(discrete), ValueError, "marginalize"),
+    "param site": (from_model(with_param), ValueError, "param site 's'"),
+    "mutable site": (from_model(with_mutable), ValueError, "mutable site 'count'"),
+    "subsampled plate": (from_model(subsampled), ValueError, "Minibatch"),
+    "delta site": (from_model(delta_site), ValueError, "numpyro.deterministic"),
+    "missing arguments": (lambda: Loss.from_model(model), TypeError, "missing 1 required"),
+    "unknown keyword": (from_model(model, DATA[:, 0], wide=True), TypeError, "unexpected keyword"),
+    "unknown density": (from_model(model, density="prior"), ValueError, "expected density in"),
+    "key of the wrong kind": (from_model(model, rng_key=3), TypeError, "random key"),
+    # Minibatches
+    "minibatch is a number": (function(rows_loss, None, DATA, minibatch=3), TypeError, "Minibatch"),
+    "batch of zero rows": (lambda: Minibatch(0), ValueError, "batch_size >= 1"),
+    "batch size a float": (lambda: Minibatch(2.0), TypeError, "batch_size as an integer"),
+    "batch size a boolean": (lambda: Minibatch(True), TypeError, "batch_size as an integer"),
+    "positions that are names": (lambda: Minibatch(2, argnums="rows"), TypeError, "argnums"),
+    "batch larger than the data": (
+        function(rows_loss, None, DATA, minibatch=Minibatch(7)),
+        ValueError,
+        "at least batch_size=7 rows, got 6",
+    ),
+    "data of different lengths": (
+        function(lambda x, a, b: x.sum(), None, DATA, DATA[:3], minibatch=Minibatch(2)),
+        ValueError,
+        "share one leading axis",
+    ),
+    "minibatch without data": (function(minibatch=Minibatch(2)), ValueError, "no array argument"),
+    "minibatch of a missing position": (
+        function(rows_loss, None, DATA, minibatch=Minibatch(2, argnums=1)),
+        ValueError,
+        "position 1",
+    ),
+    "minibatch of a missing name": (
+        function(rows_loss, None, DATA, minibatch=Minibatch(2, argnames="columns")),
+        ValueError,
+        "'columns'",
+    ),
+    # Regularized losses and Gaussians
+    "target of a function": (
+        lambda: RegularizedLoss(bowl, REFERENCE),
+        TypeError,
+        "expected a Loss",
+    ),
+    "reference is an array": (
+        lambda: RegularizedLoss(LOSS, jnp.zeros(2)),
+        TypeError,
+        "Gaussian.isotropic",
+    ),
+    "reference of another dimension": (
+        lambda: RegularizedLoss(LOSS, Gaussian.isotropic(jnp.zeros(3), 1.0)),
+        ValueError,
+        r"mean \(2,\)",
+    ),
+    "scale of the wrong shape": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.zeros(2), jnp.ones(3))),
+        ValueError,
+        r"scale \(3,\)",
+    ),
+    "negative scale": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.zeros(2), jnp.array([1.0, -1.0]))),
+        ValueError,
+        "positive standard deviations",
+    ),
+    "singular Cholesky factor": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.zeros(2), jnp.zeros((2, 2)))),
+        ValueError,
+        "Cholesky diagonal",
+    ),
+    "covariance given as scale": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.zeros(2), jnp.array([[1.0, 0.5], [0.5, 1.0]]))),
+        ValueError,
+        "lower triangular",
+    ),
+    "NaN mean": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.array([0.0, jnp.nan]), jnp.array(1.0))),
+        ValueError,
+        "finite",
+    ),
+    "temperature of a vector": (
+        lambda: RegularizedLoss(LOSS, REFERENCE, temperature=jnp.ones(2)),
+        ValueError,
+        "temperature",
+    ),
+    "model of a loss": (lambda: regloss.model(LOSS), TypeError, "expected a RegularizedLoss"),
+    "distribution that is no Gaussian": (
+        lambda: Gaussian.from_distribution(dist.Gamma(1.0, 1.0)),
+        TypeError,
+        "MultivariateNormal",
+    ),
+    # Parts of the scheme
+    "scheme of a function": (lambda: scheme(bowl), TypeError, "Loss.from_function"),
+    "tau missing": (lambda: TwoStep(LOSS, shift=CHEAP, fit=fit.ForwardKL()), TypeError, "tau"),
+    "tau None": (lambda: scheme(tau=None), TypeError, "tau"),
+    "tau zero": (lambda: scheme(tau=0.0), ValueError, "positive"),
+    "tau negative": (lambda: scheme(tau=-0.1), ValueError, "positive"),
+    "tau NaN": (lambda: scheme(tau=np.nan), ValueError, "finite"),
+    "tau infinite": (lambda: scheme(tau=np.inf), ValueError, "finite"),
+    "tau a string": (lambda: scheme(tau="0.1"), TypeError, "positive number"),
+    "tau a boolean": (lambda: scheme(tau=True), TypeError, "positive number"),
+    "tau of another tree": (lambda: scheme(tau={"a": 0.1}), ValueError, "pytree prefix"),
+    "tau of the wrong length": (lambda: scheme(tau=np.ones(3)), ValueError, "pytree prefix"),
+    "tau negative in one group": (
+        lambda: scheme(tau=np.array([1.0, -1.0])),
+        ValueError,
+        "positive",
+    ),
+    "schedule that starts negative": (lambda: scheme(tau=lambda step: -1.0), ValueError, "step 0"),
+    "schedule that branches in Python": (
+        lambda: scheme(tau=lambda step: 0.1 if step < 5 else 0.01).run(KEY, 2, progress_bar=False),
+        TypeError,
+        "schedule",
+    ),
+    "temperature zero": (lambda: scheme(temperature=0.0), ValueError, "temperature"),
+    "temperature negative": (lambda: scheme(temperature=-1.0), ValueError, "temperature"),
+    "temperature NaN": (lambda: scheme(temperature=np.nan), ValueError, "temperature"),
+    "temperature a string": (lambda: scheme(temperature="hot"), TypeError, "temperature"),
+    "temperature a vector": (lambda: scheme(temperature=np.ones(2)), ValueError, "temperature"),
+    "shift is a class": (lambda: scheme(engine=shift.NUTS), TypeError, "object with init and step"),
+    "shift is a NumPyro kernel": (
+        lambda: scheme(engine=numpyro.infer.NUTS(model)),
+        TypeError,
+        "object with init and step",
+    ),
+    "fit is a name": (lambda: scheme(projection="forward"), TypeError, "expected fit"),
+    "fit is a guide": (
+        lambda: scheme(projection=numpyro.infer.autoguide.AutoNormal(model)),
+        TypeError,
+        "expected fit",
+    ),
+    "anchor is an optimizer": (lambda: scheme(anchor=1), TypeError, "expected anchor"),
+    "shift and fit exchanged": (
+        lambda: TwoStep(LOSS, 0.1, fit.ForwardKL(), CHEAP),
+        TypeError,
+        "shift",
+    ),
+    "moment matching without draws": (
+        lambda: scheme(engine=shift.Implicit()),
+        ValueError,
+        "makes none",
+    ),
+    # Settings of engines
+    "no samples": (lambda: shift.Importance(0), ValueError, "num_samples"),
+    "samples a float": (lambda: shift.Importance(10.0), TypeError, "num_samples"),
+    "samples a boolean": (lambda: shift.Importance(True), TypeError, "num_samples"),
+    "chunk of zero": (lambda: shift.Importance(10, chunk_size=0), ValueError, "chunk_size"),
+    "antithetic a number": (lambda: shift.Importance(10, antithetic=2), TypeError, "antithetic"),
+    "negative draws": (lambda: shift.NUTS(num_samples=-1), ValueError, "num_samples"),
+    "negative warm-up": (lambda: shift.HMC(num_warmup=-1), ValueError, "num_warmup"),
+    "no chains": (lambda: shift.NUTS(num_chains=0), ValueError, "num_chains"),
+    "acceptance above one": (
+        lambda: shift.NUTS(target_accept_prob=1.5),
+        ValueError,
+        "between 0 and 1",
+    ),
+    "negative step size": (lambda: shift.HMC(step_size=-0.1), ValueError, "step_size"),
+    "path of length zero": (
+        lambda: shift.HMC(trajectory_length=0.0),
+        ValueError,
+        "trajectory_length",
+    ),
+    "tree of depth zero": (lambda: shift.NUTS(max_tree_depth=0), ValueError, "max_tree_depth"),
+    "dense mass a string": (lambda: shift.NUTS(dense_mass="yes"), TypeError, "dense_mass"),
+    "unknown family": (lambda: fit.ForwardKL("full"), ValueError, "one of"),
+    "unknown method": (lambda: fit.ReverseKL(method="newton"), ValueError, "one of"),
+    "optimizer is a name": (lambda: fit.ReverseKL(optimizer="adam"), TypeError, "optax.adam"),
+    "no particles": (lambda: fit.ReverseKL(num_particles=0), ValueError, "num_particles"),
+    "no inner steps": (lambda: fit.RobbinsMonro(0), ValueError, "num_steps"),
+    "negative inner step": (lambda: fit.RobbinsMonro(5, step_size=-1.0), ValueError, "step_size"),
+    # Running
+    "key is a number": (run(0, 2), TypeError, "random key"),
+    "several keys": (run(random.split(KEY), 2), TypeError, "one random key"),
+    "no steps": (run(KEY, 0), ValueError, "num_steps"),
+    "negative steps": (run(KEY, -3), ValueError, "num_steps"),
+    "steps a float": (run(KEY, 2.0), TypeError, "num_steps"),
+    "callback is no function": (run(KEY, 2, callback=1), TypeError, "callback"),
+    "state is no state": (run(KEY, 2, init_state={}), TypeError, "init_state"),
+    "state of another loss": (
+        lambda: scheme().run(
+            KEY,
+            2,
+            init_state=scheme(Loss.from_function(bowl, np.zeros(5))).init(KEY),
+            progress_bar=False,
+        ),
+        ValueError,
+        "another loss",
+    ),
+    "state of another engine": (
+        lambda: scheme().run(
+            KEY, 2, init_state=scheme(engine=shift.HMC()).init(KEY), progress_bar=False
+        ),
+        ValueError,
+        "other engines",
+    ),
+    "data that do not fit": (
+        run(KEY, 2, np.zeros((6, 7)), loss=ROWS),
+        (TypeError, ValueError),
+        "the loss raised",
+    ),
+    "argument the loss does not know": (
+        run(KEY, 2, weight=1.0, loss=ROWS),
+        TypeError,
+        "unexpected keyword",
+    ),
+    "steps of a scan a boolean": (
+        lambda: scheme().scan(scheme().init(KEY), True),
+        TypeError,
+        "num_steps",
+    ),
+    "draw with a number as key": (
+        lambda: scheme().draw(0, scheme().init(KEY)),
+        TypeError,
+        "random key",
+    ),
+    "loss NaN at the start": (
+        start(lambda x: jnp.log(x.sum()), -np.ones(2)),
+        ValueError,
+        "finite loss at the start",
+    ),
+    "loss infinite at the start": (
+        start(lambda x: 1 / jnp.sum(x), np.zeros(2)),
+        ValueError,
+        "finite loss at the start",
+    ),
+    "gradient NaN at the start": (
+        start(lambda x: jnp.sqrt(jnp.sum(x**2)), np.zeros(2), shift.NUTS()),
+        ValueError,
+        "finite gradient at the start",
+    ),
+    "one-call scheme of the wrong kind": (
+        lambda: schemes.minimize(KEY, bowl, np.zeros(2), num_steps=2, tau=0.1, scheme="heat"),
+        TypeError,
+        "scheme",
+    ),
+    # Values
+    "value of a loss": (lambda: values.local_entropy(KEY, LOSS), TypeError, "RegularizedLoss"),
+    "value without a reference": (
+        lambda: values.heat(KEY, RegularizedLoss(LOSS)),
+        TypeError,
+        "no reference",
+    ),
+    "value with a number as key": (lambda: values.heat(0, TARGET), TypeError, "random key"),
+    "value from no samples": (
+        lambda: values.heat(KEY, TARGET, num_samples=0),
+        ValueError,
+        "num_samples",
+    ),
+    "unknown way to a value": (
+        lambda: values.local_entropy(KEY, TARGET, method="bridge"),
+        ValueError,
+        "one of",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", CATALOGUE)
+def test_bad_input(row):
+    call, error, words = CATALOGUE[row]
+    with pytest.raises(error, match=words) as caught:
+        call()
+    message = str(caught.value)
+    assert "Traceback" not in message
+    assert "Tracer" not in message or "the loss raised" in message
+    assert len(message) < 1500
+
+
+def test_the_catalogue_is_long_enough():
+    assert len(CATALOGUE) >= 50
+
+
+def test_constructors_check_inside_replace():
+    with pytest.raises(ValueError, match="tau"):
+        dataclasses.replace(scheme(), tau=-1.0)
+
+
+def test_tracers_pass_unchecked():
+    assert jax.vmap(lambda tau: scheme(tau=tau).init(KEY).reference.scale)(
+        jnp.array([0.25, 1.0])
+    ).tolist() == [
+        0.5,
+        1.0,
+    ]
