@@ -68,7 +68,12 @@ def check_key(rng_key: Any, what: str) -> Key:
     """
     key = rng_key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
-        key = jax.random.wrap_key_data(jnp.asarray(key))
+        try:
+            key = jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError as error:
+            raise TypeError(
+                f"{what}: expected a random key such as jax.random.key(0), got {key.shape} numbers."
+            ) from error
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(
             f"{what}: expected a random key such as jax.random.key(0), got {type(rng_key).__name__}."

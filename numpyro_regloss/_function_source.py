@@ -45,7 +45,9 @@ class FunctionSource:
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """What the user's function returns; it averages or sums as it likes, so no data scale."""
         del data_scale
-        return self.fn.tree(self.constrain(x, args, kwargs), *args, **kwargs)
+        # In types of less than 32 bits small steps of x would be rounded away.
+        params = jax.tree.unflatten(self.structure, self._arrays(x, least_bits=32))
+        return self.fn.tree(params, *args, **kwargs)
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> Any:
         """The parameters in the user's structure and types."""
@@ -63,6 +65,9 @@ class FunctionSource:
     def check(self, arguments: Partition) -> None:
         """Parameters do not depend on the arguments."""
 
+    def check_batch(self, arguments: Partition, batch: Partition) -> None:
+        """A function averages or sums its rows as it likes."""
+
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from a pytree prefix of the parameters."""
         indices = jax.tree.unflatten(self.structure, range(len(self.sites)))
@@ -74,14 +79,15 @@ class FunctionSource:
         ]
         return jnp.concatenate(values)
 
-    def _arrays(self, x: Array) -> list[Any]:
+    def _arrays(self, x: Array, least_bits: int = 0) -> list[Any]:
         arrays, start = [], 0
         for site in self.sites:
             if not isinstance(site, Leaf):
                 arrays.append(site)
                 continue
             stop = start + math.prod(site.shape)
-            arrays.append(x[start:stop].reshape(site.shape).astype(site.dtype))
+            dtype = site.dtype if 8 * site.dtype.itemsize >= least_bits else x.dtype
+            arrays.append(x[start:stop].reshape(site.shape).astype(dtype))
             start = stop
         return arrays
 

@@ -17,7 +17,7 @@ from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
 from numpyro_regloss._typing import Array
 
-__all__ = ["DENSITIES", "ModelSource", "latent_sites"]
+__all__ = ["DENSITIES", "ModelSource", "latent_sites", "observed_sizes"]
 
 DENSITIES = ("joint", "map", "likelihood")
 
@@ -90,6 +90,27 @@ class ModelSource:
                 "new Loss for data of another size."
             )
 
+    def check_batch(self, arguments: Partition, batch: Partition) -> None:
+        """Refuses models whose latent or observed sites do not follow the rows of a batch.
+
+        Args:
+            arguments: the full `(args, kwargs)`.
+            batch: shapes of those of a batch.
+
+        Raises:
+            ValueError: if latent sites depend on the rows, or observed ones do not.
+        """
+        self.check(batch)
+        full, part = (observed_sizes(self.model, a) for a in (arguments, batch))
+        ratios = {name: (part[name], size) for name, size in full.items() if size}
+        rows = {size / count for count, size in ratios.values()}
+        if len(rows) > 1 or rows == {1.0}:
+            raise ValueError(
+                "Loss.from_model: expected observed sites whose size follows the rows of the minibatch, got "
+                f"{ratios} (of the batch, of all); take plate sizes from the data (len(y)), and name the "
+                "data with argnums."
+            )
+
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from a number or a dict of them by site name.
 
@@ -141,22 +162,46 @@ def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:
     Returns:
         The latent sites, sorted by name.
     """
+    return _sites(model, *_shapes(arguments))[0]
+
+
+def observed_sizes(model: Callable, arguments: Partition) -> dict[str, int]:
+    """Number of log-probability terms of each observed site; zero for factors, which have no rows.
+
+    Args:
+        model: a NumPyro model.
+        arguments: its `(args, kwargs)`, or their shapes.
+
+    Returns:
+        The sizes by name.
+    """
+    return dict(_sites(model, *_shapes(arguments))[1])
+
+
+def _shapes(arguments: Partition) -> tuple[Any, tuple[Any, ...]]:
     leaves, structure = jax.tree.flatten(arguments)
-    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-    return _latent_sites(model, structure, shapes)
+    return structure, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 @functools.lru_cache(maxsize=256)
-def _latent_sites(model: Callable, structure: Any, shapes: tuple[Any, ...]) -> tuple[Site, ...]:
+def _sites(
+    model: Callable, structure: Any, shapes: tuple[Any, ...]
+) -> tuple[tuple[Site, ...], tuple[tuple[str, int], ...]]:
     sites: tuple[Site, ...] = ()
+    observed: tuple[tuple[str, int], ...] = ()
 
     def record(leaves: list[Any]) -> None:
-        nonlocal sites
+        nonlocal sites, observed
         args, kwargs = jax.tree.unflatten(structure, leaves).tree
         with handlers.block():
             start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
             trace = handlers.trace(start).get_trace(*args, **kwargs)
         sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
+        observed = tuple(
+            (name, _num_terms(site))
+            for name, site in trace.items()
+            if site["type"] == "sample" and site["is_observed"]
+        )
 
     jax.eval_shape(record, list(shapes))
     if not sites:
@@ -164,7 +209,7 @@ def _latent_sites(model: Callable, structure: Any, shapes: tuple[Any, ...]) -> t
             "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
             "numpyro.sample statement without obs."
         )
-    return sites
+    return sites, observed
 
 
 def _latent(site: dict[str, Any]) -> Site | None:
@@ -197,6 +242,12 @@ def _latent(site: dict[str, Any]) -> Site | None:
         )
     shape = biject_to(distribution.support).inverse_shape(jnp.shape(site["value"]))
     return Site(name, tuple(shape))
+
+
+def _num_terms(site: dict[str, Any]) -> int:
+    if isinstance(site["fn"], dist.Unit):
+        return 0
+    return math.prod(jnp.shape(site["fn"].log_prob(site["value"])))
 
 
 def _zero(site: dict[str, Any]) -> Array | None:

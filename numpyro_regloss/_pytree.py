@@ -14,6 +14,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 __all__ = ["Partition", "is_concrete", "pytree_dataclass", "replace_fields", "static_field"]
@@ -219,7 +220,8 @@ def _canonical(leaf: Any) -> Any:
     # A Python float is weakly typed: the same program with an array in its place would recompile.
     # NumPy arrays go to the device once here, not at every call.
     if isinstance(leaf, jax.Array):
-        return leaf
+        is_weak = getattr(leaf, "weak_type", False)
+        return lax.convert_element_type(leaf, leaf.dtype) if is_weak else leaf
     if isinstance(leaf, float | complex):
         return np.asarray(leaf, jax.dtypes.canonicalize_dtype(type(leaf)))
     return jnp.asarray(leaf)

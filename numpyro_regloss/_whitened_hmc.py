@@ -12,6 +12,7 @@ so that each shift is a valid chain. Starting a new warm-up from the old step si
 start: dual averaging begins at ten times it.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.util import ParamInfo
 
 from numpyro_regloss._checks import check_count, check_positive
+from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._stats import effective_sample_size, split_rhat
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -129,7 +131,7 @@ class _Buffers(NamedTuple):
 
 
 def check_settings(engine: Any) -> None:
-    """Refuses settings that NUTS and HMC share when they are out of range.
+    """Casts settings that NUTS and HMC share and refuses what is out of range.
 
     Args:
         engine: the engine under construction.
@@ -144,8 +146,12 @@ def check_settings(engine: Any) -> None:
     check_count(engine.num_chains, f"{name}: num_chains")
     if not isinstance(engine.dense_mass, bool):
         raise TypeError(f"{name}: expected dense_mass as True or False, got {engine.dense_mass!r}.")
-    check_positive(engine.step_size, f"{name}: step_size")
-    if (check_positive(engine.target_accept_prob, f"{name}: target_accept_prob") >= 1).any():
+    numbers = ("step_size", "target_accept_prob", "trajectory_length")
+    for field in filter(partial(hasattr, engine), numbers):
+        # Numbers of one type whatever was given, since another type would be another program.
+        number = check_positive(getattr(engine, field), f"{name}: {field}")
+        object.__setattr__(engine, field, number)
+    if is_concrete(engine.target_accept_prob) and engine.target_accept_prob >= 1:
         raise ValueError(
             f"{name}: expected target_accept_prob between 0 and 1, got {engine.target_accept_prob}."
         )

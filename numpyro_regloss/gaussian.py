@@ -50,6 +50,8 @@ class Gaussian(NamedTuple):
             The Gaussian, of isotropic or diagonal structure.
         """
         mean = jnp.asarray(mean)
+        if not jnp.issubdtype(mean.dtype, jnp.floating):
+            mean = mean.astype(float)
         scale = jnp.sqrt(jnp.asarray(tau, mean.dtype))
         if scale.ndim < mean.ndim:
             scale = jnp.broadcast_to(scale, mean.shape[:-1])

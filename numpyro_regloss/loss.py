@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
-from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites
+from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
 from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
@@ -134,6 +134,11 @@ class Loss:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
         arguments = Partition((args, kwargs))
         sites = _explain(lambda: latent_sites(model, arguments), "model")
+        if density == "likelihood" and not observed_sizes(model, arguments):
+            raise ValueError(
+                "Loss.from_model: expected observed sites for density='likelihood', got none; pass the data "
+                "(obs=...), or use density='joint'."
+            )
         source = ModelSource(model, density, sites)
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
@@ -150,6 +155,11 @@ class Loss:
     def names(self) -> tuple[str, ...]:
         """Names of the parameters: sites of a model, paths of a pytree."""
         return self.source.names
+
+    @property
+    def returns_integers(self) -> bool:
+        """Whether the loss has no gradient because it returns integers or booleans."""
+        return not jnp.issubdtype(_raw_value.eval_shape(self).dtype, jnp.floating)
 
     def value(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Scalar:
         """The loss at `x`.
@@ -182,7 +192,15 @@ class Loss:
 
         Returns:
             The arguments, split into what is traced and what compiles.
+
+        Raises:
+            TypeError: if `args` is not a tuple or `kwargs` not a dict.
         """
+        if not isinstance(args, tuple | list | None) or not isinstance(kwargs, dict | None):
+            raise TypeError(
+                "Loss: expected args as a tuple and kwargs as a dict, got "
+                f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
+            )
         if not args and not kwargs:
             return self.arguments
         bound_args, bound_kwargs = self.arguments.tree
@@ -201,7 +219,15 @@ class Loss:
 
         Returns:
             A scalar in JAX's default float.
+
+        Raises:
+            ValueError: if `x` is of another shape.
         """
+        if jnp.shape(x) != (self.dim,):
+            raise ValueError(
+                f"Loss: expected a flat vector of shape ({self.dim},), got {jnp.shape(x)}; use jax.vmap for "
+                "several."
+            )
         args, kwargs = arguments.tree
         return jnp.asarray(self.source.value(x, args, kwargs, data_scale), float)
 
@@ -235,6 +261,8 @@ class Loss:
     def _check_value(self) -> None:
         if self.minibatch is not None:
             self.minibatch.num_rows(self.arguments)
+            batch = jax.eval_shape(self.minibatch.draw, jax.random.key(0), self.arguments)
+            _explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
         out = _explain(lambda: _raw_value.eval_shape(self), "loss")
         if not hasattr(out, "shape") or out.shape != ():

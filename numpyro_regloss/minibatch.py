@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from numpyro_regloss._checks import check_count
 from numpyro_regloss._pytree import Partition
 from numpyro_regloss._typing import Key
 
@@ -43,13 +44,9 @@ class Minibatch:
     argnames: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool):
-            raise TypeError(
-                f"Minibatch: expected batch_size as an integer, got {self.batch_size!r}; "
-                "pass the number of rows."
-            )
-        if self.batch_size < 1:
-            raise ValueError(f"Minibatch: expected batch_size >= 1, got {self.batch_size}.")
+        object.__setattr__(
+            self, "batch_size", check_count(self.batch_size, "Minibatch: batch_size")
+        )
         for name, kind in (("argnums", int), ("argnames", str)):
             value = getattr(self, name)
             if value is None:
@@ -128,6 +125,14 @@ class Minibatch:
             *((everything or i in numbers, arg) for i, arg in enumerate(args)),
             *((everything or name in argnames, kwargs[name]) for name in sorted(kwargs)),
         ]
+        for selected, value in chosen:
+            named = selected and not everything
+            is_list = isinstance(value, list | tuple)
+            if (named or is_list) and not any(map(jnp.ndim, Partition(value).leaves)):
+                raise ValueError(
+                    f"Minibatch: expected data as arrays with a leading axis, got {type(value).__name__}; "
+                    "wrap it in jnp.asarray, or name the data with argnums or argnames."
+                )
         flags = [
             selected and jnp.ndim(leaf) > 0
             for selected, value in chosen

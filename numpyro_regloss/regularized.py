@@ -9,8 +9,10 @@ and Heat Regularization in Deep Learning", Entropy 21(5), 511.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -74,7 +76,7 @@ class RegularizedLoss:
                 "Loss.from_function or Loss.from_model."
             )
         if reference is not None:
-            _check_reference(reference, loss.dim)
+            reference = _checked_reference(reference, loss.dim)
         temperature = check_positive(temperature, "RegularizedLoss: temperature")
         checked = self.unchecked(loss, reference, loss.bind(args, kwargs), temperature)
         for field in dataclasses.fields(self):
@@ -99,6 +101,16 @@ class RegularizedLoss:
         }.items():
             object.__setattr__(obj, name, value)
         return obj
+
+    @property
+    def args(self) -> tuple:
+        """Positional arguments of the loss in force."""
+        return self.arguments.tree[0]
+
+    @property
+    def kwargs(self) -> dict:
+        """Keyword arguments of the loss in force."""
+        return self.arguments.tree[1]
 
     @property
     def dim(self) -> int:
@@ -172,7 +184,7 @@ def model(target: RegularizedLoss) -> None:
             f"model: expected a RegularizedLoss, got {type(target).__name__}; pass "
             "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)) as the model's only argument."
         )
-    taken = set(target.loss.names)
+    taken = _user_sites(target)
     x_name = _free("x", taken)
     if target.reference is None:
         x = numpyro.sample(x_name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
@@ -188,16 +200,22 @@ def model(target: RegularizedLoss) -> None:
 
 def latent_name(target: RegularizedLoss) -> str:
     """Name of the whitened latent site of `model`: `eps`, unless the user has such a site."""
-    return _free("eps", set(target.loss.names))
+    return _free("eps", _user_sites(target))
 
 
-def _check_reference(reference: Any, dim: int) -> None:
+def _user_sites(target: RegularizedLoss) -> set[str]:
+    named = partial(target.loss.named_sites, arguments=target.arguments)
+    return set(jax.eval_shape(named, target.loss.x0))
+
+
+def _checked_reference(reference: Any, dim: int) -> Gaussian:
     if not isinstance(reference, Gaussian):
         raise TypeError(
             f"RegularizedLoss: expected a Gaussian reference or None, got {type(reference).__name__}; "
             "use Gaussian.isotropic(mean, tau)."
         )
-    mean, scale = jnp.shape(reference.mean), jnp.shape(reference.scale)
+    reference = Gaussian(*(jnp.asarray(part, float) for part in reference))
+    mean, scale = reference.mean.shape, reference.scale.shape
     if mean != (dim,) or scale not in ((), (dim,), (dim, dim)):
         raise ValueError(
             f"RegularizedLoss: expected a reference with mean ({dim},) and scale (), ({dim},) or "
@@ -220,6 +238,7 @@ def _check_reference(reference: Any, dim: int) -> None:
                 "RegularizedLoss: expected a finite reference scale with positive standard deviations "
                 "(or Cholesky diagonal); scale is a standard deviation, tau = scale²."
             )
+    return reference
 
 
 def _free(name: str, taken: set[str]) -> str:

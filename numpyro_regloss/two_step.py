@@ -106,8 +106,9 @@ class TwoStep:
     r"""Minimizes a regularized loss: shift a density, fit a Gaussian, move the reference there.
 
     q ∝ exp(-loss / T) N(centre, tau I). With `fit.ForwardKL` the centre moves to E_q[x] and the local
-    entropy F_tau = -T log E exp(-loss / T) falls; with `fit.RobbinsMonro` or `fit.ReverseKL` it moves by
-    a proximal step on the heat regularization E loss. In both the effective learning rate is tau / T.
+    entropy F_tau = -T log E exp(-loss / T) falls, up to Monte Carlo error; with `fit.RobbinsMonro` or
+    `fit.ReverseKL` it moves by a proximal step on the heat regularization E loss. In both the effective learning
+    rate is tau / T.
 
     Scale: loss and temperature have the same units, and only loss / T matters. For data, average the
     loss over the rows and put 1 / rows into `temperature`: tau and step sizes then survive a change of
@@ -171,6 +172,12 @@ class TwoStep:
                 f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
                 "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
             )
+        follows_gradient = getattr(self.fit, "uses_gradient", False) and not self.fit.uses_draws
+        if follows_gradient and self.loss.returns_integers:
+            raise TypeError(
+                f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "
+                "has none; use shift.Importance with fit.ForwardKL."
+            )
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
         )
@@ -220,7 +227,9 @@ class TwoStep:
         Returns:
             The next state and what the step did.
         """
-        return _step(self, state, self.loss.bind(args, kwargs))
+        arguments = self.loss.bind(args, kwargs)
+        self._check_state(state, arguments, "TwoStep.step: state")
+        return _step(self, state, arguments)
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
@@ -237,7 +246,9 @@ class TwoStep:
             The last state and the history.
         """
         check_count(num_steps, "TwoStep.scan: num_steps")
-        return _scan(self, state, self.loss.bind(args, kwargs), num_steps)
+        arguments = self.loss.bind(args, kwargs)
+        self._check_state(state, arguments, "TwoStep.scan: state")
+        return _scan(self, state, arguments, num_steps)
 
     def run(
         self,
@@ -255,7 +266,8 @@ class TwoStep:
             rng_key: a random key; unused with `init_state`, which has its own.
             num_steps: number of steps to do now; a new number does not recompile.
             *args: arguments of the loss in place of the bound ones.
-            init_state: a state to continue from.
+            init_state: a state to continue from, with its own key; tau and temperature are this
+                optimizer's.
             progress_bar: show steps, loss, tau and ESS or acceptance.
             callback: called after every step as `callback(state, info)`; returning True stops the run.
                 Each step is then dispatched alone, which costs a fraction of a millisecond.
@@ -275,7 +287,8 @@ class TwoStep:
             )
         arguments = self.loss.bind(args, kwargs)
         state = self.init(rng_key, *args, **kwargs) if init_state is None else init_state
-        self._check_state(state, arguments)
+        self._check_state(state, arguments, "TwoStep.run: init_state")
+        self._check_schedule(int(state.step), num_steps)
         state = jax.tree.map(_strong, state)
         row = _step.eval_shape(self, state, arguments)[1]
         capacity = 1 if callback else history_capacity(row)
@@ -304,11 +317,22 @@ class TwoStep:
             The shift's draws.
         """
         rng_key = check_key(rng_key, "TwoStep.draw")
-        return _draw(self, rng_key, state, self.loss.bind(args, kwargs))
+        arguments = self.loss.bind(args, kwargs)
+        self._check_state(state, arguments, "TwoStep.draw: state")
+        return _draw(self, rng_key, state, arguments)
 
-    def get_params(self, state: TwoStepState) -> Any:
-        """The parameters at the state's centre, as the user wrote them (sites constrained)."""
-        return self.loss.constrain(state.reference.mean)
+    def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
+        """The parameters at the state's centre, as the user wrote them (sites constrained).
+
+        Args:
+            state: from `init` or a run.
+            *args: arguments of the loss in place of the bound ones; deterministic sites may use them.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The user's pytree, or a dict of sites.
+        """
+        return self.loss.constrain(state.reference.mean, args, kwargs)
 
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
@@ -344,28 +368,41 @@ class TwoStep:
         tau = self.tau(step) if callable(self.tau) else self.tau
         return jnp.asarray(tau, self.loss.x0.dtype)
 
-    def _check_state(self, state: Any, arguments: Partition) -> None:
+    def _check_schedule(self, step: int, num_steps: int) -> None:
+        if callable(self.tau):
+            for t in (step, step + num_steps - 1):
+                what = f"TwoStep: tau at step {t} of its schedule"
+                check_positive(self.tau(t), what, ((), (self.loss.dim,)))
+
+    def _check_state(self, state: Any, arguments: Partition, what: str) -> None:
         if not isinstance(state, TwoStepState):
             raise TypeError(
-                f"TwoStep.run: expected init_state as a TwoStepState, got {type(state).__name__}; pass "
-                "result.state of an earlier run, or start anew without it."
+                f"{what}: expected a TwoStepState, got {type(state).__name__}; pass the state of an "
+                "earlier run, or that of TwoStep.init."
             )
         if state.reference.mean.shape != (self.loss.dim,):
             raise ValueError(
-                f"TwoStep.run: expected init_state of a loss with {self.loss.dim} parameters, got "
+                f"{what}: expected that of a loss with {self.loss.dim} parameters, got shape "
                 f"{state.reference.mean.shape}; it belongs to another loss."
             )
         expected = _init.eval_shape(self, state.rng_key, arguments)[0]
         shapes, found = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, state)
         if shapes != found:
             raise ValueError(
-                f"TwoStep.run: expected init_state with shapes {shapes}, got {found}; it comes from other "
-                "engines or other settings of them: start anew without it."
+                f"{what}: expected shapes {shapes}, got {found}; it comes from other engines or other "
+                "settings of them: start anew with TwoStep.init."
             )
 
 
 def _target(optimizer: TwoStep, reference: Gaussian, arguments: Partition) -> RegularizedLoss:
     return RegularizedLoss.unchecked(optimizer.loss, reference, arguments, optimizer.temperature)
+
+
+def _rescaled(optimizer: TwoStep, reference: Gaussian, tau: Array) -> Gaussian:
+    # Tau is the optimizer's, at every step: a state may have come from a run with another one.
+    if getattr(optimizer.anchor, "owns_scale", False):
+        return reference
+    return Gaussian.isotropic(reference.mean, tau)
 
 
 @jax.jit
@@ -399,26 +436,24 @@ def _step(
     optimizer: TwoStep, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
     keys = random.split(random.fold_in(state.rng_key, state.step), 4)
-    target = _target(optimizer, state.reference, arguments)
+    tau = optimizer.tau_at(state.step)
+    here = _rescaled(optimizer, state.reference, tau)
+    target = _target(optimizer, here, arguments)
     shift, draws, shift_info = optimizer.shift.step(keys[0], state.shift, target)
     fit, fitted, fit_info = optimizer.fit.step(keys[1], state.fit, target, draws)
     anchor, reference, anchor_info = optimizer.anchor.step(
         keys[2], state.anchor, target, draws, fitted, fit_info
     )
     infos = (shift_info, fit_info, anchor_info)
-    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all()
+    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all() & jnp.all(tau > 0)
     ok = ok & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
     keep = partial(_select, ok)
-    reference = keep(reference, state.reference)
-    tau = optimizer.tau_at(state.step)
-    if callable(optimizer.tau):
-        ratio = jnp.sqrt(optimizer.tau_at(state.step + 1) / tau)
-        reference = reference._replace(scale=reference.scale * ratio)
+    reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))
     info = TwoStepInfo(
         ok=ok,
-        loss=target.on_batch(keys[3]).value(state.reference.mean),
-        reference=state.reference,
+        loss=target.on_batch(keys[3]).value(here.mean),
+        reference=here,
         fitted=fitted,
         tau=tau,
         shift=shift_info,
@@ -468,7 +503,8 @@ def _advance(
 
 @jax.jit
 def _draw(optimizer: TwoStep, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
-    target = _target(optimizer, state.reference, arguments)
+    here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
+    target = _target(optimizer, here, arguments)
     return optimizer.shift.step(rng_key, state.shift, target)[1]
 
 

@@ -46,7 +46,7 @@ def local_entropy(
     rng_key: Key,
     target: RegularizedLoss,
     *,
-    method: str = "importance",
+    method: str = "auto",
     num_samples: int = 10_000,
     chunk_size: int | None = None,
 ) -> Estimate:
@@ -57,7 +57,7 @@ def local_entropy(
     Args:
         rng_key: a random key.
         target: loss, reference and temperature.
-        method: `"importance"`.
+        method: `"importance"`, or `"auto"`, which is the same for now.
         num_samples: loss evaluations, rounded up to an even number.
         chunk_size: evaluations at once.
 
@@ -73,7 +73,7 @@ def local_entropy(
         >>> bool(jnp.abs(estimate.value - 0.5 * jnp.log(2.0)) < 4 * estimate.error)
         True
     """
-    check_choice(method, "values.local_entropy: method", ("importance",))
+    check_choice(method, "values.local_entropy: method", ("auto", "importance"))
     rng_key = _checked(rng_key, target, num_samples, "values.local_entropy")
     return _local_entropy(rng_key, target, _pairs(num_samples, chunk_size))
 
@@ -133,8 +133,8 @@ def _losses(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Array:
 @partial(jax.jit, static_argnames="engine")
 def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
     loss = _losses(rng_key, target, engine)
-    log_weight = jnp.where(jnp.isnan(loss), -jnp.inf, -loss / target.temperature)
-    smoothed, khat = pareto_smooth(log_weight)
+    # A NaN among the losses makes the value NaN: there is no expectation to estimate.
+    smoothed, khat = pareto_smooth(-loss / target.temperature)
     log_mean = log_mean_exp(smoothed)
     pair = jnp.mean(jnp.exp(smoothed - log_mean).reshape(-1, 2), 1)
     return Estimate(

@@ -75,6 +75,22 @@ def subsampled(y):
         numpyro.sample("y", dist.Normal(m, 1.0), obs=y[:2])
 
 
+def fixed_plate(y):
+    m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", 6):
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
+def local_latents(y):
+    with numpyro.plate("rows", len(y)):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
+def only_prior(scale):
+    numpyro.sample("m", dist.Normal(0.0, scale))
+
+
 def delta_site(y):
     m = numpyro.sample("m", dist.Delta(0.0))
     s = numpyro.sample("s", dist.HalfNormal(1.0))
@@ -170,12 +186,17 @@ CATALOGUE = {
     "missing arguments": (lambda: Loss.from_model(model), TypeError, "missing 1 required"),
     "unknown keyword": (from_model(model, DATA[:, 0], wide=True), TypeError, "unexpected keyword"),
     "unknown density": (from_model(model, density="prior"), ValueError, "expected density in"),
+    "likelihood without data": (
+        from_model(only_prior, 1.0, density="likelihood"),
+        ValueError,
+        "obs=",
+    ),
     "key of the wrong kind": (from_model(model, rng_key=3), TypeError, "random key"),
     # Minibatches
     "minibatch is a number": (function(rows_loss, None, DATA, minibatch=3), TypeError, "Minibatch"),
-    "batch of zero rows": (lambda: Minibatch(0), ValueError, "batch_size >= 1"),
-    "batch size a float": (lambda: Minibatch(2.0), TypeError, "batch_size as an integer"),
-    "batch size a boolean": (lambda: Minibatch(True), TypeError, "batch_size as an integer"),
+    "batch of zero rows": (lambda: Minibatch(0), ValueError, "integer >= 1"),
+    "batch size a float": (lambda: Minibatch(2.0), TypeError, "batch_size: expected an integer"),
+    "batch size a boolean": (lambda: Minibatch(True), TypeError, "batch_size: expected an integer"),
     "positions that are names": (lambda: Minibatch(2, argnums="rows"), TypeError, "argnums"),
     "batch larger than the data": (
         function(rows_loss, None, DATA, minibatch=Minibatch(7)),
@@ -197,6 +218,21 @@ CATALOGUE = {
         function(rows_loss, None, DATA, minibatch=Minibatch(2, argnames="columns")),
         ValueError,
         "'columns'",
+    ),
+    "lists as data of a minibatch": (
+        function(rows_loss, None, [1.0, 2.0, 3.0], minibatch=Minibatch(2, argnums=0)),
+        ValueError,
+        "jnp.asarray",
+    ),
+    "plate that does not follow the batch": (
+        from_model(fixed_plate, minibatch=Minibatch(1)),
+        ValueError,
+        "take plate sizes from the data",
+    ),
+    "one latent per row of a batch": (
+        from_model(local_latents, minibatch=Minibatch(2)),
+        ValueError,
+        "other latent sites",
     ),
     # Regularized losses and Gaussians
     "target of a function": (
@@ -243,6 +279,21 @@ CATALOGUE = {
         lambda: RegularizedLoss(LOSS, REFERENCE, temperature=jnp.ones(2)),
         ValueError,
         "temperature",
+    ),
+    "arguments that are no tuple": (
+        lambda: RegularizedLoss(ROWS, REFERENCE, args=DATA),
+        TypeError,
+        "args as a tuple",
+    ),
+    "point of another shape": (
+        lambda: LOSS.evaluate(jnp.zeros(5), LOSS.arguments),
+        ValueError,
+        r"shape \(2,\)",
+    ),
+    "several points at once": (
+        lambda: LOSS.evaluate(jnp.zeros((3, 2)), LOSS.arguments),
+        (ValueError, TypeError),
+        "jax.vmap|dim",
     ),
     "model of a loss": (lambda: regloss.model(LOSS), TypeError, "expected a RegularizedLoss"),
     "distribution that is no Gaussian": (
@@ -301,6 +352,11 @@ CATALOGUE = {
         ValueError,
         "makes none",
     ),
+    "heat of a loss without a gradient": (
+        lambda: schemes.heat(Loss.from_function(lambda x: jnp.sum(x > 0), np.zeros(2)), 0.1),
+        TypeError,
+        "shift.Importance",
+    ),
     # Settings of engines
     "no samples": (lambda: shift.Importance(0), ValueError, "num_samples"),
     "samples a float": (lambda: shift.Importance(10.0), TypeError, "num_samples"),
@@ -331,6 +387,14 @@ CATALOGUE = {
     "negative inner step": (lambda: fit.RobbinsMonro(5, step_size=-1.0), ValueError, "step_size"),
     # Running
     "key is a number": (run(0, 2), TypeError, "random key"),
+    "raw key of the wrong length": (run(np.zeros(3, np.uint32), 2), TypeError, "random key"),
+    "schedule that falls to zero": (
+        lambda: scheme(tau=lambda step: 0.1 - 0.05 * step).run(KEY, 3, progress_bar=False),
+        ValueError,
+        "tau at step 2",
+    ),
+    "step from no state": (lambda: scheme().step(None), TypeError, "TwoStep.init"),
+    "scan from a tuple": (lambda: scheme().scan((1, 2), 3), TypeError, "TwoStep.init"),
     "several keys": (run(random.split(KEY), 2), TypeError, "one random key"),
     "no steps": (run(KEY, 0), ValueError, "num_steps"),
     "negative steps": (run(KEY, -3), ValueError, "num_steps"),

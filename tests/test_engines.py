@@ -151,6 +151,7 @@ def test_robbins_monro_is_exact_on_quadratics_of_any_stiffness():
         target = setup(problem, np.zeros(2), 0.5, 1.0)
         fitted, info = heat_step(fit.RobbinsMonro(num_steps=3000), random.key(1), target)
         np.testing.assert_allclose(info.curvature, 0.5 * scale, rtol=0.05)
+        assert info.residual < 0.05  # no noise, so only what is left of the equation
         # Antithetic gradients of a quadratic have no noise: only the decay of the start is left.
         np.testing.assert_allclose(fitted.mean, problem.heat_step(np.zeros(2), 0.5), atol=0.02)
 

@@ -100,6 +100,7 @@ def test_survives_vmap_and_stacking(kind):
 def test_isotropic_takes_variances():
     mean = jnp.zeros((2, 3))
     assert Gaussian.isotropic(mean, 0.25).scale.tolist() == [0.5, 0.5]
+    assert Gaussian.isotropic(jnp.array([1, 2]), 0.25).scale == 0.5
     assert Gaussian.isotropic(mean[0], jnp.array([0.25, 1.0, 4.0])).scale.tolist() == [
         0.5,
         1.0,

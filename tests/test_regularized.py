@@ -118,7 +118,7 @@ def test_sites_that_clash_are_renamed():
     def clashing(y):
         eps = numpyro.sample("eps", dist.Normal(0, 1))
         x = numpyro.sample("x", dist.Normal(eps, 1))
-        numpyro.sample("minus_energy", dist.Normal(x, 1))
+        numpyro.deterministic("minus_energy", x)
         numpyro.sample("y", dist.Normal(x, 1), obs=y)
 
     loss = Loss.from_model(clashing, 1.0)

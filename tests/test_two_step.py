@@ -9,6 +9,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import optax
 import pytest
 from conftest import Counter, count_compiles
@@ -93,6 +95,7 @@ def test_new_values_trace_nothing_and_compile_nothing(engine):
         other = build(1.0, 0.2, 0.5, -1.0, 0.5)
         other.run(random.key(1), 9, progress_bar=False)
         other.run(random.key(1), 3, np.zeros((5, 3)), 1.0, progress_bar=False)
+        other.run(random.key(1), 3, np.zeros((5, 3)), jnp.asarray(2.0), progress_bar=False)
         dataclasses.replace(other, tau=0.7).run(random.key(2), 2, progress_bar=False)
     assert counter.count == count
     assert compiled == []
@@ -341,3 +344,34 @@ def test_a_rejected_step_keeps_every_state():
     np.testing.assert_array_equal(
         result.history.reference.mean[1], result.history.reference.mean[2]
     )
+
+
+def test_tau_is_the_optimizers_and_not_the_states():
+    state = make(tau=0.3).run(random.key(0), 2, progress_bar=False).state
+    history = make(tau=0.01).run(random.key(0), 2, init_state=state, progress_bar=False).history
+    np.testing.assert_allclose(history.reference.scale, 0.1, rtol=1e-6)
+    draws = make(tau=0.01).draw(random.key(0), state)
+    # 200 antithetic pairs of sd 0.1 in three dimensions: within a fifth.
+    assert abs(np.std(draws.x - state.reference.mean) - 0.1) < 0.02
+
+
+def test_a_rejected_step_of_a_schedule_leaves_a_usable_state():
+    optimizer = make(tau=optax.linear_schedule(0.1, 0.0, 3))
+    state, history = optimizer.scan(optimizer.init(random.key(0)), 5)
+    assert history.ok.tolist() == [True, True, True, False, False]
+    again = make(tau=0.1).run(random.key(0), 2, init_state=state, progress_bar=False)
+    assert again.history.ok.all()
+
+
+def test_params_at_other_data():
+    def model(y):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("sum", jnp.sum(y))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    optimizer = schemes.local_entropy(Loss.from_model(model, np.zeros(3)), 0.1, shift=CHEAP)
+    result = optimizer.run(random.key(0), 1, np.ones(3), progress_bar=False)
+    assert result.params["sum"] == 3.0
+    assert optimizer.get_params(result.state, np.ones(3))["sum"] == 3.0
+    assert optimizer.get_params(result.state)["sum"] == 0.0

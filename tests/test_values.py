@@ -86,6 +86,15 @@ def test_full_data_whatever_the_minibatch():
         np.testing.assert_allclose(a.value, b.value, rtol=1e-6)
 
 
+def test_nan_losses_have_no_value():
+    loss = Loss.from_function(lambda x: jnp.log(x[0]), np.ones(1))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    for value in (values.local_entropy, values.heat):
+        estimate = value(random.key(0), target)
+        assert jnp.isnan(estimate.value)
+        assert jnp.isnan(estimate.error)
+
+
 def test_infinite_losses():
     def wall(x):
         return jnp.where(x[0] > 0, 0.0, jnp.inf)

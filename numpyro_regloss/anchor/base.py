@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 3 of the scheme: the next reference. The protocol that every anchor follows."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
@@ -30,8 +30,12 @@ class AnchorInfo(NamedTuple):
 class Anchor(Protocol):
     """Turns the fitted Gaussian into the next reference, at the tau of this step.
 
-    A schedule of tau is the driver's: it rescales the reference afterwards.
+    Attributes:
+        owns_scale: whether the scale that it returns is kept. Otherwise the driver sets it to sqrt(tau) of
+            the next step, so that schedules of tau are followed.
     """
+
+    owns_scale: ClassVar[bool] = False
 
     def init(self, target: RegularizedLoss) -> Any:
         """The anchor's state before the first step.

@@ -4,8 +4,8 @@ r"""The Gaussian that minimizes KL(q || Gaussian): moment matching, the local-en
 
     mean = E_q[x],   covariance = Cov_q(x)
 
-With the covariance of the reference kept, this is Theorem 3.1's second step: the mean moves by
--(tau / T) ∇F_tau, and F_tau decreases.
+With the covariance of the reference kept, this is the second step of the paper's local-entropy scheme: the
+mean moves by -(tau / T) ∇F_tau, and with the exact mean F_tau decreases.
 
 Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
 and Heat Regularization in Deep Learning".

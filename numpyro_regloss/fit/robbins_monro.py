@@ -59,18 +59,25 @@ class RobbinsMonroInfo(NamedTuple):
         ok: the mean is finite.
         num_loss: zero.
         num_grad: gradient evaluations.
-        curvature: tau times the curvature of loss / T in its steepest direction.
+        curvature: κ, tau times the curvature of loss / T in its steepest direction (-1 with a step size of
+            your own, which needs none).
+        residual: norm of the implicit equation at the mean, from one more gradient, in units of the
+            reference scale: of the size of that gradient's noise when the equation is solved.
     """
 
     ok: Array
     num_loss: Array
     num_grad: Array
     curvature: Array
+    residual: Array
 
 
 @pytree_dataclass
 class RobbinsMonro(Fit):
     """The paper's heat step.
+
+    About 1 + κ steps are needed before directions in which the loss is flat have moved, κ being tau times
+    the steepest curvature of loss / T; fewer leave the mean near the centre. `info.residual` tells.
 
     Args:
         num_steps: inner steps; each draws fresh noise and a fresh minibatch.
@@ -147,12 +154,15 @@ class RobbinsMonro(Fit):
         u, average = lax.fori_loop(0, self.num_steps, body, (zero, zero))
         u = average if self.averaging else u
         mean = reference.unwhiten(u)
+        last = random.fold_in(key_steps, self.num_steps)
+        drift = gradient(last, u, random.normal(last, u.shape, u.dtype)) + u
         per_gradient = 2 if self.antithetic else 1
         info = RobbinsMonroInfo(
             ok=jnp.isfinite(mean).all(),
             num_loss=jnp.asarray(0),
-            num_grad=per_gradient * (self.num_steps + spent),
+            num_grad=per_gradient * (self.num_steps + 1 + spent),
             curvature=state.curvature,
+            residual=jnp.linalg.norm(drift),
         )
         return state, Gaussian(mean, reference.scale), info
 

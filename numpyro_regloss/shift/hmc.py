@@ -10,7 +10,6 @@ import math
 from typing import Any, ClassVar
 
 from numpyro_regloss import _whitened_hmc as whitened
-from numpyro_regloss._checks import check_positive
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Key
 from numpyro_regloss.draws import StoredDraws
@@ -58,7 +57,6 @@ class HMC(Shift):
 
     def __post_init__(self) -> None:
         whitened.check_settings(self)
-        check_positive(self.trajectory_length, "HMC: trajectory_length")
 
     @property
     def settings(self) -> whitened.Settings:
