@@ -147,7 +147,8 @@ def squared_error(loss, x0, data, centers, num_reference):
         draws = engine.step(key, engine.init(key, target), target)[1]
         return fit.ForwardKL().step(key, (), target, draws)[1].mean
 
-    steps = np.unique(np.linspace(2, len(centers) - 2, 6).astype(int))
+    last = len(centers) - 2
+    steps = np.unique(np.linspace(min(2, last), last, 6).astype(int))
     errors = []
     for k in steps:
         moved = RegularizedLoss(
