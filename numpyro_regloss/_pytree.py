@@ -220,8 +220,14 @@ def _canonical(leaf: Any) -> Any:
     # A Python float is weakly typed: the same program with an array in its place would recompile.
     # NumPy arrays go to the device once here, not at every call.
     if isinstance(leaf, jax.Array):
-        is_weak = getattr(leaf, "weak_type", False)
-        return lax.convert_element_type(leaf, leaf.dtype) if is_weak else leaf
+        if not getattr(leaf, "weak_type", False):
+            return leaf
+        # Through NumPy, since a cast on the device would compile.
+        return (
+            jnp.asarray(np.asarray(leaf))
+            if is_concrete(leaf)
+            else lax.convert_element_type(leaf, leaf.dtype)
+        )
     if isinstance(leaf, float | complex):
         return np.asarray(leaf, jax.dtypes.canonicalize_dtype(type(leaf)))
     return jnp.asarray(leaf)

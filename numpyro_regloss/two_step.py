@@ -172,7 +172,9 @@ class TwoStep:
                 f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
                 "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
             )
-        follows_gradient = getattr(self.fit, "uses_gradient", False) and not self.fit.uses_draws
+        follows_gradient = getattr(self.fit, "uses_gradient", False) and not getattr(
+            self.fit, "uses_draws", True
+        )
         if follows_gradient and self.loss.returns_integers:
             raise TypeError(
                 f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from numpyro_regloss.__main__ import main
+
 
 def run(*arguments, **kwargs):
     command = [sys.executable, "-m", "numpyro_regloss", *arguments]
@@ -31,9 +33,11 @@ def test_quick(tmp_path):
         assert word in done.stdout
 
 
-def test_help_is_complete():
-    done = run("--help")
-    assert done.returncode == 0
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
     for word in (
         "digits",
         "eight-schools",
@@ -43,13 +47,14 @@ def test_help_is_complete():
         "--no-progress",
         "--version",
     ):
-        assert word in done.stdout
+        assert word in shown
 
 
-def test_unknown_problem_is_refused():
-    done = run("--problem", "mnist")
-    assert done.returncode == 2
-    assert "eight-schools" in done.stderr
+def test_unknown_problem_is_refused(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--problem", "mnist"])
+    assert done.value.code == 2
+    assert "eight-schools" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
