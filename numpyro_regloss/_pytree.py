@@ -223,11 +223,7 @@ def _canonical(leaf: Any) -> Any:
         if not getattr(leaf, "weak_type", False):
             return leaf
         # Through NumPy, since a cast on the device would compile.
-        return (
-            jnp.asarray(np.asarray(leaf))
-            if is_concrete(leaf)
-            else lax.convert_element_type(leaf, leaf.dtype)
-        )
+        return np.asarray(leaf) if is_concrete(leaf) else lax.convert_element_type(leaf, leaf.dtype)
     if isinstance(leaf, float | complex):
         return np.asarray(leaf, jax.dtypes.canonicalize_dtype(type(leaf)))
     return jnp.asarray(leaf)

@@ -51,8 +51,8 @@ def one_shift(engine, target, seed=0):
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("engine", SHIFTS)
 def test_shift_and_fit_give_the_exact_mean(engine, name):
-    if engine == "nuts_dense" and name != "quadratic":
-        pytest.skip("the mass matrix is adapted by NumPyro alike on every problem; once is enough")
+    if engine not in FAMILIES and name != "quadratic":
+        pytest.skip("a variant of an engine that is tried on every problem; once is enough")
     problem = PROBLEMS[name]
     for temperature in TEMPERATURES:
         # Near enough to the mass for importance weights: the error of a degenerate cloud is not normal.
@@ -67,14 +67,13 @@ def test_shift_and_fit_give_the_exact_mean(engine, name):
         assert draws.x.shape == (*draws.loss.shape, problem.dim)
 
 
-@pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
+@pytest.mark.parametrize("engine", ["importance", "nuts"])
 def test_fifty_dimensions(engine):
     problem = random_quadratic(50, seed=2, scale=0.2)
     x, tau = np.zeros(50), 0.3
     engines = {
         "importance": shift.Importance(num_samples=20_000),
         "nuts": shift.NUTS(num_samples=250),
-        "hmc": shift.HMC(num_samples=250),
     }
     _, info, fitted, fit_info = one_shift(engines[engine], setup(problem, x, tau, 1.0))
     assert info.ok
@@ -82,7 +81,7 @@ def test_fifty_dimensions(engine):
     assert np.all(error < SIGMAS)
 
 
-@pytest.mark.parametrize("engine", [name for name in SHIFTS if name != "nuts_dense"])
+@pytest.mark.parametrize("engine", ["importance", "importance_iid", "nuts", "hmc"])
 def test_stated_error_of_the_mean_is_calibrated(engine):
     # 200 repetitions at once: standardized errors must have standard deviation one. The bounds are the
     # 0.01 % quantiles of a chi distribution with 200 degrees of freedom, widened below since antithetic
@@ -93,7 +92,6 @@ def test_stated_error_of_the_mean_is_calibrated(engine):
     small = {
         "importance": shift.Importance(num_samples=200),
         "importance_iid": shift.Importance(num_samples=200, antithetic=False),
-        "importance_chunked": shift.Importance(num_samples=199, chunk_size=64),
         "nuts": shift.NUTS(num_warmup=150, num_samples=100, num_chains=2),
         "hmc": shift.HMC(num_warmup=150, num_samples=100, num_chains=2),
     }[engine]
@@ -308,7 +306,7 @@ def test_hmc_at_a_moved_centre():
     assert np.all(np.abs(fitted.mean - exact) < SIGMAS * fit_info.mean_error)
 
 
-@pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
+@pytest.mark.parametrize("engine", ["importance", "nuts"])
 def test_double_precision(engine, x64):
     problem = random_quadratic(2)
     target = setup(problem, np.zeros(2), 0.5, 1.0)
@@ -332,7 +330,7 @@ def test_diagonal_and_dense_references():
         precision = jnp.linalg.inv(reference.covariance)
         exact = -jnp.linalg.solve(hessian + precision, gradient)
         target = RegularizedLoss(loss, reference)
-        for engine in (shift.Importance(20_000), shift.NUTS()):
+        for engine in (shift.Importance(20_000), shift.HMC()):
             _, _, fitted, info = one_shift(engine, target)
             assert np.all(np.abs(fitted.mean - exact) < SIGMAS * info.mean_error)
         fitted, _ = heat_step(fit.RobbinsMonro(2000), random.key(0), target)

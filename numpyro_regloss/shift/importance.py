@@ -91,10 +91,7 @@ class Cloud:
     @property
     def x(self) -> Array:
         """All draws, `(1, draw, dim)`."""
-        draw = _sampler(self.rng_key, self.reference, self.chunk_size, antithetic=self.antithetic)
-        num_samples = self.loss.shape[-1]
-        x = lax.map(draw, jnp.arange(-(-num_samples // self.chunk_size)))
-        return x.reshape(1, -1, self.reference.dim)[:, :num_samples]
+        return _materialize(self)
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Reduces over chunks, each regenerated on the way."""
@@ -203,6 +200,14 @@ class Importance(Shift):
         num_chunks = -(-self.num_samples // size)
         balanced = -(-self.num_samples // num_chunks)
         return -(-balanced // block) * block
+
+
+@jax.jit
+def _materialize(cloud: Cloud) -> Array:
+    draw = _sampler(cloud.rng_key, cloud.reference, cloud.chunk_size, antithetic=cloud.antithetic)
+    num_samples = cloud.loss.shape[-1]
+    x = lax.map(draw, jnp.arange(-(-num_samples // cloud.chunk_size)))
+    return x.reshape(1, -1, cloud.reference.dim)[:, :num_samples]
 
 
 def _sampler(
