@@ -60,13 +60,13 @@ def interleave(calls, repeats):
 
 @contextlib.contextmanager
 def count_compiles():
-    """Yields a list that grows by one entry per XLA compilation."""
+    """Yields a list that grows by one name per XLA compilation."""
     compiled = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration, **kwargs):
         del duration
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
+            compiled.append(kwargs.get("fun_name", ""))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
-from numpyro_regloss import anchor, fit, problems, schemes, shift, values
+from numpyro_regloss import anchor, fit, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.gaussian import Gaussian, kl_divergence
 from numpyro_regloss.loss import Loss
@@ -31,7 +31,6 @@ __all__ = [
     "fit",
     "kl_divergence",
     "model",
-    "problems",
     "schemes",
     "shift",
     "values",

@@ -17,7 +17,14 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-__all__ = ["Partition", "is_concrete", "pytree_dataclass", "replace_fields", "static_field"]
+__all__ = [
+    "Partition",
+    "is_concrete",
+    "pytree_dataclass",
+    "replace_fields",
+    "static_field",
+    "strong",
+]
 
 
 T = TypeVar("T")
@@ -95,6 +102,24 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
         setattr(cls, name, method)
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def strong(tree: Any) -> Any:
+    """The same tree without weak types, which would make another program of the same shapes.
+
+    Args:
+        tree: a pytree of arrays, random keys among them.
+
+    Returns:
+        Arrays of the same types, strongly typed.
+    """
+
+    def cast(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        return leaf if is_key else lax.convert_element_type(leaf, leaf.dtype)
+
+    return jax.tree.map(cast, tree)
 
 
 def replace_fields(obj: T, **changes: Any) -> T:

@@ -3,11 +3,10 @@
 """Shape aliases. `dim` is the number of flat unconstrained parameters everywhere."""
 
 from jax import Array
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
-__all__ = ["Array", "Key", "Params", "Scalar", "Vector"]
+__all__ = ["Array", "Key", "Scalar", "Vector"]
 
 Scalar = Float[Array, ""]
 Vector = Float[Array, " dim"]
 Key = Array
-Params = PyTree

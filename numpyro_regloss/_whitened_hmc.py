@@ -23,7 +23,7 @@ from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.util import ParamInfo
 
 from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._pytree import is_concrete, strong
 from numpyro_regloss._stats import effective_sample_size, split_rhat
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -230,7 +230,8 @@ def step(
     chains = jax.vmap(init_chain, in_axes=(0, 0, None, None), out_axes=CHAIN_AXES)(
         keys, start, state.step_size, state.inverse_mass_matrix
     )
-    chains = _strong(chains._replace(i=jnp.where(state.warm, settings.num_warmup, chains.i)))
+    # A fresh HMCState has weakly typed leaves, which a loop's carry may not have.
+    chains = strong(chains._replace(i=jnp.where(state.warm, settings.num_warmup, chains.i)))
 
     num_leading = jnp.where(state.warm, 0, settings.num_warmup)
 
@@ -327,12 +328,3 @@ def _report(
         warm=accept_prob >= REWARM_BELOW,
     )
     return state, draws, info
-
-
-def _strong(tree: Any) -> Any:
-    def cast(a: Array) -> Array:
-        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-        return a if is_key else lax.convert_element_type(a, a.dtype)
-
-    # A fresh HMCState has weakly typed leaves, which a loop's carry may not have.
-    return jax.tree.map(cast, tree)

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by all tests: engines by name, trace and compile counters, tolerances."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,23 +41,6 @@ class Counter:
     def __call__(self, *args, **kwargs):
         self.count += 1
         return self.fn(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def count_compiles():
-    """Yields a list that grows by one name per XLA compilation."""
-    compiled = []
-
-    def listen(event, duration, **kwargs):
-        del duration
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(kwargs.get("fun_name", ""))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture

@@ -154,6 +154,19 @@ def test_robbins_monro_is_exact_on_quadratics_of_any_stiffness():
         np.testing.assert_allclose(fitted.mean, problem.heat_step(np.zeros(2), 0.5), atol=0.02)
 
 
+def test_natural_steps_diverge_where_the_default_does_not():
+    problem = problems.quadratic(np.array([1.0, 200.0]), center=np.ones(2))
+    target = setup(problem, np.zeros(2), 0.5, 1.0)
+    exact = problem.heat_step(np.zeros(2), 0.5)
+    natural = fit.RobbinsMonro(20, averaging=False, step_size=lambda j: 1.0 / (j + 1.0))
+    errors = [
+        np.abs(heat_step(method, random.key(0), target)[0].mean[1] - exact[1])
+        for method in (natural, fit.RobbinsMonro(20))
+    ]
+    assert errors[0] > 1e6
+    assert errors[1] < 0.1
+
+
 def test_natural_steps_are_the_papers():
     # a_j = 1 / j and no averaging: y_M = x - (tau / T) times the mean gradient met on the way.
     target = setup(problems.linear(np.array([1.0, -2.0])), np.zeros(2), 0.5, 0.25)

@@ -13,7 +13,8 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from conftest import Counter, count_compiles
+from conftest import Counter
+from harness import count_compiles
 from jax import random
 from test_engines import random_quadratic
 from test_loss import SIGMA, Y, eight_schools

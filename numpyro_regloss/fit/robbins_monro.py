@@ -154,8 +154,8 @@ class RobbinsMonro(Fit):
         u, average = lax.fori_loop(0, self.num_steps, body, (zero, zero))
         u = average if self.averaging else u
         mean = reference.unwhiten(u)
-        last = random.fold_in(key_steps, self.num_steps)
-        drift = gradient(last, u, random.normal(last, u.shape, u.dtype)) + u
+        key_batch, key_noise = random.split(random.fold_in(key_steps, self.num_steps))
+        drift = gradient(key_batch, u, random.normal(key_noise, u.shape, u.dtype)) + u
         per_gradient = 2 if self.antithetic else 1
         info = RobbinsMonroInfo(
             ok=jnp.isfinite(mean).all(),
