@@ -4,75 +4,25 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, random
 
+from numpyro_regloss import _outer_step
 from numpyro_regloss._checks import check_count, check_key, check_positive
 from numpyro_regloss._chunks import history_capacity, run_in_chunks
+from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, strong
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor import Anchor, Proximal
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit
-from numpyro_regloss.gaussian import Gaussian
 from numpyro_regloss.loss import Loss
-from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
-
-
-class TwoStepState(NamedTuple):
-    """All that determines the rest of a run; a plain pytree.
-
-    Attributes:
-        step: number of steps done.
-        rng_key: the run's key; step t uses `fold_in(rng_key, t)`.
-        reference: the Gaussian of the next step.
-        shift: the shift's state.
-        fit: the fit's state.
-        anchor: the anchor's state.
-    """
-
-    step: Array
-    rng_key: Key
-    reference: Gaussian
-    shift: Any
-    fit: Any
-    anchor: Any
-
-
-class TwoStepInfo(NamedTuple):
-    """What one step did; stacked over steps, the history.
-
-    Attributes:
-        ok: whether the step was taken; a rejected one keeps the reference.
-        loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one.
-        reference: the Gaussian that the step started from.
-        fitted: the Gaussian that was fitted to the shifted density.
-        tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
-        shift: the shift's info.
-        fit: the fit's info.
-        anchor: the anchor's info.
-        num_loss: loss evaluations of the step.
-        num_grad: gradient evaluations of the step.
-    """
-
-    ok: Array
-    loss: Array
-    reference: Gaussian
-    fitted: Gaussian
-    tau: Array
-    shift: Any
-    fit: Any
-    anchor: Any
-    num_loss: Array
-    num_grad: Array
 
 
 class TwoStepResult(NamedTuple):
@@ -133,6 +83,8 @@ class TwoStep:
         Heat Regularization in Deep Learning".
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
         >>> from numpyro_regloss import fit, shift
         >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
         >>> optimizer = TwoStep(loss, tau=0.5, shift=shift.Importance(1000), fit=fit.ForwardKL())
@@ -202,7 +154,7 @@ class TwoStep:
         """
         rng_key = check_key(rng_key, "TwoStep")
         arguments = self.loss.bind(args, kwargs)
-        state, value, gradient_ok = _init(self, rng_key, arguments)
+        state, value, gradient_ok = _outer_step.init_state(self, rng_key, arguments)
         if is_concrete(value):
             if not np.isfinite(value):
                 raise ValueError(
@@ -231,7 +183,7 @@ class TwoStep:
         """
         arguments = self.loss.bind(args, kwargs)
         self._check_state(state, arguments, "TwoStep.step: state")
-        return _step(self, state, arguments)
+        return _outer_step.step(self, state, arguments)
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
@@ -250,7 +202,7 @@ class TwoStep:
         check_count(num_steps, "TwoStep.scan: num_steps")
         arguments = self.loss.bind(args, kwargs)
         self._check_state(state, arguments, "TwoStep.scan: state")
-        return _scan(self, state, arguments, num_steps)
+        return _outer_step.scan(self, state, arguments, num_steps)
 
     def run(
         self,
@@ -294,11 +246,11 @@ class TwoStep:
             self._check_state(init_state, arguments, "TwoStep.run: init_state")
             state = strong(init_state)
         self._check_schedule(int(state.step), num_steps)
-        row = _step.eval_shape(self, state, arguments)[1]
+        row = _outer_step.step.eval_shape(self, state, arguments)[1]
         capacity = 1 if callback else history_capacity(row)
 
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
-            return _advance(self, state, arguments, np.int32(count), capacity)
+            return _outer_step.advance(self, state, arguments, np.int32(count), capacity)
 
         state, history = run_in_chunks(
             advance, state, num_steps, capacity, callback, _headline, progress_bar=progress_bar
@@ -323,7 +275,7 @@ class TwoStep:
         rng_key = check_key(rng_key, "TwoStep.draw")
         arguments = self.loss.bind(args, kwargs)
         self._check_state(state, arguments, "TwoStep.draw: state")
-        return _draw(self, rng_key, state, arguments)
+        return _outer_step.draw(self, rng_key, state, arguments)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The parameters at the state's centre, as the user wrote them (sites constrained).
@@ -389,127 +341,13 @@ class TwoStep:
                 f"{what}: expected that of a loss with {self.loss.dim} parameters, got shape "
                 f"{state.reference.mean.shape}; it belongs to another loss."
             )
-        expected = _init.eval_shape(self, state.rng_key, arguments)[0]
+        expected = _outer_step.init_state.eval_shape(self, state.rng_key, arguments)[0]
         shapes, found = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, state)
         if shapes != found:
             raise ValueError(
                 f"{what}: expected shapes {shapes}, got {found}; it comes from other engines or other "
                 "settings of them: start anew with TwoStep.init."
             )
-
-
-def _target(optimizer: TwoStep, reference: Gaussian, arguments: Partition) -> RegularizedLoss:
-    return RegularizedLoss.unchecked(optimizer.loss, reference, arguments, optimizer.temperature)
-
-
-def _rescaled(optimizer: TwoStep, reference: Gaussian, tau: Array) -> Gaussian:
-    # Tau is the optimizer's, at every step: a state may have come from a run with another one.
-    if getattr(optimizer.anchor, "owns_scale", False):
-        return reference
-    return Gaussian.isotropic(reference.mean, tau)
-
-
-@jax.jit
-def _init(
-    optimizer: TwoStep, rng_key: Key, arguments: Partition
-) -> tuple[TwoStepState, Array, Array]:
-    key_run, key_shift, key_fit = random.split(rng_key, 3)
-    x0 = optimizer.loss.x0
-    reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
-    target = _target(optimizer, reference, arguments)
-    state = TwoStepState(
-        step=jnp.asarray(0, jnp.int32),
-        rng_key=key_run,
-        reference=reference,
-        shift=optimizer.shift.init(key_shift, target),
-        fit=optimizer.fit.init(key_fit, target),
-        anchor=optimizer.anchor.init(target),
-    )
-    gradient_ok = jnp.asarray(True)
-    if any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
-        value, gradient = jax.value_and_grad(target.value)(x0)
-        gradient_ok = jnp.isfinite(gradient).all()
-    else:
-        value = target.value(x0)
-    # Weak types in a fresh state would compile the second step anew.
-    return strong(state), value, gradient_ok
-
-
-@jax.jit
-def _step(
-    optimizer: TwoStep, state: TwoStepState, arguments: Partition
-) -> tuple[TwoStepState, TwoStepInfo]:
-    keys = random.split(random.fold_in(state.rng_key, state.step), 4)
-    tau = optimizer.tau_at(state.step)
-    here = _rescaled(optimizer, state.reference, tau)
-    target = _target(optimizer, here, arguments)
-    shift, draws, shift_info = optimizer.shift.step(keys[0], state.shift, target)
-    fit, fitted, fit_info = optimizer.fit.step(keys[1], state.fit, target, draws)
-    anchor, reference, anchor_info = optimizer.anchor.step(
-        keys[2], state.anchor, target, draws, fitted, fit_info
-    )
-    infos = (shift_info, fit_info, anchor_info)
-    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all() & jnp.all(tau > 0)
-    ok = ok & shift_info.ok & fit_info.ok & anchor_info.ok
-    recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
-    keep = partial(_select, ok)
-    reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))
-    info = TwoStepInfo(
-        ok=ok,
-        loss=target.on_batch(keys[3]).value(here.mean),
-        reference=here,
-        fitted=fitted,
-        tau=tau,
-        shift=shift_info,
-        fit=fit_info,
-        anchor=anchor_info,
-        num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(1)),
-        num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
-    )
-    state = TwoStepState(
-        step=state.step + 1,
-        rng_key=state.rng_key,
-        reference=reference,
-        shift=keep(shift, recover(state.shift, shift)),
-        fit=keep(fit, state.fit),
-        anchor=keep(anchor, state.anchor),
-    )
-    return state, info
-
-
-@partial(jax.jit, static_argnames="num_steps")
-def _scan(
-    optimizer: TwoStep, state: TwoStepState, arguments: Partition, num_steps: int
-) -> tuple[TwoStepState, TwoStepInfo]:
-    def body(state: TwoStepState, _: None) -> tuple[TwoStepState, TwoStepInfo]:
-        return _step(optimizer, state, arguments)
-
-    return lax.scan(body, state, None, length=num_steps)
-
-
-@partial(jax.jit, static_argnames="capacity")
-def _advance(
-    optimizer: TwoStep, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
-) -> tuple[TwoStepState, TwoStepInfo]:
-    # The number of steps is an argument: one program serves chunks of every length, and none of them
-    # is compiled differently from another, which keeps a chunked run equal to a whole one.
-    row = _step.eval_shape(optimizer, state, arguments)[1]
-    buffers = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), row)
-
-    def body(i: Array, carry: tuple[TwoStepState, TwoStepInfo]) -> tuple[TwoStepState, TwoStepInfo]:
-        state, buffers = carry
-        state, info = _step(optimizer, state, arguments)
-        write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-        return state, jax.tree.map(write, buffers, info)
-
-    return lax.fori_loop(0, num_steps, body, (state, buffers))
-
-
-@jax.jit
-def _draw(optimizer: TwoStep, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
-    here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
-    target = _target(optimizer, here, arguments)
-    return optimizer.shift.step(rng_key, state.shift, target)[1]
 
 
 def _headline(info: TwoStepInfo) -> dict[str, str]:
@@ -533,11 +371,3 @@ def _report_rejections(result: TwoStepResult) -> None:
     if not ok.any():
         raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
     warnings.warn(message, stacklevel=3)
-
-
-def _select(ok: Array, new: Any, old: Any) -> Any:
-    def choose(a: Any, b: Array) -> Array:
-        a = jnp.asarray(a)
-        return jnp.where(ok, a if a.dtype == b.dtype else a.astype(b.dtype), b)
-
-    return jax.tree.map(choose, new, old)

@@ -26,6 +26,7 @@ FLOORS = {
     "regularized": 4,
     "draws": 4,
     "_whitened_hmc": 5,
+    "_outer_step": 5,
     "shift.base": 6,
     "fit.base": 6,
     "anchor.base": 6,
@@ -84,7 +85,6 @@ def test_no_module_is_too_long():
     reasons = {
         "problems": "one closed form after another, each with its formula and an example",
         "_stats": "independent estimators, each with its reference",
-        "two_step": "the driver: a third of it documents the public class",
     }
     long = {module_name(p): len(p.read_text().splitlines()) for p in MODULES}
     assert {name for name, lines in long.items() if lines > 400} <= set(reasons)

@@ -1,0 +1,198 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""One outer step, a map from Gaussian to Gaussian, compiled once with the optimizer as an argument.
+
+These are the pure halves of `TwoStep`: module-level functions, so that two optimizers of one structure are
+one program, whatever their numbers.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+
+from numpyro_regloss._pytree import Partition, strong
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.regularized import RegularizedLoss
+
+__all__ = ["TwoStepInfo", "TwoStepState", "advance", "draw", "init_state", "scan", "step"]
+
+
+class TwoStepState(NamedTuple):
+    """All that determines the rest of a run; a plain pytree.
+
+    Attributes:
+        step: number of steps done.
+        rng_key: the run's key; step t uses `fold_in(rng_key, t)`.
+        reference: the Gaussian of the next step.
+        shift: the shift's state.
+        fit: the fit's state.
+        anchor: the anchor's state.
+    """
+
+    step: Array
+    rng_key: Key
+    reference: Gaussian
+    shift: Any
+    fit: Any
+    anchor: Any
+
+
+class TwoStepInfo(NamedTuple):
+    """What one step did; stacked over steps, the history.
+
+    Attributes:
+        ok: whether the step was taken; a rejected one keeps the reference.
+        loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one.
+        reference: the Gaussian that the step started from.
+        fitted: the Gaussian that was fitted to the shifted density.
+        tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
+        shift: the shift's info.
+        fit: the fit's info.
+        anchor: the anchor's info.
+        num_loss: loss evaluations of the step.
+        num_grad: gradient evaluations of the step.
+    """
+
+    ok: Array
+    loss: Array
+    reference: Gaussian
+    fitted: Gaussian
+    tau: Array
+    shift: Any
+    fit: Any
+    anchor: Any
+    num_loss: Array
+    num_grad: Array
+
+
+def _target(optimizer: Any, reference: Gaussian, arguments: Partition) -> RegularizedLoss:
+    return RegularizedLoss.unchecked(optimizer.loss, reference, arguments, optimizer.temperature)
+
+
+def _rescaled(optimizer: Any, reference: Gaussian, tau: Array) -> Gaussian:
+    # Tau is the optimizer's, at every step: a state may have come from a run with another one.
+    if getattr(optimizer.anchor, "owns_scale", False):
+        return reference
+    return Gaussian.isotropic(reference.mean, tau)
+
+
+@jax.jit
+def init_state(
+    optimizer: Any, rng_key: Key, arguments: Partition
+) -> tuple[TwoStepState, Array, Array]:
+    """The first state, the loss at the start, and whether the gradient there is finite if it is used."""
+    key_run, key_shift, key_fit = random.split(rng_key, 3)
+    x0 = optimizer.loss.x0
+    reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
+    target = _target(optimizer, reference, arguments)
+    state = TwoStepState(
+        step=jnp.asarray(0, jnp.int32),
+        rng_key=key_run,
+        reference=reference,
+        shift=optimizer.shift.init(key_shift, target),
+        fit=optimizer.fit.init(key_fit, target),
+        anchor=optimizer.anchor.init(target),
+    )
+    gradient_ok = jnp.asarray(True)
+    if any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+        value, gradient = jax.value_and_grad(target.value)(x0)
+        gradient_ok = jnp.isfinite(gradient).all()
+    else:
+        value = target.value(x0)
+    # Weak types in a fresh state would compile the second step anew.
+    return strong(state), value, gradient_ok
+
+
+@jax.jit
+def step(
+    optimizer: Any, state: TwoStepState, arguments: Partition
+) -> tuple[TwoStepState, TwoStepInfo]:
+    """Reference → draws → fitted Gaussian → next reference; a rejected step keeps what was before."""
+    keys = random.split(random.fold_in(state.rng_key, state.step), 4)
+    tau = optimizer.tau_at(state.step)
+    here = _rescaled(optimizer, state.reference, tau)
+    target = _target(optimizer, here, arguments)
+    shift, draws, shift_info = optimizer.shift.step(keys[0], state.shift, target)
+    fit, fitted, fit_info = optimizer.fit.step(keys[1], state.fit, target, draws)
+    anchor, reference, anchor_info = optimizer.anchor.step(
+        keys[2], state.anchor, target, draws, fitted, fit_info
+    )
+    infos = (shift_info, fit_info, anchor_info)
+    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all() & jnp.all(tau > 0)
+    ok = ok & shift_info.ok & fit_info.ok & anchor_info.ok
+    recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
+    keep = partial(_select, ok)
+    reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))
+    info = TwoStepInfo(
+        ok=ok,
+        loss=target.on_batch(keys[3]).value(here.mean),
+        reference=here,
+        fitted=fitted,
+        tau=tau,
+        shift=shift_info,
+        fit=fit_info,
+        anchor=anchor_info,
+        num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(1)),
+        num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
+    )
+    state = TwoStepState(
+        step=state.step + 1,
+        rng_key=state.rng_key,
+        reference=reference,
+        shift=keep(shift, recover(state.shift, shift)),
+        fit=keep(fit, state.fit),
+        anchor=keep(anchor, state.anchor),
+    )
+    return state, info
+
+
+@partial(jax.jit, static_argnames="num_steps")
+def scan(
+    optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: int
+) -> tuple[TwoStepState, TwoStepInfo]:
+    """Several steps as one `lax.scan`, and their infos."""
+
+    def body(state: TwoStepState, _: None) -> tuple[TwoStepState, TwoStepInfo]:
+        return step(optimizer, state, arguments)
+
+    return lax.scan(body, state, None, length=num_steps)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def advance(
+    optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
+) -> tuple[TwoStepState, TwoStepInfo]:
+    """Up to `capacity` steps, and buffers whose first `num_steps` rows are their infos."""
+    # The number of steps is an argument: one program serves chunks of every length, and none of them
+    # is compiled differently from another, which keeps a chunked run equal to a whole one.
+    row = step.eval_shape(optimizer, state, arguments)[1]
+    buffers = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), row)
+
+    def body(i: Array, carry: tuple[TwoStepState, TwoStepInfo]) -> tuple[TwoStepState, TwoStepInfo]:
+        state, buffers = carry
+        state, info = step(optimizer, state, arguments)
+        write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return state, jax.tree.map(write, buffers, info)
+
+    return lax.fori_loop(0, num_steps, body, (state, buffers))
+
+
+@jax.jit
+def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
+    """The shift's draws at the state's reference."""
+    here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
+    target = _target(optimizer, here, arguments)
+    return optimizer.shift.step(rng_key, state.shift, target)[1]
+
+
+def _select(ok: Array, new: Any, old: Any) -> Any:
+    def choose(a: Any, b: Array) -> Array:
+        a = jnp.asarray(a)
+        return jnp.where(ok, a if a.dtype == b.dtype else a.astype(b.dtype), b)
+
+    return jax.tree.map(choose, new, old)
