@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_regloss._checks import check_choice, check_count, check_key
+from numpyro_regloss._pareto import pareto_smooth
 from numpyro_regloss._pytree import replace_fields
-from numpyro_regloss._stats import log_mean_exp, pareto_smooth, weight_ess
+from numpyro_regloss._stats import log_mean_exp, weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.importance import Importance

@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 
 from numpyro_regloss import problems
+from numpyro_regloss.problems import quadrature
 
 TEMPERATURES = [1.0, 0.1, 2.5]
 # Four standard errors: 6e-5 for each of some 250 comparisons, so 1.5 % for the file, once and for
@@ -287,7 +288,7 @@ def test_closed_forms_agree_with_quadrature(name):
 def test_quadrature_has_converged(name, monkeypatch):
     problem, _, x, tau = CASES[name]
     first = answers(problem, x, tau, 0.1)
-    monkeypatch.setattr(problems, "_PANELS", {1: (384, 384), 2: (18, 60)})
+    monkeypatch.setattr(quadrature, "_PANELS", {1: (384, 384), 2: (18, 60)})
     assert_close(answers(problem, x, tau, 0.1), first, 1e-10)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpyro.infer.importance import _psis_khat
 
-from numpyro_regloss import _stats
+from numpyro_regloss import _pareto, _stats
 
 # The same algorithm in float64, other order of summation.
 SAME_FLOAT64 = 1e-8
@@ -178,7 +178,7 @@ def test_weight_ess_counts_many_equal_weights_in_float32():
 @pytest.mark.parametrize("kind", KINDS)
 def test_pareto_smooth_matches_arviz_and_numpyro(reference, kind, n):
     log_weight = log_weights(kind, n)
-    smoothed, khat = in_float64(_stats.pareto_smooth, log_weight)
+    smoothed, khat = in_float64(_pareto.pareto_smooth, log_weight)
     with np.errstate(over="ignore"):  # in the weights of ArviZ's grid, where it is harmless
         expected, arviz_khat = reference.psislw(log_weight)
     if not reference.legacy:  # ArviZ 1.x always normalizes
@@ -192,7 +192,7 @@ def test_pareto_smooth_matches_arviz_and_numpyro(reference, kind, n):
 @pytest.mark.parametrize("kind", ["normal:1", "normal:3", "normal:30", "normal:300"])
 def test_tail_of_sizes_that_are_not_round_is_that_of_the_paper(reference, kind, n):
     log_weight = log_weights(kind, n)
-    _, khat = in_float64(_stats.pareto_smooth, log_weight)
+    _, khat = in_float64(_pareto.pareto_smooth, log_weight)
     np.testing.assert_allclose(khat, _psis_khat(log_weight), rtol=SAME_KHAT)
     if reference.legacy:
         np.testing.assert_allclose(khat, reference.psislw(log_weight)[1], rtol=SAME_KHAT)
@@ -203,16 +203,16 @@ def test_khat_matches_blackjax(kind):
     util = pytest.importorskip("blackjax.util")
     log_weight = log_weights(kind, 200)
     _, expected = in_float64(util.psis_weights, log_weight)
-    _, khat = in_float64(_stats.pareto_smooth, log_weight)
-    assert in_float64(_stats.pareto_khat, log_weight) == pytest.approx(float(khat), rel=1e-12)
+    _, khat = in_float64(_pareto.pareto_smooth, log_weight)
+    assert in_float64(_pareto.pareto_khat, log_weight) == pytest.approx(float(khat), rel=1e-12)
     np.testing.assert_allclose(khat, expected, atol=KHAT_TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "normal:0.001", "normal:100"])
 def test_float32_smooths_like_float64(kind):
     log_weight = log_weights(kind, 1000).astype(np.float32)
-    smoothed, khat = in_float32(_stats.pareto_smooth, log_weight)
-    expected, expected_khat = in_float64(_stats.pareto_smooth, log_weight)
+    smoothed, khat = in_float32(_pareto.pareto_smooth, log_weight)
+    expected, expected_khat = in_float64(_pareto.pareto_smooth, log_weight)
     np.testing.assert_allclose(khat, expected_khat, rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
     np.testing.assert_allclose(smoothed, expected, rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
 
@@ -223,7 +223,7 @@ def test_khat_finds_the_shape_of_pareto_weights():
     tail = math.ceil(3 * math.sqrt(n))
     shape = np.repeat([0.2, 0.5, 0.9], repetitions)
     uniform = np.random.default_rng(1).uniform(size=(shape.size, n))
-    _, khat = in_float32(batched(_stats.pareto_smooth), -shape[:, None] * np.log(uniform))
+    _, khat = in_float32(batched(_pareto.pareto_smooth), -shape[:, None] * np.log(uniform))
     excess = (khat - (tail * shape + 5) / (tail + 10)).reshape(3, repetitions)
     error = np.std(excess, axis=1, ddof=1) / math.sqrt(repetitions)
     # Zhang & Stephens report a bias of the order of 1 / M besides.
@@ -235,7 +235,7 @@ def test_smoothed_weights_estimate_the_normalizing_constant():
     repetitions, n, sd = 150, 1000, 0.8
     z = sd * np.random.default_rng(2).normal(size=(repetitions, n))
     log_weight = math.log(sd) - z**2 / 2 + (z / sd) ** 2 / 2
-    smoothed, khat = in_float32(batched(_stats.pareto_smooth), log_weight)
+    smoothed, khat = in_float32(batched(_pareto.pareto_smooth), log_weight)
     ratio = np.mean(np.exp(smoothed), axis=1)
     error = np.std(ratio, ddof=1) / math.sqrt(repetitions)
     assert np.all(khat < 0.7)
@@ -245,7 +245,7 @@ def test_smoothed_weights_estimate_the_normalizing_constant():
 
 def test_smoothing_touches_the_tail_alone_keeps_order_and_maximum():
     log_weight = log_weights("normal:2", 1000)
-    smoothed, _ = in_float64(_stats.pareto_smooth, log_weight)
+    smoothed, _ = in_float64(_pareto.pareto_smooth, log_weight)
     order = np.argsort(log_weight)
     tail = math.ceil(3 * math.sqrt(1000))
     np.testing.assert_array_equal(smoothed[order[:-tail]], log_weight[order[:-tail]])
@@ -255,8 +255,8 @@ def test_smoothing_touches_the_tail_alone_keeps_order_and_maximum():
 
 def test_smoothing_follows_a_shift_of_the_scale():
     log_weight = log_weights("normal:2", 1000)
-    smoothed, khat = in_float64(_stats.pareto_smooth, log_weight)
-    shifted, shifted_khat = in_float64(_stats.pareto_smooth, log_weight - 1e4)
+    smoothed, khat = in_float64(_pareto.pareto_smooth, log_weight)
+    shifted, shifted_khat = in_float64(_pareto.pareto_smooth, log_weight - 1e4)
     np.testing.assert_allclose(shifted, smoothed - 1e4, atol=SAME_FLOAT64)
     np.testing.assert_allclose(shifted_khat, khat, atol=SAME_FLOAT64)
 
@@ -266,8 +266,8 @@ def test_tied_weights_stay_tied_and_the_order_of_draws_does_not_matter(reference
     rng = np.random.default_rng(3)
     log_weight = -rng.poisson(20, 1000).astype(float)
     permutation = rng.permutation(1000)
-    smoothed, khat = compute(_stats.pareto_smooth, log_weight)
-    permuted, permuted_khat = compute(_stats.pareto_smooth, log_weight[permutation])
+    smoothed, khat = compute(_pareto.pareto_smooth, log_weight)
+    permuted, permuted_khat = compute(_pareto.pareto_smooth, log_weight[permutation])
     np.testing.assert_array_equal(permuted, smoothed[permutation])
     assert permuted_khat == khat
     for value in np.unique(log_weight):
@@ -316,7 +316,7 @@ def edge_cases():
     ids=[case[0] for case in edge_cases()],
 )
 def test_weights_without_a_tail_to_judge_come_back_unchanged(compute, log_weight, expected):
-    smoothed, khat = compute(_stats.pareto_smooth, log_weight)
+    smoothed, khat = compute(_pareto.pareto_smooth, log_weight)
     assert khat == expected
     np.testing.assert_array_equal(smoothed, log_weight.astype(smoothed.dtype))
 
@@ -325,7 +325,7 @@ def test_weights_without_a_tail_to_judge_come_back_unchanged(compute, log_weight
 @pytest.mark.parametrize("positive", [95, 96, 500])
 def test_zero_weights_outside_the_tail_do_no_harm(compute, positive):
     log_weight = np.where(np.arange(1000) < positive, log_weights("normal:1", 1000), -INF)
-    smoothed, khat = compute(_stats.pareto_smooth, log_weight)
+    smoothed, khat = compute(_pareto.pareto_smooth, log_weight)
     np.testing.assert_allclose(khat, _psis_khat(log_weight), atol=SAME_FLOAT32)
     np.testing.assert_array_equal(np.isneginf(smoothed), np.isneginf(log_weight))
     assert not np.any(np.isnan(smoothed))
@@ -337,7 +337,7 @@ def test_smoothing_survives_random_hard_weights():
     spread = 10.0 ** rng.uniform(-12, 4, size=(150, 1))
     log_weight = spread * rng.standard_t(1.5, size=(150, 1000)).round(1)
     log_weight[rng.uniform(size=log_weight.shape) < rng.uniform(-0.5, 1, size=(150, 1))] = -INF
-    smoothed, khat = in_float32(batched(_stats.pareto_smooth), log_weight)
+    smoothed, khat = in_float32(batched(_pareto.pareto_smooth), log_weight)
     assert not np.any(np.isnan(khat))
     assert not np.any(np.isnan(smoothed))
     assert np.all(smoothed.max(axis=1) <= log_weight.astype(smoothed.dtype).max(axis=1))
@@ -607,7 +607,7 @@ def batches():
     matrices = np.stack([covariance(3), np.ones((3, 3)), np.zeros((3, 3)), np.full((3, 3), np.nan)])
     return [
         (weight_statistics, weights),
-        (_stats.pareto_smooth, weights),
+        (_pareto.pareto_smooth, weights),
         (chain_statistics, chains),
         (_stats.cholesky_with_floor, matrices),
     ]
@@ -622,7 +622,7 @@ def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
     rows = batch[:6]
     compiled = [in_float32(function, x) for x in rows]
     # in the smoothing no step on the way is NaN either
-    with jax.disable_jit(), jax.debug_nans(function is _stats.pareto_smooth):
+    with jax.disable_jit(), jax.debug_nans(function is _pareto.pareto_smooth):
         eager = [function(jnp.asarray(x, jnp.float32)) for x in rows]
     jax.tree.map(assert_close, compiled, eager)
     stacked = jax.tree.map(lambda *x: np.stack(x), *compiled)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._checks import check_count
+from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._pytree import pytree_dataclass, static_field
-from numpyro_regloss._stats import pareto_khat, weight_ess
+from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Chunk
 from numpyro_regloss.gaussian import Gaussian
