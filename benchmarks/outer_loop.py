@@ -135,26 +135,23 @@ def contestants(loss, x0, data, num_steps):
     return runs
 
 
+@jax.jit
+def long_run(engine, rng_key, target):
+    """The next centre from one long shift."""
+    draws = engine.step(rng_key, engine.init(rng_key, target), target)[1]
+    return fit.ForwardKL().step(rng_key, (), target, draws)[1].mean
+
+
 def squared_error(loss, x0, data, centers, num_reference):
     """Mean over some steps of the squared error of the next centre."""
-    target = RegularizedLoss(
-        Loss.from_function(loss, x0, *data), Gaussian.isotropic(jnp.asarray(x0), TAU)
-    )
+    bound = Loss.from_function(loss, x0, *data)
     engine = shift.NUTS(num_warmup=300, num_samples=num_reference, num_chains=4)
-
-    @jax.jit
-    def reference(key, target):
-        draws = engine.step(key, engine.init(key, target), target)[1]
-        return fit.ForwardKL().step(key, (), target, draws)[1].mean
-
     last = len(centers) - 2
-    steps = np.unique(np.linspace(min(2, last), last, 6).astype(int))
     errors = []
-    for k in steps:
-        moved = RegularizedLoss(
-            target.loss, Gaussian.isotropic(jnp.asarray(centers[k], float), TAU)
-        )
-        errors.append(float(jnp.sum((centers[k + 1] - reference(random.key(int(k)), moved)) ** 2)))
+    for k in np.unique(np.linspace(min(2, last), last, 6).astype(int)):
+        target = RegularizedLoss(bound, Gaussian.isotropic(jnp.asarray(centers[k]), TAU))
+        exact = long_run(engine, random.key(int(k)), target)
+        errors.append(float(jnp.sum((centers[k + 1] - exact) ** 2)))
     return statistics.fmean(errors)
 
 

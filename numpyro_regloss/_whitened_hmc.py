@@ -318,8 +318,8 @@ def _report(
         step_size=step_size,
         num_divergent=tally.num_divergent,
         num_steps=tally.num_steps / (settings.num_samples * settings.num_chains),
-        ess=jnp.min(effective_sample_size(noise)),
-        rhat=jnp.max(split_rhat(noise)),
+        ess=jnp.min(effective_sample_size(x)),
+        rhat=jnp.max(split_rhat(x)),
     )
     state = WhitenedState(
         x=target.reference.unwhiten(chains.z),

@@ -190,7 +190,7 @@ def model(target: RegularizedLoss) -> None:
         x = numpyro.sample(x_name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
     else:
         standard = dist.Normal(jnp.zeros(target.dim), 1.0).to_event(1)
-        noise = jnp.asarray(numpyro.sample(latent_name(target), standard))
+        noise = jnp.asarray(numpyro.sample(_free("eps", taken), standard))
         x = numpyro.deterministic(x_name, target.reference.unwhiten(noise))
     x = jnp.asarray(x)
     for name, value in target.loss.named_sites(x, target.arguments).items():
