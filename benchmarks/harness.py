@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -75,12 +77,24 @@ def count_compiles():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def arguments(description):
-    """Command line of every benchmark."""
+def in_fresh_process(script, *args):
+    """What a script prints last, as JSON, when run alone: nothing that was compiled before helps it."""
+    command = [sys.executable, str(script), *args]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parser(description):
+    """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--smoke", action="store_true", help="smallest sizes: does it run at all?")
     parser.add_argument("--out", type=Path, help="also write the table as JSON to this file")
-    return parser.parse_args()
+    return parser
+
+
+def arguments(description):
+    """Command line of a benchmark without options of its own."""
+    return parser(description).parse_args()
 
 
 def show(title, rows):

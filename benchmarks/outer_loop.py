@@ -5,12 +5,21 @@
 20 outer steps at tau = 0.1, 100 warm-up iterations and 200 draws each, on two losses. Rivals: a Python loop
 over numpyro.infer.MCMC.run (a new object per step; one object with jit_model_args=True, progress bar off and
 on), and one compiled blackjax scan (window adaptation at every step; once, its step size and mass matrix
-shared). `error` is the squared error of the next centre, summed over coordinates, against a long run at the
-same centre, averaged over some steps.
+shared; the same with four chains of 50 draws).
+
+Columns: warm milliseconds per outer step and their ratio to ours with four chains, medians over seeds, since a
+short warm-up may end with a good or a bad step size (the loops over MCMC run alone and once); seconds of the
+first run with its compilations, median over fresh processes, without imports; programs compiled; gradients per
+outer step over all chains, warm-up included and spread over the steps; squared error of the next centre, summed
+over coordinates, against a long run at the same centre, averaged over some steps.
 """
 
+import argparse
+import itertools
+import json
 import os
 import statistics
+from functools import partial
 
 import harness
 import jax
@@ -50,32 +59,32 @@ def numpyro_loop(loss, x0, data, num_steps, *, one_object, progress_bar=False):
             mcmc.run(key, center, *data, init_params={"x": center})
             center = mcmc.get_samples()["x"].mean(0)
             centers.append(center)
-        return jnp.stack([jnp.asarray(x0, float), *centers])
+        return jnp.stack([jnp.asarray(x0, float), *centers]), float("nan")
 
     return run
 
 
-def blackjax_scan(loss, x0, data, num_steps, *, share_warmup):
+def blackjax_scan(loss, x0, data, num_steps, *, share_warmup, num_chains=1):
     import blackjax  # noqa: PLC0415
 
     def log_density(x, center, *data):
         return -loss(x, *data) - jnp.sum((x - center) ** 2) / (2 * TAU)
 
-    def draws(key, kernel_step, state):
-        def body(carry, key):
-            state, total = carry
-            state, _ = kernel_step(key, state)
-            return (state, total + state.position), None
-
-        (state, total), _ = lax.scan(
-            body, (state, jnp.zeros_like(state.position)), random.split(key, NUM_SAMPLES)
-        )
-        return state, total / NUM_SAMPLES
-
     def warm_up(key, density, position):
         adaptation = blackjax.window_adaptation(blackjax.nuts, density)
-        (state, parameters), _ = adaptation.run(key, position, num_steps=NUM_WARMUP)
-        return state, parameters
+        (_, parameters), info = adaptation.run(key, position, num_steps=NUM_WARMUP)
+        return parameters, jnp.sum(info.info.num_integration_steps)
+
+    def draws(key, kernel, position):
+        def body(carry, key):
+            state, total, spent = carry
+            state, info = kernel.step(key, state)
+            return (state, total + state.position, spent + info.num_integration_steps), None
+
+        count = NUM_SAMPLES // num_chains
+        start = (kernel.init(position), jnp.zeros_like(position), 0)
+        (state, total, spent), _ = lax.scan(body, start, random.split(key, count))
+        return state.position, total / count, spent
 
     @jax.jit
     def run(key, start, *data):
@@ -83,56 +92,89 @@ def blackjax_scan(loss, x0, data, num_steps, *, share_warmup):
             return lambda x: log_density(x, center, *data)
 
         key, key_warm = random.split(key)
-        _, shared = warm_up(key_warm, density_at(start), start) if share_warmup else (None, None)
+        shared, spent = warm_up(key_warm, density_at(start), start) if share_warmup else (None, 0)
 
         def outer(carry, key):
-            center, position = carry
+            center, positions, spent = carry
             density = density_at(center)
             key_warm, key_draw = random.split(key)
-            if share_warmup:
-                kernel = blackjax.nuts(density, **shared)
-                state = kernel.init(position)
+            parameters, warming = (
+                (shared, 0) if share_warmup else warm_up(key_warm, density, center)
+            )
+            kernel = blackjax.nuts(density, **parameters)
+            chain = partial(draws, kernel=kernel)
+            if num_chains == 1:
+                positions, mean, counts = chain(key_draw, position=positions)
             else:
-                state, parameters = warm_up(key_warm, density, center)
-                kernel = blackjax.nuts(density, **parameters)
-            state, mean = draws(key_draw, kernel.step, state)
-            return (mean, state.position), mean
+                keys = random.split(key_draw, num_chains)
+                positions, means, counts = jax.vmap(lambda k, x: chain(k, position=x))(
+                    keys, positions
+                )
+                mean = jnp.mean(means, 0)
+            return (mean, positions, spent + warming + jnp.sum(counts)), mean
 
-        _, centers = lax.scan(outer, (start, start), random.split(key, num_steps))
-        return jnp.concatenate([start[None], centers])
+        positions = start if num_chains == 1 else jnp.tile(start, (num_chains, 1))
+        carry = (start, positions, jnp.asarray(spent))
+        (_, _, spent), centers = lax.scan(outer, carry, random.split(key, num_steps))
+        return jnp.concatenate([start[None], centers]), spent / num_steps
 
     start = jnp.asarray(x0, float)
     return lambda seed: run(random.key(seed), start, *data)
 
 
-def ours(loss, x0, data, num_steps, engine):
+def ours(loss, x0, data, num_steps, *, engine, num_chains):
+    engine = engine(
+        num_warmup=NUM_WARMUP, num_samples=NUM_SAMPLES // num_chains, num_chains=num_chains
+    )
     optimizer = schemes.local_entropy(Loss.from_function(loss, x0, *data), TAU, shift=engine)
 
     def run(seed):
         history = optimizer.run(random.key(seed), num_steps, progress_bar=False).history
-        return np.concatenate([history.reference.mean, history.fitted.mean[-1:]])
+        centers = np.concatenate([history.reference.mean, history.fitted.mean[-1:]])
+        return centers, history.num_grad.mean()
 
     return run
 
 
-def contestants(loss, x0, data, num_steps):
-    """Functions of a seed that return all centres, by name."""
-    common = (loss, x0, data, num_steps)
-    settings = {"num_warmup": NUM_WARMUP}
-    runs = {
-        "numpyro, new MCMC each step": numpyro_loop(*common, one_object=False),
-        "numpyro, one MCMC, jit_model_args": numpyro_loop(*common, one_object=True),
-        "blackjax scan, cold adaptation": blackjax_scan(*common, share_warmup=False),
-        "blackjax scan, shared warm-up": blackjax_scan(*common, share_warmup=True),
-        "ours, NUTS 1 x 200": ours(*common, shift.NUTS(num_samples=200, num_chains=1, **settings)),
-        "ours, NUTS 4 x 50": ours(*common, shift.NUTS(num_samples=50, num_chains=4, **settings)),
-        "ours, HMC 4 x 50": ours(*common, shift.HMC(num_samples=50, num_chains=4, **settings)),
+BASE = "ours, NUTS 4 x 50"
+CONTESTANTS = {
+    "numpyro, new MCMC each step": partial(numpyro_loop, one_object=False),
+    "numpyro, one MCMC, jit_model_args": partial(numpyro_loop, one_object=True),
+    "numpyro, one MCMC, jit_model_args, bar on": partial(
+        numpyro_loop, one_object=True, progress_bar=True
+    ),
+    "blackjax, cold adaptation": partial(blackjax_scan, share_warmup=False),
+    "blackjax, shared warm-up": partial(blackjax_scan, share_warmup=True),
+    "blackjax, shared warm-up, 4 x 50": partial(blackjax_scan, share_warmup=True, num_chains=4),
+    "ours, NUTS 1 x 200": partial(ours, engine=shift.NUTS, num_chains=1),
+    BASE: partial(ours, engine=shift.NUTS, num_chains=4),
+    "ours, HMC 4 x 50": partial(ours, engine=shift.HMC, num_chains=4),
+}
+# NumPyro turns its progress bar off where this is set, and recompiles at every step without it.
+NO_BAR = "CI" in os.environ
+
+
+def first_run(target, label, num_steps):
+    """Total seconds, compilations and centres of the first run in this process, and a warm one if slow."""
+    loss, x0, data = TARGETS[target]()
+    jax.block_until_ready(jnp.zeros(1) + 1)  # starts the back end
+    out = {}
+
+    def build_and_run():
+        out["run"] = CONTESTANTS[label](loss, x0, data, num_steps)
+        out["centers"], _ = out["run"](0)
+        return out["centers"]
+
+    with harness.count_compiles() as compiled:
+        total = harness.seconds(build_and_run)
+    report = {
+        "total": total,
+        "compiles": len(compiled),
+        "centers": np.asarray(out["centers"]).tolist(),
     }
-    if "CI" not in os.environ:  # where NumPyro turns its bar off
-        runs["numpyro, one MCMC, jit_model_args, bar on"] = numpyro_loop(
-            *common, one_object=True, progress_bar=True
-        )
-    return runs
+    if label.startswith("numpyro"):
+        report["warm"] = harness.seconds(lambda: out["run"](1))
+    return report
 
 
 @jax.jit
@@ -151,44 +193,56 @@ def squared_error(loss, x0, data, centers, num_reference):
     for k in np.unique(np.linspace(min(2, last), last, 6).astype(int)):
         target = RegularizedLoss(bound, Gaussian.isotropic(jnp.asarray(centers[k]), TAU))
         exact = long_run(engine, random.key(int(k)), target)
-        errors.append(float(jnp.sum((centers[k + 1] - exact) ** 2)))
+        errors.append(float(jnp.sum((jnp.asarray(centers[k + 1]) - exact) ** 2)))
     return statistics.fmean(errors)
 
 
-def compare(name, *, smoke):
-    loss, x0, data = TARGETS[name]()
-    num_steps = 2 if smoke else 20
-    runs = contestants(loss, x0, data, num_steps)
-    totals, compiles, results = {}, {}, {}
-    for label, run in runs.items():
-        with harness.count_compiles() as compiled:
-            totals[label] = harness.seconds(
-                lambda run=run, label=label: results.setdefault(label, run(0))
-            )
-        compiles[label] = len(compiled)
-    # The loops over MCMC take half a minute each and recompile at every step: fewer rounds are enough.
-    slow = {label: run for label, run in runs.items() if label.startswith("numpyro")}
-    fast = {label: run for label, run in runs.items() if label not in slow}
-    warm = {label: harness.seconds(lambda run=run: run(1)) for label, run in slow.items()}
+def _each_seed(run):
+    seeds = itertools.count()
+    return lambda: run(next(seeds))
+
+
+def compare(target, *, smoke):
+    problem = TARGETS[target]()
+    num_steps, rounds, seeds = (2, 1, range(1, 2)) if smoke else (20, 3, range(1, 12))
+    labels = [label for label in CONTESTANTS if not (NO_BAR and label.endswith("bar on"))]
+    # The loops over MCMC compile dozens of programs: one run of each is enough, and as much as one process bears.
+    slow = [label for label in labels if label.startswith("numpyro")]
+    first = {label: [] for label in labels}
+    for i in range(rounds):
+        for label in labels:
+            if i == 0 or label not in slow:
+                command = ("--first", target, label, str(num_steps))
+                first[label].append(harness.in_fresh_process(__file__, *command))
+    warm = {label: first[label][0]["warm"] for label in slow}
+    gradients = dict.fromkeys(slow, [float("nan")])
+    fast = {label: CONTESTANTS[label](*problem, num_steps) for label in labels if label not in slow}
     warm |= harness.interleave(
-        {label: (lambda run=run: run(1)) for label, run in fast.items()}, repeats=1 if smoke else 7
+        {label: _each_seed(run) for label, run in fast.items()}, repeats=len(seeds)
     )
-    base = warm["ours, NUTS 4 x 50"]
+    gradients |= {label: [float(run(seed)[1]) for seed in seeds] for label, run in fast.items()}
     return [
         {
             "contestant": label,
             "warm ms / step": 1e3 * warm[label] / num_steps,
-            "ratio to ours 4 x 50": warm[label] / base,
-            "total s": totals[label],
-            "compiles": compiles[label],
-            "error": squared_error(loss, x0, data, results[label], 100 if smoke else 2500),
+            "ratio": warm[label] / warm[BASE],
+            "total s": statistics.median(report["total"] for report in first[label]),
+            "compiles": first[label][0]["compiles"],
+            "gradients / step": statistics.median(gradients[label]),
+            "error": squared_error(*problem, first[label][0]["centers"], 100 if smoke else 2500),
         }
-        for label in runs
+        for label in labels
     ]
 
 
 def main():
-    options = harness.arguments(__doc__)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--first", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.first:
+        target, label, num_steps = options.first
+        print(json.dumps(first_run(target, label, int(num_steps))))
+        return
     tables = {}
     print(harness.environment())
     for name in TARGETS:

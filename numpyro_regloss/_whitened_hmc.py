@@ -4,28 +4,34 @@
 
 In whitened coordinates x = mean + scale ε the regularizer is a standard normal wherever the reference
 is, so step size and mass matrix carry over when it moves. Warm-up runs once, as leading iterations of
-the same compiled loop; then the step size is frozen within a shift and corrected once after it,
+the same compiled loop, at a step size ε that the chains share; then ε is frozen within a shift, so that each
+shift is a valid chain, and corrected once after it by the law of Hamiltonian paths in many dimensions,
+acceptance = erfc(c ε²):
 
-    log step_size += mean acceptance - target,
+    ε ← ε sqrt( erfc⁻¹(target) / erfc⁻¹(acceptance) ),   by a factor of 2 at most.
 
-so that each shift is a valid chain. Starting a new warm-up from the old step size would not be a warm
-start: dual averaging begins at ten times it.
+Starting a new warm-up from the old step size would not be a warm start: dual averaging begins at ten times it.
+
+Reference: Beskos, Pillai, Roberts, Sanz-Serna & Stuart (2013), "Optimal Tuning of the Hybrid Monte Carlo
+Algorithm".
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax, random
-from numpyro.infer.hmc import HMCState, hmc
-from numpyro.infer.hmc_util import HMCAdaptState
+from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._pytree import is_concrete, strong
 from numpyro_regloss._stats import effective_sample_size, split_rhat
+from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._warm_up import Adaptation, Tuning, WarmUp
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.regularized import RegularizedLoss
 
@@ -48,17 +54,10 @@ MOST_DIVERGENT = 0.5
 LEAST_STEP_SIZE = 1e-6
 # NUTS stops at 2^10 leapfrog steps; the same bound keeps HMC from endless paths at a tiny step size.
 MAX_LEAPFROG = 1024
+# The acceptance of one shift is noisy, and near one it says little about the step size.
+MOST_CORRECTION = 2.0
 # Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
 JITTER = 0.25
-
-# What differs between chains (0) and what does not (None): the iteration count and the adaptation window
-# must stay unbatched, or every conditional of the warm-up would run both branches at every iteration.
-CHAIN_AXES: Any = HMCState(*(0 for _ in HMCState._fields))._replace(
-    i=None,
-    r=None,
-    trajectory_length=None,
-    adapt_state=HMCAdaptState(*(0 for _ in HMCAdaptState._fields))._replace(window_idx=None),
-)
 
 
 class Settings(NamedTuple):
@@ -117,6 +116,19 @@ class HMCInfo(NamedTuple):
     rhat: Array
 
 
+class _Chains(NamedTuple):
+    rng_key: Key
+    z: Array
+    potential: Array
+    gradient: Array
+
+
+class _Outcome(NamedTuple):
+    accept_prob: Array
+    num_steps: Array
+    diverging: Array
+
+
 class _Tally(NamedTuple):
     accept_prob: Array
     num_divergent: Array
@@ -125,9 +137,17 @@ class _Tally(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    noise: Array
+    z: Array
     potential: Array
     gradient: Array
+
+
+class _Carry(NamedTuple):
+    chains: _Chains
+    tuning: Tuning
+    adaptation: Adaptation
+    buffers: _Buffers
+    tally: _Tally
 
 
 def check_settings(engine: Any) -> None:
@@ -205,72 +225,107 @@ def step(
     Returns:
         The next state, the draws with their scores, and the diagnostics.
     """
-    key_init, key_jitter, key_batch = random.split(rng_key, 3)
+    key_init, key_jitter, key_batch = random.split(unrolled(rng_key), 3)
     # One batch for the whole shift: the chains' target must not change under them.
     target = target.on_batch(key_batch)
+    start = _start(state, target)
+    tuning, transition = _kernel(settings, state, target)
+    warm_up = WarmUp(settings.num_warmup, settings.target_accept_prob, settings.dense_mass)
+    num_leading = jnp.where(state.warm, 0, settings.num_warmup)
+
+    def body(i: Array, carry: _Carry) -> _Carry:
+        length = settings.trajectory_length
+        if length is not None:
+            length = length * random.uniform(
+                random.fold_in(key_jitter, i), (), start.z.dtype, 1 - JITTER, 1 + JITTER
+            )
+            length = jnp.minimum(length, MAX_LEAPFROG * carry.tuning.step_size)
+        chains, outcome = transition(carry.chains, carry.tuning, length)
+        counts = i >= num_leading
+        accept_prob = jnp.mean(outcome.accept_prob)
+        tuning, adaptation = lax.cond(
+            counts,
+            lambda: (carry.tuning, carry.adaptation),
+            lambda: warm_up.update(i, accept_prob, chains.z, carry.tuning, carry.adaptation),
+        )
+        place = jnp.maximum(i - num_leading, 0)
+        row = _Buffers(chains.z, chains.potential, chains.gradient)
+        steps = jnp.sum(outcome.num_steps)
+        tally = carry.tally
+        return _Carry(
+            chains,
+            tuning,
+            adaptation,
+            jax.tree.map(
+                lambda b, r: lax.dynamic_update_index_in_dim(b, r, place, 0), carry.buffers, row
+            ),
+            _Tally(
+                tally.accept_prob + jnp.where(counts, accept_prob, 0.0),
+                tally.num_divergent + jnp.where(counts, jnp.sum(outcome.diverging), 0),
+                tally.num_steps + jnp.where(counts, steps, 0),
+                tally.num_grad + steps,
+            ),
+        )
+
+    buffers = jax.tree.map(
+        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype), _Buffers(*start)
+    )
+    zero = jnp.asarray(0)
+    carry = _Carry(
+        _Chains(random.split(key_init, settings.num_chains), *start),
+        tuning,
+        warm_up.init(tuning),
+        buffers,
+        _Tally(jnp.zeros_like(state.step_size), zero, zero, zero),
+    )
+    carry = lax.fori_loop(0, num_leading + settings.num_samples, body, carry)
+    return _report(settings, target, carry)
+
+
+def _kernel(
+    settings: Settings, state: WhitenedState, target: RegularizedLoss
+) -> tuple[Tuning, Callable[[_Chains, Tuning, Any], tuple[_Chains, _Outcome]]]:
+    # NumPyro's sampling function works only after its own initialization. That is done once, at the centre and
+    # without adaptation, and what differs between chains or iterations is put in afterwards.
     init_kernel, sample_kernel = hmc(
         potential_fn_gen=lambda: target.whitened_potential, algo=settings.algorithm
     )
-
-    def init_chain(key: Key, info: ParamInfo, step_size: Array, mass: Array) -> HMCState:
-        return init_kernel(
-            info,
-            settings.num_warmup,
-            step_size=step_size,
-            inverse_mass_matrix=mass,
-            dense_mass=settings.dense_mass,
-            target_accept_prob=settings.target_accept_prob,
-            trajectory_length=settings.trajectory_length,
-            max_tree_depth=settings.max_tree_depth,
-            rng_key=key,
-        )
-
-    start = _start(state, target)
-    keys = random.split(key_init, settings.num_chains)
-    chains = jax.vmap(init_chain, in_axes=(0, 0, None, None), out_axes=CHAIN_AXES)(
-        keys, start, state.step_size, state.inverse_mass_matrix
+    zero = jnp.zeros_like(state.x[0])
+    blank = init_kernel(
+        ParamInfo(zero, jnp.zeros_like(zero[0]), zero),
+        num_warmup=0,
+        step_size=state.step_size,
+        inverse_mass_matrix=state.inverse_mass_matrix,
+        adapt_step_size=False,
+        adapt_mass_matrix=False,
+        dense_mass=settings.dense_mass,
+        trajectory_length=settings.trajectory_length,
+        max_tree_depth=settings.max_tree_depth,
+        rng_key=random.key(0),
     )
-    # A fresh HMCState has weakly typed leaves, which a loop's carry may not have.
-    chains = strong(chains._replace(i=jnp.where(state.warm, settings.num_warmup, chains.i)))
 
-    num_leading = jnp.where(state.warm, 0, settings.num_warmup)
-
-    def body(
-        j: Array, carry: tuple[HMCState, _Buffers, _Tally]
-    ) -> tuple[HMCState, _Buffers, _Tally]:
-        chains, buffers, tally = carry
-        if settings.trajectory_length is not None:
-            length = settings.trajectory_length * random.uniform(
-                random.fold_in(key_jitter, j), (), chains.z.dtype, 1 - JITTER, 1 + JITTER
+    def transition(chain: _Chains, tuning: Tuning, length: Any) -> tuple[_Chains, _Outcome]:
+        after = sample_kernel(
+            blank._replace(
+                z=chain.z,
+                potential_energy=chain.potential,
+                z_grad=chain.gradient,
+                rng_key=chain.rng_key,
+                trajectory_length=length,
+                adapt_state=blank.adapt_state._replace(**tuning._asdict()),
             )
-            bound = MAX_LEAPFROG * jnp.min(chains.adapt_state.step_size)
-            chains = chains._replace(trajectory_length=jnp.minimum(length, bound))
-        chains = jax.vmap(sample_kernel, in_axes=(CHAIN_AXES,), out_axes=CHAIN_AXES)(chains)
-        row = _Buffers(chains.z, chains.potential_energy, chains.z_grad)
-        place = jnp.maximum(j - num_leading, 0)
-        buffers = jax.tree.map(
-            lambda b, r: lax.dynamic_update_index_in_dim(b, r, place, 0), buffers, row
         )
-        counts = j >= num_leading
-        steps = jnp.sum(chains.num_steps)
-        tally = _Tally(
-            tally.accept_prob + jnp.where(counts, jnp.mean(chains.accept_prob), 0.0),
-            tally.num_divergent + jnp.where(counts, jnp.sum(chains.diverging), 0),
-            tally.num_steps + jnp.where(counts, steps, 0),
-            tally.num_grad + steps,
-        )
-        return chains, buffers, tally
+        chain = _Chains(after.rng_key, after.z, after.potential_energy, after.z_grad)
+        return strong((chain, _Outcome(after.accept_prob, after.num_steps, after.diverging)))
 
-    buffers = jax.tree.map(
-        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype),
-        _Buffers(chains.z, chains.potential_energy, chains.z_grad),
-    )
-    zero = jnp.zeros_like(jnp.sum(chains.num_steps))
-    tally = _Tally(jnp.zeros_like(state.step_size), jnp.sum(chains.diverging) * 0, zero, zero)
-    chains, buffers, tally = lax.fori_loop(
-        0, num_leading + settings.num_samples, body, (chains, buffers, tally)
-    )
-    return _report(settings, target, chains, buffers, tally)
+    def single(chains: _Chains, tuning: Tuning, length: Any) -> tuple[_Chains, _Outcome]:
+        # Under vmap every conditional of a tree would run both of its branches.
+        chain = jax.tree.map(lambda a: a[0], chains)
+        return jax.tree.map(lambda a: a[None], transition(chain, tuning, length))
+
+    several = jax.vmap(transition, in_axes=(0, None, None))
+    tuning = Tuning(*(getattr(blank.adapt_state, name) for name in Tuning._fields))
+    return strong(tuning), single if settings.num_chains == 1 else several
 
 
 def _start(state: WhitenedState, target: RegularizedLoss) -> ParamInfo:
@@ -289,21 +344,16 @@ def _start(state: WhitenedState, target: RegularizedLoss) -> ParamInfo:
 
 
 def _report(
-    settings: Settings,
-    target: RegularizedLoss,
-    chains: HMCState,
-    buffers: _Buffers,
-    tally: _Tally,
+    settings: Settings, target: RegularizedLoss, carry: _Carry
 ) -> tuple[WhitenedState, StoredDraws, HMCInfo]:
-    noise, potential, gradient = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), buffers)
+    tally, step_size = carry.tally, carry.tuning.step_size
+    noise, potential, gradient = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), carry.buffers)
     x = target.reference.unwhiten(noise)
     loss = (potential - 0.5 * jnp.sum(noise**2, -1)) * target.temperature
     score = -target.reference.unscale_transpose(gradient)
     draws = StoredDraws(x, jnp.zeros_like(loss), loss, target.temperature, score)
 
     accept_prob = tally.accept_prob / settings.num_samples
-    # Shared from the next shift on: vmapped chains wait for the longest path among them.
-    step_size = jnp.exp(jnp.mean(jnp.log(chains.adapt_state.step_size)))
     finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()
     moved = (
         (accept_prob >= LEAST_ACCEPTANCE)
@@ -322,9 +372,14 @@ def _report(
         rhat=jnp.max(split_rhat(x)),
     )
     state = WhitenedState(
-        x=target.reference.unwhiten(chains.z),
-        step_size=step_size * jnp.exp(accept_prob - settings.target_accept_prob),
-        inverse_mass_matrix=jnp.mean(chains.adapt_state.inverse_mass_matrix, 0),
+        x=target.reference.unwhiten(carry.chains.z),
+        step_size=step_size * _correction(accept_prob, settings.target_accept_prob),
+        inverse_mass_matrix=carry.tuning.inverse_mass_matrix,
         warm=accept_prob >= REWARM_BELOW,
     )
     return state, draws, info
+
+
+def _correction(accept_prob: Array, target_accept_prob: Array | float) -> Array:
+    ratio = lax.erf_inv(1.0 - target_accept_prob) / lax.erf_inv(1.0 - accept_prob)
+    return jnp.clip(jnp.sqrt(ratio), 1.0 / MOST_CORRECTION, MOST_CORRECTION)

@@ -17,6 +17,8 @@ FLOORS = {
     "_stats": 0,
     "_pareto": 0,
     "_checks": 1,
+    "_threefry": 1,
+    "_warm_up": 1,
     "_chunks": 1,
     "problems.base": 1,
     "problems.quadrature": 2,

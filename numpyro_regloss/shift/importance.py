@@ -24,6 +24,7 @@ from numpyro_regloss._checks import check_count
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._stats import weight_ess
+from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Chunk
 from numpyro_regloss.gaussian import Gaussian
@@ -214,6 +215,8 @@ def _materialize(cloud: Cloud) -> Array:
 def _sampler(
     rng_key: Key, reference: Gaussian, chunk_size: int, *, antithetic: bool
 ) -> Callable[[Array], Array]:
+    rng_key = unrolled(rng_key)
+
     def draw(index: Array) -> Array:
         pairs = chunk_size // 2 if antithetic else chunk_size
         noise = reference.scaled(
