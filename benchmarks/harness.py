@@ -41,15 +41,15 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def interleave(calls, repeats):
-    """Median seconds per call, A B C A B C …, so that a drift of the machine meets all alike.
+def rounds(calls, repeats):
+    """Seconds per call, A B C A B C …, so that a drift of the machine meets all alike.
 
     Args:
         calls: `{name: function without arguments}`, each called once before, for compilation.
         repeats: number of rounds.
 
     Returns:
-        `{name: median seconds}`.
+        `{name: seconds of each round}`.
     """
     for call in calls.values():
         jax.block_until_ready(call())
@@ -57,7 +57,24 @@ def interleave(calls, repeats):
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(seconds(call))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def interleave(calls, repeats):
+    """Median of `rounds`, `{name: median seconds}`."""
+    return {name: statistics.median(values) for name, values in rounds(calls, repeats).items()}
+
+
+def ratio(times, base):
+    """Median over rounds of the ratio of two calls (or sums of calls) timed in the same round."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def spread(times, base):
+    """Lower and upper quartile of the ratio, as text."""
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{low:.2f}-{high:.2f}"
 
 
 @contextlib.contextmanager

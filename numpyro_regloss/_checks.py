@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the values users give: expected, got, remedy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Key
 
-__all__ = ["check_choice", "check_count", "check_key", "check_positive"]
+__all__ = ["check_choice", "check_count", "check_key", "check_positive", "check_schedule"]
 
 
 def check_count(value: Any, what: str, minimum: int = 1) -> int:
@@ -101,17 +102,47 @@ def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = 
         TypeError: if it is not a real number.
         ValueError: if it is not finite and positive everywhere, or of another shape.
     """
-    if isinstance(value, bool | str | complex) or value is None:
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except ValueError:  # of a list of lists of different lengths
+        dtype = np.dtype(object)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{what}: expected a positive number, got {value!r}.")
     if np.shape(value) not in shapes:
         wanted = " or ".join(map(str, shapes))
         raise ValueError(f"{what}: expected shape {wanted}, got {np.shape(value)}.")
     if not is_concrete(value):
         return jnp.asarray(value, float)
-    try:
+    with np.errstate(over="ignore"):
         array = np.asarray(value, jnp.result_type(float))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{what}: expected a positive number, got {value!r}.") from error
     if not (np.isfinite(array).all() and (array > 0).all()):
         raise ValueError(f"{what}: expected a finite positive number, got {value!r}.")
     return array
+
+
+def check_schedule(
+    schedule: Callable[[Any], Any],
+    step: int,
+    what: str,
+    shapes: tuple[tuple[int, ...], ...] = ((),),
+) -> None:
+    """Refuses a schedule that is not finite and positive at a step, or does not run under `jax.jit`.
+
+    Args:
+        schedule: a function of the step.
+        step: where to try it.
+        what: begins the error message.
+        shapes: the shapes allowed.
+
+    Raises:
+        TypeError: if it raises, or returns something other than a real number.
+    """
+    try:
+        value = schedule(step)
+        jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception as error:
+        raise TypeError(
+            f"{what}: expected a schedule, a function of the step that runs under jax.jit, such as Optax's, "
+            "got one that raises; take one argument, return a number, and use jnp.where instead of if."
+        ) from error
+    check_positive(value, f"{what} at step {step}", shapes)

@@ -3,7 +3,6 @@
 """The one mechanism for progress, callbacks, early stopping and Ctrl-C: chunks of compiled steps."""
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +41,7 @@ def run_in_chunks(
     headline: Callable[[Any], dict[str, str]],
     *,
     progress_bar: bool,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, BaseException | None]:
     """Advances a state chunk by chunk and collects the history on the host.
 
     Args:
@@ -56,36 +55,52 @@ def run_in_chunks(
         progress_bar: whether there is a bar.
 
     Returns:
-        The last state, and the infos stacked as NumPy arrays. After Ctrl-C: what there is, with a warning.
+        The last state, the infos stacked as NumPy arrays, and what was raised on the way, or None: Ctrl-C
+        or an exception of the loss or the callback.
 
     Raises:
-        KeyboardInterrupt: if it came before the first chunk was done.
+        KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
     """
-    chunk, done, past = 1, 0, (state, None)
+    chunk, past, trouble = 1, (state, None, 0), None
     with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
         try:
-            while done < num_steps:
+            while past[2] < num_steps:
+                before, rows, done = past
                 count = min(chunk, num_steps - done)
                 start = time.perf_counter()
-                after, buffers = advance(past[0], count)
+                after, buffers = advance(before, count)
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
                 seconds = (time.perf_counter() - start) / count
                 chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
+                rows = _append(rows, infos, done, num_steps)
                 # One assignment, so that an interrupt cannot part the state from its history.
-                past = (after, (infos, past[1]))
-                done += count
-                last = jax.tree.map(lambda a: a[-1], infos)
+                past = (after, rows, done + count)
+                # Copies: a view would keep its whole chunk, or let a callback write into the history.
+                last = jax.tree.map(lambda a: a[-1].copy(), infos)
                 bar.set_postfix(headline(last), refresh=False)
                 bar.update(count)
                 if callback is not None and callback(after, last):
                     break
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
             if past[1] is None:
                 raise
-            message = f"TwoStep.run: interrupted after {done} of {num_steps} steps."
-            warnings.warn(message, stacklevel=3)
-    (state, link), rows = past, []
-    while link is not None:
-        infos, link = link
-        rows.append(infos)
-    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *reversed(rows))
+            trouble = error
+    state, rows, done = past
+    return state, jax.tree.map(lambda a: a if len(a) == done else a[:done].copy(), rows), trouble
+
+
+def _append(rows: Any, infos: Any, done: int, num_steps: int) -> Any:
+    # Room grows twofold, so that time and memory per step do not depend on the number of steps. Views of
+    # the device's buffers would each keep a buffer of a whole chunk alive.
+    def write(row: np.ndarray, info: np.ndarray) -> np.ndarray:
+        stop = done + len(info)
+        if stop > len(row):
+            room = np.empty((min(2 * stop, num_steps), *row.shape[1:]), row.dtype)
+            room[:done] = row[:done]
+            row = room
+        row[done:stop] = info
+        return row
+
+    return jax.tree.map(
+        write, jax.tree.map(lambda a: a[:0], infos) if rows is None else rows, infos
+    )

@@ -123,7 +123,8 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
                 f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
                 "as an argument of the loss instead."
             )
-        array = jnp.asarray(leaf)
+        with np.errstate(over="ignore"):
+            array = jnp.asarray(leaf)
         sites.append(Leaf(_name(path), array.shape, array.dtype))
         flat.append(array.astype(float).reshape(-1))
         if not isinstance(array, Tracer) and not np.isfinite(flat[-1]).all():

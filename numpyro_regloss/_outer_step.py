@@ -78,7 +78,13 @@ def _rescaled(optimizer: Any, reference: Gaussian, tau: Array) -> Gaussian:
     # Tau is the optimizer's, at every step: a state may have come from a run with another one.
     if getattr(optimizer.anchor, "owns_scale", False):
         return reference
-    return Gaussian.isotropic(reference.mean, tau)
+    new = Gaussian.isotropic(reference.mean, tau)
+    return new._replace(scale=jnp.where(_usable(tau), new.scale, reference.scale))
+
+
+def _usable(tau: Array) -> Array:
+    # Of a schedule that may fall to zero or turn NaN under way.
+    return jnp.all((tau > 0) & jnp.isfinite(tau))
 
 
 @jax.jit
@@ -123,8 +129,8 @@ def step(
         keys[2], state.anchor, target, draws, fitted, fit_info
     )
     infos = (shift_info, fit_info, anchor_info)
-    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all() & jnp.all(tau > 0)
-    ok = ok & shift_info.ok & fit_info.ok & anchor_info.ok
+    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all()
+    ok = ok & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
     keep = partial(_select, ok)
     reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))

@@ -3,7 +3,7 @@
 """Draws from the shifted density: a weighted cloud, in memory or regenerated from keys."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,35 @@ Carry = TypeVar("Carry")
 
 
 class Chunk(NamedTuple):
-    """Some of the draws, flattened over chains.
+    """Some of the draws, flattened over chains: center + offset, or the pairs center ± offset.
 
     Attributes:
-        x: `(n, dim)`.
-        log_weight: `(n,)`, unnormalized.
+        center: `(dim,)`, a point amid the draws, the same in all chunks.
+        offset: `(n, dim)`.
+        pair_log_weight: `(n, 1)`, or `(n, 2)` for pairs, unnormalized.
         score: `(n, dim)`, the gradient of log q, or None.
     """
 
-    x: Array
-    log_weight: Array
+    center: Array
+    offset: Array
+    pair_log_weight: Array
     score: Array | None
+
+    @property
+    def log_weight(self) -> Array:
+        """In the order of `x`, `(n,)` or `(2 n,)`."""
+        return self.pair_log_weight.reshape(-1)
+
+    @property
+    def sign(self) -> Array:
+        """Which multiples of the offset are draws: `[1]`, or `[1, -1]` for pairs."""
+        return jnp.asarray([1.0, -1.0], self.offset.dtype)[: self.pair_log_weight.shape[1]]
+
+    @property
+    def x(self) -> Array:
+        """The draws, `(n, dim)` or `(2 n, dim)`."""
+        x = self.center + self.sign[:, None] * self.offset[:, None]
+        return x.reshape(-1, x.shape[-1])
 
 
 @runtime_checkable
@@ -84,7 +102,8 @@ class StoredDraws:
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Hands all draws over at once."""
-        flat: Any = jax.tree.map(
+        x, log_weight, score = jax.tree.map(
             lambda a: jnp.reshape(a, (-1, *a.shape[2:])), (self.x, self.log_weight, self.score)
         )
-        return fn(init, Chunk(*flat))
+        center = x[0]
+        return fn(init, Chunk(center, x - center, log_weight[:, None], score))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
@@ -177,6 +178,7 @@ class Loss:
 
     def constrain(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
         """The parameters as the user wrote them: their pytree, or their sites by name."""
+        self._check_point(x)
         return self.source.constrain(x, *self.bind(args, kwargs).tree)
 
     def named_sites(self, x: Array, arguments: Partition) -> dict[str, Array]:
@@ -223,11 +225,7 @@ class Loss:
         Raises:
             ValueError: if `x` is of another shape.
         """
-        if jnp.shape(x) != (self.dim,):
-            raise ValueError(
-                f"Loss: expected a flat vector of shape ({self.dim},), got {jnp.shape(x)}; use jax.vmap for "
-                "several."
-            )
+        self._check_point(x)
         args, kwargs = arguments.tree
         return jnp.asarray(self.source.value(x, args, kwargs, data_scale), float)
 
@@ -258,6 +256,13 @@ class Loss:
         loss._check_value()  # noqa: SLF001
         return loss
 
+    def _check_point(self, x: Any) -> None:
+        if np.shape(x) != (self.dim,):
+            raise ValueError(
+                f"Loss: expected a flat vector of shape ({self.dim},), got {np.shape(x)}; use jax.vmap for "
+                "several."
+            )
+
     def _check_value(self) -> None:
         if self.minibatch is not None:
             self.minibatch.num_rows(self.arguments)
@@ -271,8 +276,10 @@ class Loss:
                 f"Loss: expected the loss to return a scalar, got {got}; sum or average it over the "
                 "data, and return nothing beside it."
             )
-        if jnp.issubdtype(out.dtype, jnp.complexfloating):
-            raise TypeError(f"Loss: expected a real scalar, got {out.dtype}; take its real part.")
+        if not any(jnp.issubdtype(out.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
+            raise TypeError(
+                f"Loss: expected a real scalar, got {out.dtype}; take its real part, or another number."
+            )
 
     def __repr__(self) -> str:
         """Kind, size and bound arguments, without data."""

@@ -2,53 +2,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-step scheme: reference → shifted density → fitted Gaussian → next reference."""
 
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_regloss import _outer_step
-from numpyro_regloss._checks import check_count, check_key, check_positive
+from numpyro_regloss._checks import check_count, check_key, check_positive, check_schedule
 from numpyro_regloss._chunks import history_capacity, run_in_chunks
 from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, strong
+from numpyro_regloss._result import (
+    RejectedError,
+    TwoStepResult,
+    headline,
+    report_interruption,
+    report_rejections,
+)
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor import Anchor, Proximal
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit
+from numpyro_regloss.gaussian import Gaussian
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
-
-
-class TwoStepResult(NamedTuple):
-    """What a run returns.
-
-    Attributes:
-        params: the parameters at the last centre, as the user wrote them.
-        state: to continue from, `run(..., init_state=result.state)`.
-        history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
-    """
-
-    params: Any
-    state: TwoStepState
-    history: TwoStepInfo
-
-
-class RejectedError(RuntimeError):
-    """Every step of a run was rejected.
-
-    Attributes:
-        result: what was computed nevertheless, with the diagnostics of each step.
-    """
-
-    def __init__(self, message: str, result: TwoStepResult) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 @pytree_dataclass
@@ -154,12 +135,12 @@ class TwoStep:
         """
         rng_key = check_key(rng_key, "TwoStep")
         arguments = self.loss.bind(args, kwargs)
-        state, value, gradient_ok = _outer_step.init_state(self, rng_key, arguments)
+        state, value, gradient_ok = _explain(_outer_step.init_state, self, rng_key, arguments)
         if is_concrete(value):
             if not np.isfinite(value):
                 raise ValueError(
                     f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
-                    "(params, or rng_key of Loss.from_model)."
+                    "(params, or rng_key of Loss.from_model), or look for NaN among the data."
                 )
             if not gradient_ok:
                 raise ValueError(
@@ -228,10 +209,12 @@ class TwoStep:
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
-            Parameters at the last centre, state and history. Ctrl-C returns what there is.
+            Parameters at the last centre, state and history. Ctrl-C returns what there is; an exception of
+            the loss or the callback carries it as its attribute `result`.
 
         Raises:
             TypeError: if an argument is of the wrong kind.
+            ValueError: if the start or the given state is not finite.
             RejectedError: if every step was rejected.
         """
         check_count(num_steps, "TwoStep.run: num_steps")
@@ -239,25 +222,36 @@ class TwoStep:
             raise TypeError(
                 f"TwoStep.run: expected callback(state, info), got {type(callback).__name__}."
             )
+        if not is_concrete((self, rng_key, args, kwargs, init_state)):
+            raise TypeError(
+                "TwoStep.run: expected values, got tracers; inside of jax.jit, jax.vmap and jax.grad use "
+                "TwoStep.init and TwoStep.scan."
+            )
         arguments = self.loss.bind(args, kwargs)
         if init_state is None:
             state = self.init(rng_key, *args, **kwargs)
         else:
             self._check_state(init_state, arguments, "TwoStep.run: init_state")
             state = strong(init_state)
+            if not all(np.isfinite(part).all() for part in state.reference):
+                raise ValueError(
+                    "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
+                    "start anew with TwoStep.init."
+                )
         self._check_schedule(int(state.step), num_steps)
-        row = _outer_step.step.eval_shape(self, state, arguments)[1]
+        row = _explain(_outer_step.step.eval_shape, self, state, arguments)[1]
         capacity = 1 if callback else history_capacity(row)
 
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
             return _outer_step.advance(self, state, arguments, np.int32(count), capacity)
 
-        state, history = run_in_chunks(
-            advance, state, num_steps, capacity, callback, _headline, progress_bar=progress_bar
+        state, history, trouble = run_in_chunks(
+            advance, state, num_steps, capacity, callback, headline, progress_bar=progress_bar
         )
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         result = TwoStepResult(params, state, history)
-        _report_rejections(result)
+        report_interruption(trouble, result, num_steps)
+        report_rejections(result)
         return result
 
     def draw(self, rng_key: Key, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
@@ -288,20 +282,14 @@ class TwoStep:
         Returns:
             The user's pytree, or a dict of sites.
         """
+        _check_kind(state, "TwoStep.get_params: state")
         return self.loss.constrain(state.reference.mean, args, kwargs)
 
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
         shapes = ((), (self.loss.dim,))
         if callable(self.tau):
-            check_positive(self.tau(0), f"{what} at step 0", shapes)
-            try:
-                jax.eval_shape(self.tau, jax.ShapeDtypeStruct((), jnp.int32))
-            except Exception as error:
-                raise TypeError(
-                    f"{what}: expected a schedule that runs under jax.jit, such as Optax's, got one that "
-                    "raises for a traced step; use jnp.where instead of if."
-                ) from error
+            check_schedule(self.tau, 0, what, shapes)
             return self.tau
         is_array = isinstance(self.tau, np.ndarray | jax.Array)
         if (
@@ -310,12 +298,14 @@ class TwoStep:
             and (not is_array or self.tau.shape in shapes)
         ):
             return check_positive(self.tau, what, shapes)
+        for value in jax.tree.leaves(self.tau):
+            check_positive(value, what, (np.shape(value),))
         try:
             groups = self.loss.source.expand(self.tau)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{what}: expected a number, a schedule, or one value per group of parameters (a pytree "
-                f"prefix of the parameters): {error}"
+                f"prefix of the parameters), got {str(self.tau)[:100]}: {error}"
             ) from error
         return check_positive(groups, what, shapes)
 
@@ -327,47 +317,45 @@ class TwoStep:
     def _check_schedule(self, step: int, num_steps: int) -> None:
         if callable(self.tau):
             for t in (step, step + num_steps - 1):
-                what = f"TwoStep: tau at step {t} of its schedule"
-                check_positive(self.tau(t), what, ((), (self.loss.dim,)))
+                check_schedule(self.tau, t, "TwoStep: tau", ((), (self.loss.dim,)))
 
     def _check_state(self, state: Any, arguments: Partition, what: str) -> None:
-        if not isinstance(state, TwoStepState):
-            raise TypeError(
-                f"{what}: expected a TwoStepState, got {type(state).__name__}; pass the state of an "
-                "earlier run, or that of TwoStep.init."
-            )
-        if state.reference.mean.shape != (self.loss.dim,):
+        _check_kind(state, what)
+        if np.shape(state.reference.mean) != (self.loss.dim,):
             raise ValueError(
                 f"{what}: expected that of a loss with {self.loss.dim} parameters, got shape "
-                f"{state.reference.mean.shape}; it belongs to another loss."
+                f"{np.shape(state.reference.mean)}; it belongs to another loss."
             )
         expected = _outer_step.init_state.eval_shape(self, state.rng_key, arguments)[0]
-        shapes, found = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, state)
-        if shapes != found:
+        types, found = (jax.tree.map(_type_of, tree) for tree in (expected, state))
+        if types != found:
             raise ValueError(
-                f"{what}: expected shapes {shapes}, got {found}; it comes from other engines or other "
-                "settings of them: start anew with TwoStep.init."
+                f"{what}: expected {types}, got {found}; it comes from other engines or other settings "
+                "of them: start anew with TwoStep.init."
             )
 
 
-def _headline(info: TwoStepInfo) -> dict[str, str]:
-    shown = {"loss": info.loss, "tau": np.mean(info.tau)}
-    for name in ("accept_prob", "ess"):
-        if hasattr(info.shift, name):
-            shown[name] = getattr(info.shift, name)
-            break
-    return {name: f"{float(value):.4g}" for name, value in shown.items()}
+def _check_kind(state: Any, what: str) -> None:
+    if not isinstance(state, TwoStepState) or not isinstance(state.reference, Gaussian):
+        raise TypeError(
+            f"{what}: expected a TwoStepState with a Gaussian reference, got {type(state).__name__}; pass "
+            "the state of an earlier run, or that of TwoStep.init."
+        )
 
 
-def _report_rejections(result: TwoStepResult) -> None:
-    ok = result.history.ok
-    if ok.all():
-        return
-    message = (
-        f"TwoStep.run: {np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, weights "
-        "degenerate, or a sampler that did not move) and kept their reference; look at "
-        "history.shift and history.fit, and use a smaller tau, more draws or another start."
-    )
-    if not ok.any():
-        raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
-    warnings.warn(message, stacklevel=3)
+def _type_of(leaf: Any) -> tuple[Any, tuple[int, ...]]:
+    # NumPy's float64 becomes a float32 on the way, which only `typeof` knows.
+    known = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return known.dtype, known.shape
+
+
+def _explain(call: Callable[..., Any], *args: Any) -> Any:
+    # The loss itself was traced before: what raises is its gradient, its vmap or an engine of the user's own.
+    try:
+        return call(*args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
+            "under jax.jit and jax.vmap, and all but shift.Importance its gradient: it must allow that."
+        ) from error

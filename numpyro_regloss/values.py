@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the estimate, in the units of the loss.
-        error: its standard error, in the same units.
+        error: its standard error, in the same units; infinite where the value is not finite.
         ess: effective sample size behind it.
         khat: Pareto shape of the weights; above 0.7 neither value nor error is to be trusted. -inf where
             there are no weights.
@@ -159,4 +159,5 @@ def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate
 
 
 def _standard_error(independent: Array) -> Array:
-    return jnp.std(independent, ddof=1) / jnp.sqrt(independent.size)
+    error = jnp.std(independent, ddof=1) / jnp.sqrt(independent.size)
+    return jnp.where(jnp.isfinite(error), error, jnp.inf)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from jax import random
 
@@ -23,6 +24,7 @@ from numpyro_regloss import (
     Minibatch,
     RegularizedLoss,
     TwoStep,
+    anchor,
     fit,
     schemes,
     shift,
@@ -97,10 +99,12 @@ def delta_site(y):
     numpyro.sample("y", dist.Normal(m, s), obs=y)
 
 
+WITH_NAN = np.where(np.arange(12).reshape(6, 2) == 0, np.nan, 0.0)
 LOSS = Loss.from_function(bowl, np.zeros(2))
 ROWS = Loss.from_function(rows_loss, np.zeros(2), DATA)
 REFERENCE = Gaussian.isotropic(jnp.zeros(2), 1.0)
 TARGET = RegularizedLoss(LOSS, REFERENCE)
+GROUPS = Loss.from_function(lambda p: p["a"] ** 2 + p["b"] ** 2, {"a": 1.0, "b": 1.0})
 
 
 def function(fn=bowl, params=None, *args, **kwargs):
@@ -129,6 +133,29 @@ def start(fn, params, engine=CHEAP):
     return run(loss=Loss.from_function(fn, params), engine=engine)
 
 
+def heat(fn, params, **kwargs):
+    loss = Loss.from_function(fn, params)
+    return lambda: schemes.heat(loss, 0.1, **kwargs).run(KEY, 2, progress_bar=False)
+
+
+def halve_until_small(x):
+    return jax.lax.while_loop(lambda y: jnp.sum(y**2) > 1, lambda y: y / 2, x).sum()
+
+
+def on_host(x):
+    return jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), x.dtype), x)
+
+
+def from_state(**changes):
+    state = scheme().init(KEY)
+    return run(KEY, 2, init_state=state._replace(**changes))
+
+
+def duplicated():
+    numpyro.sample("m", dist.Normal(0.0, 1.0))
+    numpyro.sample("m", dist.Normal(0.0, 1.0))
+
+
 CATALOGUE = {
     # Losses of a function
     "loss is no function": (function(3.0), TypeError, "expected a function"),
@@ -136,6 +163,15 @@ CATALOGUE = {
     "loss of shape (1,)": (function(lambda x: x[:1]), TypeError, "sum or average"),
     "loss with auxiliary output": (function(lambda x: (x.sum(), x)), TypeError, "got tuple"),
     "loss returns nothing": (function(lambda x: None), TypeError, "scalar, got NoneType"),
+    "loss in a dict": (function(lambda x: {"loss": x.sum()}), TypeError, "got dict"),
+    "loss returns a string": (function(lambda x: "low"), TypeError, "the loss raised"),
+    "loss returns a key": (function(lambda x: KEY), TypeError, "real scalar"),
+    "loss branches in Python": (
+        function(lambda x: x.sum() if x.sum() > 0 else 0.0),
+        TypeError,
+        "under jax.jit",
+    ),
+    "loss is a Loss": (function(LOSS), TypeError, "expected a function"),
     "complex loss": (function(lambda x: 1j * x.sum()), TypeError, "real scalar"),
     "loss raises": (function(lambda x: x["w"].sum()), (TypeError, ValueError), "the loss raised"),
     "loss does not take its arguments": (
@@ -153,6 +189,21 @@ CATALOGUE = {
     "complex parameters": (function(bowl, np.zeros(2, complex)), TypeError, "floating-point"),
     "string parameters": (function(bowl, {"a": "text"}), TypeError, r"params\['a'\] of type str"),
     "random key as parameter": (function(bowl, {"key": KEY}), TypeError, "floating-point"),
+    "integer parameter among others": (
+        function(bowl, {"a": np.zeros(2), "n": 3}),
+        TypeError,
+        r"params\['n'\]",
+    ),
+    "parameters are None": (
+        lambda: Loss.from_function(bowl, None),
+        ValueError,
+        "at least one parameter",
+    ),
+    "parameters beyond the float type": (
+        function(bowl, np.array([1e300])),
+        ValueError,
+        "finite starting values",
+    ),
     "no parameters": (function(bowl, {}), ValueError, "at least one parameter"),
     "parameters of size zero": (
         function(bowl, np.zeros((0, 3))),
@@ -170,6 +221,12 @@ CATALOGUE = {
         "finite starting values",
     ),
     "set as data": (function(lambda x, d: x.sum(), None, {1, 2}), TypeError, "got set"),
+    "object as data": (function(lambda x, d: x.sum(), None, object()), TypeError, "got object"),
+    "dates as data": (
+        function(lambda x, d: x.sum(), None, np.array(["2020-01-01"], "datetime64[D]")),
+        TypeError,
+        "numbers",
+    ),
     "array of strings as data": (
         function(lambda x, d: x.sum(), None, np.array(["a"])),
         TypeError,
@@ -183,6 +240,13 @@ CATALOGUE = {
     "mutable site": (from_model(with_mutable), ValueError, "mutable site 'count'"),
     "subsampled plate": (from_model(subsampled), ValueError, "Minibatch"),
     "delta site": (from_model(delta_site), ValueError, "numpyro.deterministic"),
+    "model with a site twice": (
+        lambda: Loss.from_model(duplicated),
+        ValueError,
+        "unique names",
+    ),
+    "model of no rows": (from_model(model, np.zeros(0)), ValueError, "should be positive"),
+    "density a list": (from_model(model, density=["joint"]), ValueError, "expected density in"),
     "missing arguments": (lambda: Loss.from_model(model), TypeError, "missing 1 required"),
     "unknown keyword": (from_model(model, DATA[:, 0], wide=True), TypeError, "unexpected keyword"),
     "unknown density": (from_model(model, density="prior"), ValueError, "expected density in"),
@@ -194,14 +258,31 @@ CATALOGUE = {
     "key of the wrong kind": (from_model(model, rng_key=3), TypeError, "random key"),
     # Minibatches
     "minibatch is a number": (function(rows_loss, None, DATA, minibatch=3), TypeError, "Minibatch"),
-    "batch of zero rows": (lambda: Minibatch(0), ValueError, "integer >= 1"),
-    "batch size a float": (lambda: Minibatch(2.0), TypeError, "batch_size: expected an integer"),
-    "batch size a boolean": (lambda: Minibatch(True), TypeError, "batch_size: expected an integer"),
     "positions that are names": (lambda: Minibatch(2, argnums="rows"), TypeError, "argnums"),
     "batch larger than the data": (
         function(rows_loss, None, DATA, minibatch=Minibatch(7)),
         ValueError,
         "at least batch_size=7 rows, got 6",
+    ),
+    "batch larger than the data of a run": (
+        run(
+            KEY,
+            2,
+            DATA[:3],
+            loss=Loss.from_function(rows_loss, np.zeros(2), DATA, minibatch=Minibatch(4)),
+        ),
+        ValueError,
+        "at least batch_size=4 rows, got 3",
+    ),
+    "batch of no rows": (
+        function(rows_loss, None, DATA[:0], minibatch=Minibatch(1)),
+        ValueError,
+        "at least batch_size=1 rows, got 0",
+    ),
+    "minibatch is a class": (
+        function(rows_loss, None, DATA, minibatch=Minibatch),
+        TypeError,
+        "Minibatch",
     ),
     "data of different lengths": (
         function(lambda x, a, b: x.sum(), None, DATA, DATA[:3], minibatch=Minibatch(2)),
@@ -275,6 +356,31 @@ CATALOGUE = {
         ValueError,
         "finite",
     ),
+    "infinite scale": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.zeros(2), jnp.array(jnp.inf))),
+        ValueError,
+        "finite reference scale",
+    ),
+    "negative Cholesky diagonal": (
+        lambda: RegularizedLoss(LOSS, Gaussian(jnp.zeros(2), -jnp.eye(2))),
+        ValueError,
+        "Cholesky diagonal",
+    ),
+    "reference of negative tau": (
+        lambda: RegularizedLoss(LOSS, Gaussian.isotropic(jnp.zeros(2), -1.0)),
+        ValueError,
+        "finite reference scale",
+    ),
+    "keyword arguments that are no dict": (
+        lambda: RegularizedLoss(ROWS, REFERENCE, kwargs=[1]),
+        TypeError,
+        "kwargs as a dict",
+    ),
+    "temperature None": (
+        lambda: RegularizedLoss(LOSS, REFERENCE, temperature=None),
+        TypeError,
+        "positive number",
+    ),
     "temperature of a vector": (
         lambda: RegularizedLoss(LOSS, REFERENCE, temperature=jnp.ones(2)),
         ValueError,
@@ -295,6 +401,11 @@ CATALOGUE = {
         (ValueError, TypeError),
         "jax.vmap|dim",
     ),
+    "parameters from a point of another shape": (
+        lambda: LOSS.constrain(jnp.zeros(3)),
+        ValueError,
+        r"shape \(2,\)",
+    ),
     "model of a loss": (lambda: regloss.model(LOSS), TypeError, "expected a RegularizedLoss"),
     "distribution that is no Gaussian": (
         lambda: Gaussian.from_distribution(dist.Gamma(1.0, 1.0)),
@@ -302,6 +413,7 @@ CATALOGUE = {
         "MultivariateNormal",
     ),
     # Parts of the scheme
+    "scheme of a class": (lambda: scheme(Loss), TypeError, "got type"),
     "scheme of a function": (lambda: scheme(bowl), TypeError, "Loss.from_function"),
     "tau missing": (lambda: TwoStep(LOSS, shift=CHEAP, fit=fit.ForwardKL()), TypeError, "tau"),
     "tau None": (lambda: scheme(tau=None), TypeError, "tau"),
@@ -311,6 +423,44 @@ CATALOGUE = {
     "tau infinite": (lambda: scheme(tau=np.inf), ValueError, "finite"),
     "tau a string": (lambda: scheme(tau="0.1"), TypeError, "positive number"),
     "tau a boolean": (lambda: scheme(tau=True), TypeError, "positive number"),
+    "tau a boolean array": (lambda: scheme(tau=np.array(True)), TypeError, "positive number"),
+    "tau complex": (lambda: scheme(tau=np.array(1j)), TypeError, "positive number"),
+    "tau a key": (lambda: scheme(tau=KEY), TypeError, "positive number"),
+    "tau an object": (lambda: scheme(tau=object()), TypeError, "positive number"),
+    "tau below the float type": (lambda: scheme(tau=1e-60), ValueError, "positive"),
+    "tau beyond the float type": (lambda: scheme(tau=1e60), ValueError, "finite"),
+    "tau a list": (lambda: scheme(tau=[0.1, 0.2]), ValueError, "pytree prefix"),
+    "tau of one group missing": (lambda: scheme(GROUPS, {"a": 0.1}), ValueError, "pytree prefix"),
+    "tau of one group None": (
+        lambda: scheme(GROUPS, {"a": 0.1, "b": None}),
+        ValueError,
+        "pytree prefix",
+    ),
+    "tau of one group a string": (
+        lambda: scheme(GROUPS, {"a": 0.1, "b": "0.1"}),
+        TypeError,
+        "positive number",
+    ),
+    "tau of one group a boolean": (
+        lambda: scheme(GROUPS, {"a": 0.1, "b": True}),
+        TypeError,
+        "positive number",
+    ),
+    "tau of one group NaN": (
+        lambda: scheme(GROUPS, {"a": 0.1, "b": np.nan}),
+        ValueError,
+        "finite",
+    ),
+    "tau of one group of another shape": (
+        lambda: scheme(GROUPS, {"a": 0.1, "b": np.ones(3)}),
+        ValueError,
+        "pytree prefix",
+    ),
+    "tau of sites that are not": (
+        lambda: scheme(Loss.from_model(model, DATA[:, 0]), {"mean": 0.1}),
+        ValueError,
+        r"latent site \['m'\]",
+    ),
     "tau of another tree": (lambda: scheme(tau={"a": 0.1}), ValueError, "pytree prefix"),
     "tau of the wrong length": (lambda: scheme(tau=np.ones(3)), ValueError, "pytree prefix"),
     "tau negative in one group": (
@@ -319,14 +469,29 @@ CATALOGUE = {
         "positive",
     ),
     "schedule that starts negative": (lambda: scheme(tau=lambda step: -1.0), ValueError, "step 0"),
+    "schedule of two arguments": (lambda: scheme(tau=lambda a, b: a), TypeError, "schedule"),
+    "schedule that returns nothing": (lambda: scheme(tau=lambda step: None), TypeError, "step 0"),
+    "schedule of another shape": (
+        lambda: scheme(tau=lambda step: jnp.ones(3)),
+        ValueError,
+        r"expected shape \(\) or \(2,\)",
+    ),
     "schedule that branches in Python": (
-        lambda: scheme(tau=lambda step: 0.1 if step < 5 else 0.01).run(KEY, 2, progress_bar=False),
+        lambda: scheme(tau=lambda step: 0.1 if step < 5 else 0.01),
         TypeError,
         "schedule",
     ),
     "temperature zero": (lambda: scheme(temperature=0.0), ValueError, "temperature"),
     "temperature negative": (lambda: scheme(temperature=-1.0), ValueError, "temperature"),
     "temperature NaN": (lambda: scheme(temperature=np.nan), ValueError, "temperature"),
+    "temperature infinite": (lambda: scheme(temperature=np.inf), ValueError, "temperature"),
+    "temperature missing": (lambda: scheme(temperature=None), TypeError, "temperature"),
+    "temperature a boolean": (lambda: scheme(temperature=True), TypeError, "temperature"),
+    "temperature a schedule": (
+        lambda: scheme(temperature=lambda step: 1.0),
+        TypeError,
+        "temperature",
+    ),
     "temperature a string": (lambda: scheme(temperature="hot"), TypeError, "temperature"),
     "temperature a vector": (lambda: scheme(temperature=np.ones(2)), ValueError, "temperature"),
     "shift is a class": (lambda: scheme(engine=shift.NUTS), TypeError, "object with init and step"),
@@ -335,13 +500,22 @@ CATALOGUE = {
         TypeError,
         "object with init and step",
     ),
+    "shift missing": (lambda: TwoStep(LOSS, 0.1), TypeError, "'shift'"),
+    "shift is None": (lambda: TwoStep(LOSS, 0.1, None, fit.ForwardKL()), TypeError, "shift"),
+    "fit is a shift": (lambda: scheme(projection=CHEAP), TypeError, "expected fit"),
+    "anchor is a class": (lambda: scheme(anchor=anchor.Proximal), TypeError, "expected anchor"),
     "fit is a name": (lambda: scheme(projection="forward"), TypeError, "expected fit"),
     "fit is a guide": (
         lambda: scheme(projection=numpyro.infer.autoguide.AutoNormal(model)),
         TypeError,
         "expected fit",
     ),
-    "anchor is an optimizer": (lambda: scheme(anchor=1), TypeError, "expected anchor"),
+    "anchor is a number": (lambda: scheme(anchor=1), TypeError, "expected anchor"),
+    "anchor is an optimizer": (
+        lambda: scheme(anchor=optax.adam(0.1)),
+        TypeError,
+        "expected anchor",
+    ),
     "shift and fit exchanged": (
         lambda: TwoStep(LOSS, 0.1, fit.ForwardKL(), CHEAP),
         TypeError,
@@ -358,34 +532,107 @@ CATALOGUE = {
         "shift.Importance",
     ),
     # Settings of engines
-    "no samples": (lambda: shift.Importance(0), ValueError, "num_samples"),
-    "samples a float": (lambda: shift.Importance(10.0), TypeError, "num_samples"),
-    "samples a boolean": (lambda: shift.Importance(True), TypeError, "num_samples"),
-    "chunk of zero": (lambda: shift.Importance(10, chunk_size=0), ValueError, "chunk_size"),
+    "antithetic pairs a number": (
+        lambda: fit.RobbinsMonro(5, antithetic=1),
+        TypeError,
+        "got 1",
+    ),
+    "averaging a word": (lambda: fit.RobbinsMonro(5, averaging="no"), TypeError, "averaging"),
     "antithetic a number": (lambda: shift.Importance(10, antithetic=2), TypeError, "antithetic"),
-    "negative draws": (lambda: shift.NUTS(num_samples=-1), ValueError, "num_samples"),
-    "negative warm-up": (lambda: shift.HMC(num_warmup=-1), ValueError, "num_warmup"),
-    "no chains": (lambda: shift.NUTS(num_chains=0), ValueError, "num_chains"),
     "acceptance above one": (
         lambda: shift.NUTS(target_accept_prob=1.5),
         ValueError,
         "between 0 and 1",
     ),
+    "acceptance missing": (
+        lambda: shift.NUTS(target_accept_prob=None),
+        TypeError,
+        "target_accept_prob",
+    ),
+    "step size a boolean": (lambda: shift.NUTS(step_size=True), TypeError, "step_size"),
+    "path of length NaN": (
+        lambda: shift.HMC(trajectory_length=np.nan),
+        ValueError,
+        "trajectory_length",
+    ),
+    "NUTS of a model": (lambda: shift.NUTS(model), TypeError, "num_warmup"),
     "negative step size": (lambda: shift.HMC(step_size=-0.1), ValueError, "step_size"),
     "path of length zero": (
         lambda: shift.HMC(trajectory_length=0.0),
         ValueError,
         "trajectory_length",
     ),
-    "tree of depth zero": (lambda: shift.NUTS(max_tree_depth=0), ValueError, "max_tree_depth"),
     "dense mass a string": (lambda: shift.NUTS(dense_mass="yes"), TypeError, "dense_mass"),
     "unknown family": (lambda: fit.ForwardKL("full"), ValueError, "one of"),
     "unknown method": (lambda: fit.ReverseKL(method="newton"), ValueError, "one of"),
+    "family a list": (lambda: fit.ForwardKL(["dense"]), ValueError, "one of"),
+    "optimizer that was not built": (
+        lambda: fit.ReverseKL(optimizer=optax.adam),
+        TypeError,
+        "optax.adam",
+    ),
     "optimizer is a name": (lambda: fit.ReverseKL(optimizer="adam"), TypeError, "optax.adam"),
-    "no particles": (lambda: fit.ReverseKL(num_particles=0), ValueError, "num_particles"),
-    "no inner steps": (lambda: fit.RobbinsMonro(0), ValueError, "num_steps"),
     "negative inner step": (lambda: fit.RobbinsMonro(5, step_size=-1.0), ValueError, "step_size"),
+    "inner steps that branch in Python": (
+        lambda: fit.RobbinsMonro(5, step_size=lambda j: 1.0 if j < 2 else 0.5),
+        TypeError,
+        "jnp.where",
+    ),
+    "inner steps that are vectors": (
+        lambda: fit.RobbinsMonro(5, step_size=lambda j: jnp.ones(3)),
+        ValueError,
+        r"expected shape \(\)",
+    ),
+    "inner steps that end negative": (
+        lambda: fit.RobbinsMonro(5, step_size=lambda j: 1.0 - j),
+        ValueError,
+        "step_size at step 4",
+    ),
     # Running
+    "key missing": (run(None, 2), TypeError, "random key"),
+    "run inside jit": (
+        lambda: jax.jit(lambda key: scheme().run(key, 2, progress_bar=False))(KEY),
+        TypeError,
+        "TwoStep.scan",
+    ),
+    "run inside vmap": (
+        lambda: jax.vmap(lambda key: scheme().run(key, 2, progress_bar=False))(random.split(KEY)),
+        TypeError,
+        "TwoStep.scan",
+    ),
+    "run of a result": (
+        lambda: run(KEY, 2, init_state=run()())(),
+        TypeError,
+        "got TwoStepResult",
+    ),
+    "state without a reference": (from_state(reference=None), TypeError, "Gaussian reference"),
+    "state with a NaN reference": (
+        from_state(reference=Gaussian(jnp.array([0.0, jnp.nan]), jnp.array(0.3))),
+        ValueError,
+        "finite reference",
+    ),
+    "state with half a step": (from_state(step=0.5), ValueError, "other engines"),
+    "state of integers": (
+        from_state(reference=Gaussian(jnp.arange(2), jnp.array(0.3))),
+        ValueError,
+        "other engines",
+    ),
+    "parameters of no state": (
+        lambda: scheme().get_params(None),
+        TypeError,
+        "TwoStep.init",
+    ),
+    "chains on a loss without a gradient": (
+        start(halve_until_small, np.ones(2), shift.NUTS()),
+        ValueError,
+        "shift.Importance",
+    ),
+    "heat of a loop without a gradient": (
+        heat(halve_until_small, np.ones(2)),
+        ValueError,
+        "shift.Importance",
+    ),
+    "cloud on a loss that does not vmap": (start(on_host, np.ones(2)), TypeError, "jax.vmap"),
     "key is a number": (run(0, 2), TypeError, "random key"),
     "raw key of the wrong length": (run(np.zeros(3, np.uint32), 2), TypeError, "random key"),
     "schedule that falls to zero": (
@@ -396,9 +643,6 @@ CATALOGUE = {
     "step from no state": (lambda: scheme().step(None), TypeError, "TwoStep.init"),
     "scan from a tuple": (lambda: scheme().scan((1, 2), 3), TypeError, "TwoStep.init"),
     "several keys": (run(random.split(KEY), 2), TypeError, "one random key"),
-    "no steps": (run(KEY, 0), ValueError, "num_steps"),
-    "negative steps": (run(KEY, -3), ValueError, "num_steps"),
-    "steps a float": (run(KEY, 2.0), TypeError, "num_steps"),
     "callback is no function": (run(KEY, 2, callback=1), TypeError, "callback"),
     "state is no state": (run(KEY, 2, init_state={}), TypeError, "init_state"),
     "state of another loss": (
@@ -428,11 +672,6 @@ CATALOGUE = {
         TypeError,
         "unexpected keyword",
     ),
-    "steps of a scan a boolean": (
-        lambda: scheme().scan(scheme().init(KEY), True),
-        TypeError,
-        "num_steps",
-    ),
     "draw with a number as key": (
         lambda: scheme().draw(0, scheme().init(KEY)),
         TypeError,
@@ -443,6 +682,34 @@ CATALOGUE = {
         ValueError,
         "finite loss at the start",
     ),
+    "loss minus infinity at the start": (
+        start(lambda x: jnp.log(jnp.sum(x)), np.zeros(2)),
+        ValueError,
+        "got -inf",
+    ),
+    "NaN in bound data": (
+        run(loss=Loss.from_function(rows_loss, np.zeros(2), WITH_NAN)),
+        ValueError,
+        "NaN among the data",
+    ),
+    "NaN in the data of a run": (run(KEY, 2, WITH_NAN, loss=ROWS), ValueError, "got nan"),
+    "NaN in the data of a model": (
+        run(loss=Loss.from_model(model, WITH_NAN[:, 0])),
+        ValueError,
+        "finite loss at the start",
+    ),
+    "NaN in a minibatch's data": (
+        run(loss=Loss.from_function(rows_loss, np.zeros(2), WITH_NAN, minibatch=Minibatch(2))),
+        ValueError,
+        "NaN among the data",
+    ),
+    "no rows of data": (
+        run(loss=Loss.from_function(rows_loss, np.zeros(2), DATA[:0])),
+        ValueError,
+        "finite loss at the start",
+    ),
+    "data are text": (run(KEY, 2, "rows", loss=ROWS), TypeError, "the loss raised"),
+    "data are None": (run(KEY, 2, None, loss=ROWS), TypeError, "the loss raised"),
     "loss infinite at the start": (
         start(lambda x: 1 / jnp.sum(x), np.zeros(2)),
         ValueError,
@@ -452,6 +719,11 @@ CATALOGUE = {
         start(lambda x: jnp.sqrt(jnp.sum(x**2)), np.zeros(2), shift.NUTS()),
         ValueError,
         "finite gradient at the start",
+    ),
+    "gradient NaN at the start of a heat step": (
+        heat(lambda x: jnp.sqrt(jnp.sum(x**2)), np.zeros(2)),
+        ValueError,
+        "gradient-free engine",
     ),
     "one-call scheme of the wrong kind": (
         lambda: schemes.minimize(KEY, bowl, np.zeros(2), num_steps=2, tau=0.1, scheme="heat"),
@@ -466,17 +738,44 @@ CATALOGUE = {
         "no reference",
     ),
     "value with a number as key": (lambda: values.heat(0, TARGET), TypeError, "random key"),
-    "value from no samples": (
-        lambda: values.heat(KEY, TARGET, num_samples=0),
-        ValueError,
-        "num_samples",
-    ),
     "unknown way to a value": (
         lambda: values.local_entropy(KEY, TARGET, method="bridge"),
         ValueError,
         "one of",
     ),
 }
+
+
+# Every count of every engine: how to give it, its name, the least that is allowed.
+COUNTS = {
+    "Importance": (shift.Importance, "num_samples", 1),
+    "Importance chunk": (lambda **k: shift.Importance(10, **k), "chunk_size", 1),
+    "NUTS warm-up": (shift.NUTS, "num_warmup", 0),
+    "NUTS draws": (shift.NUTS, "num_samples", 1),
+    "NUTS chains": (shift.NUTS, "num_chains", 1),
+    "NUTS depth": (shift.NUTS, "max_tree_depth", 1),
+    "HMC warm-up": (shift.HMC, "num_warmup", 0),
+    "HMC draws": (shift.HMC, "num_samples", 1),
+    "HMC chains": (shift.HMC, "num_chains", 1),
+    "RobbinsMonro": (fit.RobbinsMonro, "num_steps", 1),
+    "ReverseKL steps": (fit.ReverseKL, "num_steps", 1),
+    "ReverseKL particles": (fit.ReverseKL, "num_particles", 1),
+    "Minibatch": (Minibatch, "batch_size", 1),
+    "run": (lambda num_steps: run(KEY, num_steps)(), "num_steps", 1),
+    "scan": (lambda num_steps: scheme().scan(scheme().init(KEY), num_steps), "num_steps", 1),
+    "heat": (lambda **k: values.heat(KEY, TARGET, **k), "num_samples", 4),
+    "local entropy": (lambda **k: values.local_entropy(KEY, TARGET, **k), "num_samples", 4),
+    "values chunk": (lambda **k: values.heat(KEY, TARGET, **k), "chunk_size", 1),
+}
+
+
+@pytest.mark.parametrize("row", COUNTS)
+def test_counts(row):
+    call, name, least = COUNTS[row]
+    for count in (least - 1, -3, 2.0, np.nan, True, np.True_, "3", [3], np.array([3]), KEY):
+        error = ValueError if type(count) is int else TypeError
+        with pytest.raises(error, match=f"{name}: expected an integer >= {least}, got "):
+            call(**{name: count})
 
 
 @pytest.mark.parametrize("row", CATALOGUE)

@@ -163,7 +163,7 @@ def test_natural_steps_diverge_where_the_default_does_not():
         np.abs(heat_step(method, random.key(0), target)[0].mean[1] - exact[1])
         for method in (natural, fit.RobbinsMonro(20))
     ]
-    assert errors[0] > 1e6
+    assert not errors[0] < 1e6  # or NaN, once the loss overflows
     assert errors[1] < 0.1
 
 

@@ -32,6 +32,7 @@ FLOORS = {
     "draws": 4,
     "_whitened_hmc": 5,
     "_outer_step": 5,
+    "_result": 6,
     "shift.base": 6,
     "fit.base": 6,
     "anchor.base": 6,

@@ -34,7 +34,7 @@ class ForwardKLInfo(NamedTuple):
     """Diagnostics of one fit.
 
     Attributes:
-        ok: the Gaussian is finite.
+        ok: the Gaussian is finite, and not one weighted draw alone.
         num_loss: zero.
         num_grad: zero.
         mean_error: standard error of the mean, `(dim,)`; infinite when one draw carries all weight.
@@ -49,7 +49,8 @@ class ForwardKLInfo(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    # Sums over draws (or blocks b of dependent draws) about the reference mean, weights w adding to one.
+    # Sums over draws (or blocks b of dependent draws) about the draws' center, weights w adding to one.
+    center: Array
     first: Array  # Σ w d
     square: Array  # Σ c_b S_b², S_b = Σ_{i in b} w_i d_i, c_b the leave-one-out factor
     cross: Array  # Σ c_b W_b S_b
@@ -102,7 +103,8 @@ class ForwardKL(Fit):
         dense = self.covariance == "dense"
         moments = _moments(draws, reference.mean, dense=dense)
         shift = moments.first
-        mean = reference.mean + shift
+        mean = moments.center + shift
+        alone = jnp.asarray(False)
         if draws.block_size is None:
             error = monte_carlo_error(draws.x)
         else:
@@ -114,7 +116,7 @@ class ForwardKL(Fit):
         if dense:
             scale, floored = _scale(draws, moments)
         info = ForwardKLInfo(
-            ok=jnp.isfinite(mean).all() & jnp.isfinite(scale).all(),
+            ok=jnp.isfinite(mean).all() & jnp.isfinite(scale).all() & ~alone,
             num_loss=jnp.asarray(0),
             num_grad=jnp.asarray(0),
             mean_error=error,
@@ -123,7 +125,7 @@ class ForwardKL(Fit):
         return state, Gaussian(mean, scale), info
 
 
-def _moments(draws: Draws, center: Array, *, dense: bool) -> _Moments:
+def _moments(draws: Draws, like: Array, *, dense: bool) -> _Moments:
     # Log weights are scalars, so they are normalized once, before the draws are visited chunk by chunk.
     block_size = draws.block_size or 1
     peak = jnp.max(draws.log_weight, initial=-jnp.inf)
@@ -131,27 +133,32 @@ def _moments(draws: Draws, center: Array, *, dense: bool) -> _Moments:
     total = jnp.sum(jnp.exp(draws.log_weight - peak))
 
     def add(sums: _Moments, chunk: Chunk) -> _Moments:
-        weight = jnp.exp(chunk.log_weight - peak) / total
-        offset = chunk.x - center
-        if block_size > 1:
-            block_sum = jnp.sum(
-                (weight[:, None] * offset).reshape(-1, block_size, offset.shape[-1]), 1
-            )
-        else:
-            block_sum = weight[:, None] * offset
+        weight = jnp.exp(chunk.pair_log_weight - peak) / total
+        # Of a pair only the difference of the weights counts, and draws are never formed.
+        signed = weight @ chunk.sign
+        offset, coefficient = chunk.offset, signed
+        rows = block_size // chunk.sign.size
+        if rows > 1:
+            offset = jnp.sum((signed[:, None] * offset).reshape(-1, rows, offset.shape[-1]), 1)
+            coefficient = jnp.ones_like(offset[:, 0])
         block_weight = jnp.sum(weight.reshape(-1, block_size), 1)
         factor = (1.0 - jnp.minimum(block_weight, DOMINANT_WEIGHT)) ** -2
+        first, cross = jnp.stack([coefficient, factor * block_weight * coefficient]) @ offset
+        second = sums.second
+        if second is not None:
+            second = second + (jnp.sum(weight, 1)[:, None] * chunk.offset).T @ chunk.offset
         return _Moments(
-            sums.first + jnp.sum(block_sum, 0),
-            sums.square + factor @ block_sum**2,
-            sums.cross + (factor * block_weight) @ block_sum,
+            chunk.center,
+            sums.first + first,
+            sums.square + (factor * coefficient**2) @ offset**2,
+            sums.cross + cross,
             sums.weight + jnp.sum(factor * block_weight**2),
-            None if sums.second is None else sums.second + (weight[:, None] * offset).T @ offset,
+            second,
         )
 
-    zero = jnp.zeros_like(center)
-    second = jnp.zeros((center.size, center.size), center.dtype) if dense else None
-    return draws.fold(add, _Moments(zero, zero, zero, jnp.zeros((), center.dtype), second))
+    zero = jnp.zeros_like(like)
+    second = jnp.zeros((zero.size, zero.size), zero.dtype) if dense else None
+    return draws.fold(add, _Moments(zero, zero, zero, zero, jnp.zeros((), zero.dtype), second))
 
 
 def _scale(draws: Draws, moments: _Moments) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._checks import check_count, check_positive
+from numpyro_regloss._checks import check_count, check_positive, check_schedule
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
@@ -57,13 +57,14 @@ class RobbinsMonroInfo(NamedTuple):
     """Diagnostics of one fit.
 
     Attributes:
-        ok: the mean is finite.
+        ok: the mean is finite, as it is when the losses and gradients on the way were.
         num_loss: zero.
         num_grad: gradient evaluations.
         curvature: κ, tau times the curvature of loss / T in its steepest direction (-1 with a step size of
             your own, which needs none).
         residual: norm of the implicit equation at the mean, from one more gradient, in units of the
-            reference scale: of the size of that gradient's noise when the equation is solved.
+            reference scale: of the size of that gradient's noise when the equation is solved; infinite
+            where that gradient is not finite.
     """
 
     ok: Array
@@ -109,8 +110,13 @@ class RobbinsMonro(Fit):
         check_count(self.num_steps, "RobbinsMonro: num_steps")
         for name in ("antithetic", "averaging"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"RobbinsMonro: expected {name} as True or False.")
-        if self.step_size is not None and not callable(self.step_size):
+                raise TypeError(
+                    f"RobbinsMonro: expected {name} as True or False, got {getattr(self, name)!r}."
+                )
+        if callable(self.step_size):
+            # At the last step, since warm-ups start at zero.
+            check_schedule(self.step_size, self.num_steps - 1, "RobbinsMonro: step_size")
+        elif self.step_size is not None:
             step_size = check_positive(self.step_size, "RobbinsMonro: step_size")
             object.__setattr__(self, "step_size", step_size)
 
@@ -157,13 +163,14 @@ class RobbinsMonro(Fit):
         mean = reference.unwhiten(u)
         key_batch, key_noise = random.split(random.fold_in(key_steps, self.num_steps))
         drift = gradient(key_batch, u, random.normal(key_noise, u.shape, u.dtype)) + u
+        residual = jnp.linalg.norm(drift)
         per_gradient = 2 if self.antithetic else 1
         info = RobbinsMonroInfo(
             ok=jnp.isfinite(mean).all(),
             num_loss=jnp.asarray(0),
             num_grad=per_gradient * (self.num_steps + 1 + spent),
             curvature=state.curvature,
-            residual=jnp.linalg.norm(drift),
+            residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
         )
         return state, Gaussian(mean, reference.scale), info
 
@@ -183,7 +190,9 @@ def _whitened_gradient(
 
     def single(key_batch: Key, noise: Array) -> Array:
         batch = target.on_batch(key_batch)
-        return reference.scaled_transpose(jax.grad(batch.energy)(reference.unwhiten(noise)))
+        value, gradient = jax.value_and_grad(batch.energy)(reference.unwhiten(noise))
+        # Where a loss is a constant NaN its gradient is zero, and nothing else would tell.
+        return jnp.where(jnp.isfinite(value), reference.scaled_transpose(gradient), jnp.nan)
 
     def gradient(key_batch: Key, u: Array, noise: Array) -> Array:
         if not antithetic:

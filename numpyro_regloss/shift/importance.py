@@ -4,8 +4,8 @@
 
     z_j = mean + scale ξ_j,   w_j ∝ exp(-loss(z_j) / T)
 
-No gradients, and the loss need not be differentiable. Noise is regenerated from keys, chunk by chunk, so
-memory does not grow with the number of samples times the dimension. Weights degenerate when
+No gradients, and the loss need not be differentiable. A large cloud's noise is regenerated from keys, chunk
+by chunk, so that memory stays bounded; a small cloud's is kept. Weights degenerate when
 tau |∇loss/T|² exceeds about log(num_samples): watch ESS and k-hat.
 
 References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
@@ -14,6 +14,7 @@ Importance Sampling".
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -35,8 +36,13 @@ __all__ = ["Cloud", "Importance", "ImportanceInfo"]
 
 Carry = TypeVar("Carry")
 
-# Ten megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
-CHUNK_ELEMENTS = 2_500_000
+# Two megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
+CHUNK_ELEMENTS = 500_000
+# Up to 64 megabytes of noise are kept for the fit, which else draws it again.
+KEPT_ELEMENTS = 16_000_000
+# Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
+# noise within the loss, element by element.
+CHUNKS_PER_SEGMENT = 2
 
 
 class ImportanceInfo(NamedTuple):
@@ -61,7 +67,7 @@ class ImportanceInfo(NamedTuple):
 
 @pytree_dataclass
 class Cloud:
-    """Draws that are regenerated from their key whenever they are needed.
+    """Draws whose noise is kept, or regenerated from its key whenever it is needed.
 
     Attributes:
         rng_key: the key of the noise.
@@ -69,6 +75,7 @@ class Cloud:
         log_weight: `(1, draw)`, unnormalized.
         loss: `(1, draw)`.
         temperature: scalar.
+        offset: of the draws (or pairs) from the center, `(1, chunk, draw, dim)`, or None.
         chunk_size: draws per chunk.
         antithetic: whether draws come in pairs mean ± scale ξ.
     """
@@ -78,6 +85,7 @@ class Cloud:
     log_weight: Array
     loss: Array
     temperature: Array
+    offset: Array | None
     chunk_size: int = static_field()
     antithetic: bool = static_field()
 
@@ -96,19 +104,29 @@ class Cloud:
         return _materialize(self)
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
-        """Reduces over chunks, each regenerated on the way."""
-        draw = _sampler(self.rng_key, self.reference, self.chunk_size, antithetic=self.antithetic)
+        """Reduces over chunks, each regenerated on the way unless it was kept."""
         num_samples = self.loss.shape[-1]
-        num_chunks = -(-num_samples // self.chunk_size)
-        padding = num_chunks * self.chunk_size - num_samples
+        segment = CHUNKS_PER_SEGMENT * self.chunk_size
+        num_segments = -(-num_samples // segment)
+        padding = num_segments * segment - num_samples
         log_weight = jnp.pad(self.log_weight[0], (0, padding), constant_values=-jnp.inf)
 
-        def body(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
-            index, weights = item
-            return fn(carry, Chunk(draw(index), weights, None)), None
+        def add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
+            offset, weights = item
+            return fn(carry, Chunk(self.reference.mean, offset, weights, None)), None
 
-        chunks = (jnp.arange(num_chunks), log_weight.reshape(num_chunks, -1))
-        return lax.scan(body, init, chunks)[0]
+        if self.offset is not None:
+            offsets = self.offset.reshape(-1, *self.offset.shape[-2:])
+            weights = log_weight.reshape(*offsets.shape[:2], self.block_size)
+            return lax.scan(add, init, (offsets, weights))[0]
+
+        def draw_and_add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
+            index, weights = item
+            offset = _offsets(self.rng_key, self.reference, segment // self.block_size, index)
+            return add(carry, (offset, weights))
+
+        chunks = log_weight.reshape(num_segments, -1, self.block_size)
+        return lax.scan(draw_and_add, init, (jnp.arange(num_segments), chunks))[0]
 
 
 @pytree_dataclass
@@ -165,9 +183,23 @@ class Importance(Shift):
         # One batch for the whole cloud: weights of different losses cannot be compared.
         target = target.on_batch(key_batch)
         chunk_size = self._chunk_size(target)
-        draw = _sampler(rng_key, target.reference, chunk_size, antithetic=self.antithetic)
-        num_chunks = -(-self.num_samples // chunk_size)
-        loss = lax.map(lambda i: jax.vmap(target.value)(draw(i)), jnp.arange(num_chunks))
+        block = 2 if self.antithetic else 1
+        num_chunks = CHUNKS_PER_SEGMENT * -(-self.num_samples // (CHUNKS_PER_SEGMENT * chunk_size))
+        kept = num_chunks * chunk_size // block * target.dim <= KEPT_ELEMENTS
+        num_segments = 1 if kept else num_chunks // CHUNKS_PER_SEGMENT
+
+        def evaluate(offset: Array) -> Array:
+            pairs = jnp.zeros((chunk_size // block, block))
+            return jax.vmap(target.value)(Chunk(target.reference.mean, offset, pairs, None).x)
+
+        def draw_and_evaluate(index: Array) -> tuple[Array, Array | None]:
+            chunks = num_chunks // num_segments
+            rows = chunks * chunk_size // block
+            offset = _offsets(rng_key, target.reference, rows, index)
+            offset = offset.reshape(chunks, -1, target.dim)
+            return lax.map(evaluate, offset), offset if kept else None
+
+        loss, offset = lax.map(draw_and_evaluate, jnp.arange(num_segments))
         loss = loss.reshape(-1)[: self.num_samples]
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         rejected = jnp.isnan(loss) | (loss == -jnp.inf)
@@ -187,6 +219,7 @@ class Importance(Shift):
             log_weight[None],
             loss[None],
             target.temperature,
+            offset,
             chunk_size,
             self.antithetic,
         )
@@ -199,33 +232,25 @@ class Importance(Shift):
             data = sum(leaf.size for leaf in target.arguments.leaves)
             size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 8))
         block = 2 if self.antithetic else 1
-        num_chunks = -(-self.num_samples // size)
+        num_chunks = max(CHUNKS_PER_SEGMENT, -(-self.num_samples // size))
         balanced = -(-self.num_samples // num_chunks)
         return -(-balanced // block) * block
 
 
 @jax.jit
 def _materialize(cloud: Cloud) -> Array:
-    draw = _sampler(cloud.rng_key, cloud.reference, cloud.chunk_size, antithetic=cloud.antithetic)
     num_samples = cloud.loss.shape[-1]
-    x = lax.map(draw, jnp.arange(-(-num_samples // cloud.chunk_size)))
-    return x.reshape(1, -1, cloud.reference.dim)[:, :num_samples]
+    if cloud.offset is not None:
+        offset = cloud.offset.reshape(-1, cloud.reference.dim)
+    else:
+        segment = CHUNKS_PER_SEGMENT * cloud.chunk_size
+        draw = partial(_offsets, cloud.rng_key, cloud.reference, segment // cloud.block_size)
+        offset = lax.map(draw, jnp.arange(-(-num_samples // segment)))
+        offset = offset.reshape(-1, cloud.reference.dim)
+    weights = jnp.zeros((offset.shape[0], cloud.block_size))
+    return Chunk(cloud.reference.mean, offset, weights, None).x[None, :num_samples]
 
 
-def _sampler(
-    rng_key: Key, reference: Gaussian, chunk_size: int, *, antithetic: bool
-) -> Callable[[Array], Array]:
-    rng_key = unrolled(rng_key)
-
-    def draw(index: Array) -> Array:
-        pairs = chunk_size // 2 if antithetic else chunk_size
-        noise = reference.scaled(
-            random.normal(
-                random.fold_in(rng_key, index), (pairs, reference.dim), reference.mean.dtype
-            )
-        )
-        if antithetic:
-            noise = jnp.stack([noise, -noise], 1).reshape(chunk_size, reference.dim)
-        return reference.mean + noise
-
-    return draw
+def _offsets(rng_key: Key, reference: Gaussian, num_rows: int, index: Array) -> Array:
+    key = random.fold_in(unrolled(rng_key), index)
+    return reference.scaled(random.normal(key, (num_rows, reference.dim), reference.mean.dtype))

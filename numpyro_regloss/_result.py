@@ -1,0 +1,99 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run returns, and how it tells of trouble: one warning with the remedy, or an error with the result."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
+
+__all__ = [
+    "RejectedError",
+    "TwoStepResult",
+    "headline",
+    "report_interruption",
+    "report_rejections",
+]
+
+
+class TwoStepResult(NamedTuple):
+    """What a run returns.
+
+    Attributes:
+        params: the parameters at the last centre, as the user wrote them.
+        state: to continue from, `run(..., init_state=result.state)`.
+        history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
+    """
+
+    params: Any
+    state: TwoStepState
+    history: TwoStepInfo
+
+
+class RejectedError(RuntimeError):
+    """Every step of a run was rejected.
+
+    Attributes:
+        result: what was computed nevertheless, with the diagnostics of each step.
+    """
+
+    def __init__(self, message: str, result: TwoStepResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def headline(info: TwoStepInfo) -> dict[str, str]:
+    """What the progress bar shows of a step."""
+    shown = {"loss": info.loss, "tau": np.mean(info.tau)}
+    for name in ("accept_prob", "ess"):
+        if hasattr(info.shift, name):
+            shown[name] = getattr(info.shift, name)
+            break
+    return {name: f"{float(value):.4g}" for name, value in shown.items()}
+
+
+def report_interruption(
+    trouble: BaseException | None, result: TwoStepResult, num_steps: int
+) -> None:
+    """Warns of Ctrl-C, and raises anything else again with the result so far as its attribute.
+
+    Args:
+        trouble: what was raised on the way, or None.
+        result: what was computed before.
+        num_steps: steps that were asked for.
+    """
+    if trouble is None:
+        return
+    message = f"TwoStep.run: interrupted after {len(result.history.ok)} of {num_steps} steps"
+    if isinstance(trouble, KeyboardInterrupt):
+        warnings.warn(f"{message}.", stacklevel=3)
+        return
+    # Another run's result, of a run within the callback, stays.
+    if not hasattr(trouble, "result"):
+        vars(trouble)["result"] = result
+        trouble.add_note(f"{message}; the exception's attribute `result` holds what they computed.")
+    raise trouble
+
+
+def report_rejections(result: TwoStepResult) -> None:
+    """Warns once of rejected steps.
+
+    Args:
+        result: of the run.
+
+    Raises:
+        RejectedError: if every step was rejected.
+    """
+    ok = result.history.ok
+    if ok.all():
+        return
+    message = (
+        f"TwoStep.run: {np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, all weight "
+        "on one draw, or a sampler that did not move) and kept their reference; look at "
+        "history.shift and history.fit, and use a smaller tau, more draws or another start."
+    )
+    if not ok.any():
+        raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,161 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Named trouble during a run: what was reached is kept, counted and told, with a remedy that works."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+
+from numpyro_regloss import Loss, Minibatch, RejectedError, TwoStep, fit, schemes, shift
+
+CHAIN = {"num_warmup": 30, "num_samples": 20, "num_chains": 2}
+ENGINES = {
+    "importance": (shift.Importance(200), fit.ForwardKL()),
+    "importance_dense": (shift.Importance(200), fit.ForwardKL("dense")),
+    "nuts": (shift.NUTS(**CHAIN), fit.ForwardKL()),
+    "hmc": (shift.HMC(**CHAIN), fit.ForwardKL()),
+    "robbins_monro": (shift.Implicit(), fit.RobbinsMonro(5)),
+    "reverse_kl": (shift.Implicit(), fit.ReverseKL(num_steps=10)),
+}
+
+
+def scaled_bowl(x, scale):
+    return scale * jnp.sum((x - 1.0) ** 2)
+
+
+def make(engine="importance", tau=0.1, scale=1.0):
+    loss = Loss.from_function(scaled_bowl, np.zeros(2), scale)
+    return TwoStep(loss, tau, *ENGINES[engine])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_loss_that_fails_for_one_step(engine, bad):
+    optimizer = make(engine)
+    before = optimizer.run(random.key(0), 3, progress_bar=False)
+    with pytest.raises(RejectedError, match="1 of 1 steps .* smaller tau") as caught:
+        optimizer.run(random.key(0), 1, bad, init_state=before.state, progress_bar=False)
+    failed = caught.value.result
+    assert failed.state.step == 4
+    for old, new in zip(before.state.reference, failed.state.reference, strict=True):
+        np.testing.assert_array_equal(old, new)
+    after = optimizer.run(random.key(0), 3, init_state=failed.state, progress_bar=False)
+    assert after.history.ok.all()
+    assert np.sum((after.params - 1) ** 2) < np.sum((failed.params - 1) ** 2)
+
+
+def test_a_loss_that_fails_for_good_after_some_steps():
+    # Every step moves by tau times the slope, 0.1 with a noise of the same size, towards the edge at -1.
+    loss = Loss.from_function(lambda x: jnp.where(x[0] < -1.0, jnp.nan, 10 * x[0]), np.zeros(1))
+    optimizer = schemes.heat(loss, 0.01, fit=fit.RobbinsMonro(20))
+    with pytest.warns(UserWarning, match="of 40 steps were rejected") as caught:
+        result = optimizer.run(random.key(0), 40, progress_bar=False)
+    ok = result.history.ok
+    assert str(np.sum(~ok)) in str(caught[0].message)
+    assert len(caught) == 1
+    assert ok.shape == (40,)
+    assert ok[:5].all()
+    assert not ok[-20:].any()
+    taken = np.flatnonzero(ok)[-1]
+    np.testing.assert_array_equal(result.params, result.history.fitted.mean[taken])
+    assert -1.0 < result.params[0] < -0.5
+
+
+@pytest.mark.parametrize("engine", ["nuts", "hmc"])
+def test_divergent_chains_are_rejected_and_warm_up_again(engine):
+    optimizer = make(engine)
+    state = optimizer.run(random.key(0), 3, progress_bar=False).state
+    # A million times the curvature needs a thousandth of the step size.
+    with pytest.warns(UserWarning, match="1 of 4 steps were rejected"):
+        result = optimizer.run(random.key(0), 4, 1e6, init_state=state, progress_bar=False)
+    history = result.history
+    assert history.ok.tolist() == [False, True, True, True]
+    assert history.shift.num_divergent[0] > 0.5 * 40
+    assert history.shift.step_size[1] < 0.1 * history.shift.step_size[0]
+    np.testing.assert_array_equal(history.reference.mean[0], history.reference.mean[1])
+
+
+def test_a_degenerate_cloud_is_rejected_and_a_smaller_tau_helps():
+    optimizer = make(tau=100.0, scale=1e4)
+    with pytest.raises(RejectedError, match="all weight on one draw.* smaller tau") as caught:
+        optimizer.run(random.key(0), 3, progress_bar=False)
+    result = caught.value.result
+    assert np.isinf(result.history.fit.mean_error).all()
+    np.testing.assert_array_equal(result.params, np.zeros(2))
+    smaller = dataclasses.replace(optimizer, tau=1e-8)
+    again = smaller.run(random.key(0), 3, init_state=result.state, progress_bar=False)
+    assert again.history.ok.all()
+
+
+def test_a_schedule_that_turns_bad_under_way_leaves_a_finite_scale():
+    for bad in (np.nan, np.inf, -1.0):
+        optimizer = make(tau=lambda t, bad=bad: jnp.where((t == 2) | (t == 3), bad, 0.1))
+        state, history = optimizer.scan(optimizer.init(random.key(0)), 5)
+        assert history.ok.tolist() == [True, True, False, False, True]
+        np.testing.assert_array_equal(history.reference.scale, np.full(5, np.sqrt(np.float32(0.1))))
+        assert np.isfinite(state.reference.mean).all()
+
+
+def test_a_residual_that_cannot_be_computed_is_infinite():
+    # One row of eight is NaN: in some steps only the batch of the last gradient holds it.
+    data = np.array([np.nan, *range(7)], np.float32)
+    loss = Loss.from_function(
+        lambda x, d: jnp.mean((x - d) ** 2), np.zeros(1), data, minibatch=Minibatch(1)
+    )
+    optimizer = schemes.heat(loss, 0.1, fit=fit.RobbinsMonro(2))
+    state = optimizer.init(random.key(0), np.zeros(8, np.float32))
+    with pytest.warns(UserWarning, match="steps were rejected"):
+        history = optimizer.run(random.key(0), 60, init_state=state, progress_bar=False).history
+    residual = history.fit.residual[history.ok]
+    assert np.isinf(residual).any()
+    assert not np.isnan(residual).any()
+
+
+def test_an_exception_of_the_callback_carries_the_result():
+    def callback(state, info):
+        info.reference.mean[:] = np.nan  # the history must not be what a callback is given
+        if state.step == 3:
+            raise ZeroDivisionError("mine")
+
+    optimizer = make()
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
+        optimizer.run(random.key(0), 10, progress_bar=False, callback=callback)
+    (note,) = caught.value.__notes__
+    assert "after 3 of 10 steps" in note
+    assert "`result`" in note
+    result = caught.value.result
+    whole = optimizer.run(random.key(0), 3, progress_bar=False)
+    np.testing.assert_array_equal(result.params, whole.params)
+    np.testing.assert_array_equal(result.history.reference.mean, whole.history.reference.mean)
+    rest = optimizer.run(random.key(0), 2, init_state=result.state, progress_bar=False)
+    assert rest.state.step == 5
+
+
+@pytest.mark.parametrize("last", [0, 5])
+def test_an_exception_of_a_loss_on_the_host_carries_the_result(last):
+    calls = []
+
+    def on_host(x):
+        calls.append(x)
+        if len(calls) > 40 * last + 20:
+            raise OSError("the simulator died")
+        return np.sum(x**2)
+
+    def simulated(x):
+        out = jax.ShapeDtypeStruct((), x.dtype)
+        return jax.pure_callback(on_host, out, x, vmap_method="sequential")
+
+    loss = Loss.from_function(simulated, np.ones(2))
+    optimizer = TwoStep(loss, 0.1, shift.Importance(40), fit.ForwardKL())
+    with pytest.raises(Exception, match="the simulator died") as caught:
+        optimizer.run(random.key(0), 10, progress_bar=False)
+    if last:
+        done = len(caught.value.result.history.ok)
+        assert 1 <= done <= last
+        assert caught.value.result.state.step == done
+    else:
+        assert not hasattr(caught.value, "result")
