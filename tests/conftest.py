@@ -43,6 +43,13 @@ class Counter:
         return self.fn(*args, **kwargs)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_programs():
+    """Drops compiled programs: XLA maps each into memory, and a process of Linux has room for 65,530 maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Double precision for one test."""
