@@ -232,7 +232,7 @@ class Importance(Shift):
             data = sum(leaf.size for leaf in target.arguments.leaves)
             size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 8))
         block = 2 if self.antithetic else 1
-        num_chunks = max(CHUNKS_PER_SEGMENT, -(-self.num_samples // size))
+        num_chunks = CHUNKS_PER_SEGMENT * -(-self.num_samples // (CHUNKS_PER_SEGMENT * size))
         balanced = -(-self.num_samples // num_chunks)
         return -(-balanced // block) * block
 
