@@ -3,8 +3,11 @@
 """Warm-up of vmapped chains as one: a step size and a mass matrix that they share.
 
 The step size follows the mean acceptance of the chains by dual averaging, and the mass matrix is estimated from
-the draws of all of them, in Stan's windows. NumPyro's own adapter does this for each chain alone, which costs
-more to compile, and vmapped chains of different step sizes wait for the longest path among them.
+the draws of all of them, in Stan's windows. NumPyro's own adapter does this for each chain alone, and vmapped
+chains of different step sizes wait for the longest path among them.
+
+Unlike Stan's, dual averaging goes on from the last step size, not from ten times it, when the mass matrix changes:
+a short warm-up ends a few iterations later, too soon to come down again.
 
 References: Hoffman & Gelman (2014), "The No-U-Turn Sampler: Adaptively Setting Path Lengths in Hamiltonian
 Monte Carlo"; Stan Development Team, "Stan Reference Manual", chapter on HMC algorithm parameters.
@@ -21,7 +24,8 @@ from numpyro_regloss._typing import Array
 
 __all__ = ["Adaptation", "Tuning", "WarmUp"]
 
-# Dual averaging starts above the last step size, which it finds again sooner than a larger one (Stan's choice).
+# Dual averaging starts above the first step size: it comes down from one that is too large in fewer gradients
+# than it takes on the way up from one that is too small.
 HEAD_START = 10.0
 
 
@@ -68,12 +72,7 @@ class WarmUp(NamedTuple):
         Returns:
             The state of the adaptation.
         """
-        covariance_init, _, _ = welford_covariance(diagonal=not self.dense_mass)
-        return strong(
-            Adaptation(
-                _restart(tuning.step_size), covariance_init(tuning.inverse_mass_matrix.shape[-1])
-            )
-        )
+        return self._averages(HEAD_START * tuning.step_size, tuning.inverse_mass_matrix)
 
     def update(
         self, i: Array, accept_prob: Array, x: Array, tuning: Tuning, adaptation: Adaptation
@@ -91,9 +90,7 @@ class WarmUp(NamedTuple):
             The next tuning and averages.
         """
         _, average_step_size = dual_averaging()
-        covariance_init, average_covariance, estimate = welford_covariance(
-            diagonal=not self.dense_mass
-        )
+        _, average_covariance, estimate = welford_covariance(diagonal=not self.dense_mass)
         log_steps = average_step_size(self.target_accept_prob - accept_prob, adaptation.step_size)
         log_step_size = jnp.where(i == self.num_steps - 1, log_steps[1], log_steps[0])
         finfo = jnp.finfo(tuning.step_size.dtype)
@@ -110,14 +107,15 @@ class WarmUp(NamedTuple):
 
         def end_window() -> tuple[Tuning, Adaptation]:
             inverse, root, _ = estimate(covariance, regularize=True)
-            averages = Adaptation(_restart(tuning.step_size), covariance_init(inverse.shape[-1]))
-            return strong((Tuning(tuning.step_size, inverse, root), averages))
+            averages = self._averages(tuning.step_size, inverse)
+            return strong(Tuning(tuning.step_size, inverse, root)), averages
 
         return lax.cond(
             at_end, end_window, lambda: strong((tuning, Adaptation(log_steps, covariance)))
         )
 
-
-def _restart(step_size: Array) -> Any:
-    start, _ = dual_averaging()
-    return start(jnp.log(HEAD_START) + jnp.log(step_size))
+    def _averages(self, step_size: Array, inverse_mass_matrix: Array) -> Adaptation:
+        step_size_init, _ = dual_averaging()
+        covariance_init, _, _ = welford_covariance(diagonal=not self.dense_mass)
+        covariance = covariance_init(inverse_mass_matrix.shape[-1])
+        return strong(Adaptation(step_size_init(jnp.log(step_size)), covariance))

@@ -10,7 +10,7 @@ acceptance = erfc(c ε²):
 
     ε ← ε sqrt( erfc⁻¹(target) / erfc⁻¹(acceptance) ),   by a factor of 2 at most.
 
-Starting a new warm-up from the old step size would not be a warm start: dual averaging begins at ten times it.
+Starting a new warm-up from the old step size would not be a warm start: it begins at ten times that.
 
 Reference: Beskos, Pillai, Roberts, Sanz-Serna & Stuart (2013), "Optimal Tuning of the Hybrid Monte Carlo
 Algorithm".

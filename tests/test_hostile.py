@@ -217,8 +217,7 @@ def test_hostile_losses(engine, dim):
             check_counts(engine, result, known)
             if shifting.makes_draws and not shifting.uses_gradient:
                 check_cloud(result, tau)
-            # So short a warm-up may leave the chains of NUTS and HMC too large a step even there.
-            assert outcome == "returned" or name != "flat" or engine in ("nuts", "hmc")
+            assert outcome == "returned" or name != "flat"
             seen[outcome] += 1
 
     example()

@@ -26,7 +26,6 @@ from jax import lax, random
 
 from numpyro_regloss._checks import check_count, check_positive, check_schedule
 from numpyro_regloss._pytree import pytree_dataclass, static_field
-from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit
@@ -142,7 +141,7 @@ class RobbinsMonro(Fit):
             The next state, the Gaussian with the reference's scale, and the info.
         """
         del draws
-        key_curvature, key_steps = random.split(unrolled(rng_key))
+        key_curvature, key_steps = random.split(rng_key)
         gradient = _whitened_gradient(target, antithetic=self.antithetic)
         spent = jnp.asarray(0)
         if self.step_size is None:

@@ -1,0 +1,75 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Warm-up: NumPyro's own adapter is the oracle for one chain, and short warm-ups end at a usable step size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+from numpyro.infer.hmc import IntegratorState
+from numpyro.infer.hmc_util import build_adaptation_schedule, warmup_adapter
+
+from numpyro_regloss import Loss, TwoStep, fit, problems, shift
+from numpyro_regloss._warm_up import Tuning, WarmUp
+
+DIM = 3
+
+
+def first_tuning(dense):
+    mass = jnp.eye(DIM) if dense else jnp.ones(DIM)
+    return Tuning(jnp.asarray(0.5), mass, mass)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_one_chain_adapts_as_numpyros(dense):
+    num_steps = 40
+    init, update = warmup_adapter(num_steps, dense_mass=dense, target_accept_prob=0.7)
+    tuning, warm_up = first_tuning(dense), WarmUp(num_steps, 0.7, dense)
+    adaptation = warm_up.init(tuning)
+    update, mine = jax.jit(update), jax.jit(warm_up.update)
+    # The adapter writes into the matrix it is given.
+    expected = init((jnp.zeros(DIM),), random.key(0), 0.5, jnp.array(tuning.inverse_mass_matrix))
+    rng = np.random.default_rng(0)
+    # Behind the first estimate of the mass matrix the two go on from different step sizes.
+    for i in range(build_adaptation_schedule(num_steps)[1].end + 1):
+        accept_prob, x = rng.uniform(), jnp.asarray(rng.normal(size=DIM) * [1.0, 2.0, 5.0])
+        expected = update(i, accept_prob, IntegratorState(x, None, None, None), expected)
+        tuning, adaptation = mine(i, accept_prob, x[None], tuning, adaptation)
+        for name in Tuning._fields:
+            np.testing.assert_allclose(getattr(tuning, name), getattr(expected, name), rtol=1e-5)
+    assert not np.allclose(tuning.inverse_mass_matrix, first_tuning(dense).inverse_mass_matrix)
+
+
+def test_mass_matrix_of_all_chains():
+    num_steps, num_chains = 40, 4
+    start, middle, _ = build_adaptation_schedule(num_steps)
+    x = np.random.default_rng(1).normal(size=(num_steps, num_chains, DIM)) * [0.1, 1.0, 3.0]
+    tuning, warm_up = first_tuning(dense=False), WarmUp(num_steps, 0.8, dense_mass=False)
+    adaptation, update = warm_up.init(tuning), jax.jit(warm_up.update)
+    for i in range(num_steps):
+        tuning, adaptation = update(i, 0.8, jnp.asarray(x[i]), tuning, adaptation)
+    seen = x[middle.start : middle.end + 1].reshape(-1, DIM)
+    assert middle.start == start.end + 1
+    # Stan's shrinkage, with the weight of five draws.
+    count = len(seen)
+    expected = (count * seen.var(0, ddof=1) + 5 * 1e-3) / (count + 5)
+    np.testing.assert_allclose(tuning.inverse_mass_matrix, expected, rtol=1e-4)
+    np.testing.assert_allclose(tuning.mass_matrix_sqrt, expected**-0.5, rtol=1e-4)
+
+
+LOSSES = {"flat": lambda x: 0.0 * jnp.sum(x), "double_well": problems.double_well(2).loss}
+
+
+@pytest.mark.parametrize("num_warmup", [20, 25])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_warm_up_is_too_short(loss, num_warmup):
+    # Stan's windows shrink with the warm-up, from 20 iterations on: two are left behind the mass matrix then.
+    engine = shift.NUTS(num_warmup=num_warmup, num_samples=10, num_chains=2, max_tree_depth=6)
+    optimizer = TwoStep(Loss.from_function(LOSSES[loss], np.zeros(2)), 0.5, engine, fit.ForwardKL())
+    run = jax.jit(jax.vmap(lambda key: optimizer.scan(optimizer.init(key), 2)[1]))
+    history = run(random.split(random.key(0), 40))
+    assert history.ok.all()
+    # Acceptance of 20 draws has an error of about 0.07 a run, and a short warm-up its own; the mean of 40 runs
+    # lies between half the target and what a step much too small would have.
+    assert 0.6 < jnp.mean(history.shift.accept_prob[:, 0]) < 0.97
