@@ -130,9 +130,12 @@ def save(path, tables):
     """Writes tables with the environment as JSON."""
     if path is not None:
         path.write_text(
-            json.dumps({"environment": environment(), "tables": tables}, indent=1) + "\n"
+            json.dumps({"environment": environment(), "tables": tables}, indent=1, allow_nan=False)
+            + "\n"
         )
 
 
 def _text(value):
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

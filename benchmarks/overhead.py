@@ -3,9 +3,9 @@
 """How much time do the engines take beyond the loss evaluations and random numbers that they must have?
 
 Each engine is timed in turn with bare programs of the same evaluations and numbers ("floors"). Ratios are medians
-over rounds of the ratio within a round; only they are to be compared from one run to another. Where other programs
-run beside this one, start it with NPROC=1 in the environment: XLA's threads else wait for one another, which
-costs the samplers up to half of their time and the floors nothing.
+over rounds of the ratio within a round; only they are to be compared from one run to another, on a quiet machine:
+beside other programs the samplers took up to half as long again and the floors did not. With NPROC=1 in the
+environment, which leaves XLA one thread, they did not either.
 
 Importance: one shift and fit, against a program that stores everything; against the sum of its parts timed apart;
 and against the least that a stream does: noise in chunks, once or (where the fit draws it again) twice, and the

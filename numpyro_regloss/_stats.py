@@ -69,11 +69,13 @@ def weight_ess(log_weight: Float[Array, "*shape"]) -> Float[Array, ""]:
         log_weight: log weights of any shape, not necessarily normalized.
 
     Returns:
-        A scalar between one and the number of weights; zero if there is no positive weight.
+        A scalar between one and the number of weights; zero if there is no positive weight, and where a weight is
+        NaN or `inf`.
     """
     weight = _weight_over_largest(log_weight)
     total_of_squares = jnp.sum(weight**2)
-    return jnp.sum(weight) ** 2 / jnp.where(total_of_squares == 0, 1, total_of_squares)
+    ess = jnp.sum(weight) ** 2 / jnp.where(total_of_squares == 0, 1, total_of_squares)
+    return jnp.where(jnp.isfinite(ess), ess, 0)
 
 
 @jax.jit

@@ -31,6 +31,12 @@ class Chunk(NamedTuple):
     pair_log_weight: Array
     score: Array | None
 
+    @classmethod
+    def of(cls, x: Array, log_weight: Array, score: Array | None = None) -> "Chunk":
+        """Draws that are no pairs: `x` `(n, dim)`, `log_weight` `(n,)`, `score` like `x`."""
+        center = jnp.sum(x[:1], 0)  # zero for no draws
+        return cls(center, x - center, log_weight[:, None], score)
+
     @property
     def log_weight(self) -> Array:
         """In the order of `x`, `(n,)` or `(2 n,)`."""
@@ -102,8 +108,7 @@ class StoredDraws:
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Hands all draws over at once."""
-        x, log_weight, score = jax.tree.map(
+        flat = jax.tree.map(
             lambda a: jnp.reshape(a, (-1, *a.shape[2:])), (self.x, self.log_weight, self.score)
         )
-        center = x[0]
-        return fn(init, Chunk(center, x - center, log_weight[:, None], score))
+        return fn(init, Chunk.of(*flat))

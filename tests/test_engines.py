@@ -258,6 +258,30 @@ def test_fold_visits_every_draw_once(engine):
     np.testing.assert_allclose(folded, direct, rtol=1e-3, atol=1e-2)
 
 
+def test_evaluations_of_a_cloud_are_counted():
+    calls = []
+
+    def counted(x):
+        jax.debug.callback(lambda x: calls.append(1), x[0])
+        return jnp.sum(x**2)
+
+    loss = Loss.from_function(counted, np.zeros(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    for num_samples, chunk_size in ((1, None), (6, None), (1001, 100)):
+        engine = shift.Importance(num_samples, chunk_size=chunk_size)
+        info = engine.step(random.key(0), (), target)[2]
+        jax.effects_barrier()
+        assert info.num_loss == len(calls)
+        assert num_samples <= len(calls) <= num_samples + 10
+        calls.clear()
+
+
+def test_no_draws_fold_to_nothing():
+    target = setup(problems.linear(np.ones(3)), np.zeros(3), 0.5, 1.0)
+    _, draws, _ = shift.Implicit().step(random.key(0), (), target)
+    assert draws.fold(lambda count, chunk: count + len(chunk.x), 0) == 0
+
+
 def test_antithetic_pairs_stay_together():
     target = setup(problems.linear(np.ones(3)), np.full(3, 2.0), 0.5, 1.0)
     draws, _, _, _ = one_shift(shift.Importance(1001, chunk_size=100), target)

@@ -167,6 +167,11 @@ def test_zero_weights(compute, log_weight, weight, ess):
     assert compute(_stats.weight_ess, log_weight) == ess
 
 
+def test_weight_ess_of_unusable_weights_is_zero():
+    for bad in (np.nan, np.inf):
+        assert _stats.weight_ess(jnp.array([0.0, bad, -1.0])) == 0
+
+
 def test_weight_ess_counts_many_equal_weights_in_float32():
     np.testing.assert_allclose(_stats.weight_ess(jnp.full((1000, 1000), -3.0)), 1e6, rtol=1e-5)
 

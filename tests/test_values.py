@@ -93,6 +93,7 @@ def test_nan_losses_have_no_value():
         estimate = value(random.key(0), target)
         assert jnp.isnan(estimate.value)
         assert jnp.isposinf(estimate.error)
+        assert not jnp.isnan(estimate.ess)
 
 
 def test_infinite_losses():

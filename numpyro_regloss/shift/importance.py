@@ -50,7 +50,7 @@ class ImportanceInfo(NamedTuple):
 
     Attributes:
         ok: some draw had a finite loss.
-        num_loss: loss evaluations.
+        num_loss: loss evaluations; a few more than `num_samples` where they do not fill equal chunks.
         num_grad: zero.
         ess: effective sample size 1 / Σ w².
         khat: Pareto shape of the weights; above 0.7 the weighted mean is not to be trusted.
@@ -200,6 +200,7 @@ class Importance(Shift):
             return lax.map(evaluate, offset), offset if kept else None
 
         loss, offset = lax.map(draw_and_evaluate, jnp.arange(num_segments))
+        num_loss = loss.size  # the last chunk may be longer than what is asked for
         loss = loss.reshape(-1)[: self.num_samples]
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         rejected = jnp.isnan(loss) | (loss == -jnp.inf)
@@ -207,7 +208,7 @@ class Importance(Shift):
         ess = weight_ess(log_weight)
         info = ImportanceInfo(
             ok=ess > 0,
-            num_loss=jnp.asarray(self.num_samples),
+            num_loss=jnp.asarray(num_loss),
             num_grad=jnp.asarray(0),
             ess=ess,
             khat=pareto_khat(log_weight),
