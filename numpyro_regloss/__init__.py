@@ -6,6 +6,7 @@ from numpyro_regloss import anchor, fit, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.gaussian import Gaussian, kl_divergence
 from numpyro_regloss.loss import Loss
+from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
 from numpyro_regloss.regularized import RegularizedLoss, model
 from numpyro_regloss.two_step import (
@@ -19,6 +20,7 @@ from numpyro_regloss.two_step import (
 __all__ = [
     "Gaussian",
     "Loss",
+    "LowRankGaussian",
     "Minibatch",
     "RegularizedLoss",
     "RejectedError",

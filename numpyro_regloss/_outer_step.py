@@ -16,7 +16,7 @@ from jax import lax, random
 from numpyro_regloss._pytree import Partition, strong
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["TwoStepInfo", "TwoStepState", "advance", "draw", "init_state", "scan", "step"]
@@ -36,7 +36,7 @@ class TwoStepState(NamedTuple):
 
     step: Array
     rng_key: Key
-    reference: Gaussian
+    reference: AnyGaussian
     shift: Any
     fit: Any
     anchor: Any
@@ -60,8 +60,8 @@ class TwoStepInfo(NamedTuple):
 
     ok: Array
     loss: Array
-    reference: Gaussian
-    fitted: Gaussian
+    reference: AnyGaussian
+    fitted: AnyGaussian
     tau: Array
     shift: Any
     fit: Any
@@ -70,16 +70,16 @@ class TwoStepInfo(NamedTuple):
     num_grad: Array
 
 
-def _target(optimizer: Any, reference: Gaussian, arguments: Partition) -> RegularizedLoss:
+def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> RegularizedLoss:
     return RegularizedLoss.unchecked(optimizer.loss, reference, arguments, optimizer.temperature)
 
 
-def _rescaled(optimizer: Any, reference: Gaussian, tau: Array) -> Gaussian:
+def _rescaled(optimizer: Any, reference: AnyGaussian, tau: Array) -> AnyGaussian:
     # Tau is the optimizer's, at every step: a state may have come from a run with another one.
     if getattr(optimizer.anchor, "owns_scale", False):
         return reference
     new = Gaussian.isotropic(reference.mean, tau)
-    return new._replace(scale=jnp.where(_usable(tau), new.scale, reference.scale))
+    return new._replace(scale=jnp.where(_usable(tau), new.scale, reference[1]))
 
 
 def _usable(tau: Array) -> Array:
@@ -129,7 +129,7 @@ def step(
         keys[2], state.anchor, target, draws, fitted, fit_info
     )
     infos = (shift_info, fit_info, anchor_info)
-    ok = jnp.isfinite(reference.mean).all() & jnp.isfinite(reference.scale).all()
+    ok = jnp.stack([jnp.isfinite(part).all() for part in reference]).all()
     ok = ok & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
     keep = partial(_select, ok)

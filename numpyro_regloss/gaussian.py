@@ -14,8 +14,9 @@ import numpyro.distributions as dist
 from jaxtyping import Float
 
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
-__all__ = ["Gaussian", "kl_divergence"]
+__all__ = ["AnyGaussian", "Gaussian", "kl_divergence"]
 
 
 class Gaussian(NamedTuple):
@@ -156,6 +157,13 @@ class Gaussian(NamedTuple):
             return jnp.sum(jnp.log(jnp.diagonal(self.scale, axis1=-2, axis2=-1)), -1)
         return jnp.sum(jnp.log(jnp.broadcast_to(self._per_parameter(), self.mean.shape)), -1)
 
+    @property
+    def precision_diagonal(self) -> Array:
+        """Diagonal of the inverse covariance, `(*batch, dim)`."""
+        if self.structure == "dense":
+            return jnp.sum(self.whiten_columns(jnp.eye(self.dim, dtype=self.scale.dtype)) ** 2, -2)
+        return 1.0 / self.variance
+
     def unwhiten(self, noise: Array) -> Array:
         """The point mean + scale @ noise for standard normal `noise` of shape `(*shape, *batch, dim)`."""
         return self.mean + self.scaled(noise)
@@ -178,6 +186,12 @@ class Gaussian(NamedTuple):
             return _solve(self.scale, x - self.mean)
         return (x - self.mean) / self._per_parameter()
 
+    def whiten_columns(self, columns: Array) -> Array:
+        """The products scale⁻¹ @ columns for `(*batch, dim, k)`, of the same shape."""
+        if self.structure == "dense":
+            return _solve(self.scale[..., None, :, :], columns.mT).mT
+        return columns / jnp.broadcast_to(self._per_parameter(), self.mean.shape)[..., None]
+
     def unscale_transpose(self, gradient: Array) -> Array:
         """The product scale⁻ᵀ @ gradient, the inverse of `scaled_transpose`."""
         if self.structure == "dense":
@@ -188,10 +202,14 @@ class Gaussian(NamedTuple):
         return self.scale[..., None] if self.structure == "isotropic" else self.scale
 
 
-def kl_divergence(p: Gaussian, q: Gaussian) -> Array:
+AnyGaussian = Gaussian | LowRankGaussian
+
+
+def kl_divergence(p: AnyGaussian, q: AnyGaussian) -> Array:
     """KL(p || q) of two Gaussians of any structure, in nats.
 
-    KL = 1/2 [ |S_q⁻¹ S_p|²_F + |S_q⁻¹ (m_p - m_q)|² - dim ] + log det S_q - log det S_p.
+    KL = 1/2 [ |S_q⁻¹ S_p|²_F + |S_q⁻¹ (m_p - m_q)|² - dim ] + log det S_q - log det S_p. Of two Gaussians
+    of low rank it costs O(dim rank²).
 
     Args:
         p: the first argument, batch shape `(*batch,)`.
@@ -205,14 +223,15 @@ def kl_divergence(p: Gaussian, q: Gaussian) -> Array:
         >>> float(kl_divergence(p, Gaussian(jnp.array([0.0]), jnp.array([1.0]))))
         0.5
     """
-    if q.structure == "dense":
-        columns = (
-            p.scale if p.structure == "dense" else p._per_parameter()[..., None] * jnp.eye(p.dim)
-        )  # noqa: SLF001
-        ratio = _solve(q.scale[..., None, :, :], columns.mT)
-        trace = jnp.sum(ratio**2, (-2, -1))
-    else:
+    if isinstance(q, Gaussian) and q.structure != "dense":
         trace = jnp.sum(p.variance / q.variance, -1)
+    elif isinstance(p, LowRankGaussian):
+        diagonal = jnp.sum(p.diagonal * q.precision_diagonal, -1)
+        trace = diagonal + jnp.sum(q.whiten_columns(p.factor) ** 2, (-2, -1))
+    elif p.structure == "dense":
+        trace = jnp.sum(q.whiten_columns(p.scale) ** 2, (-2, -1))
+    else:
+        trace = jnp.sum(p.variance * q.precision_diagonal, -1)
     shift = jnp.sum(q.whiten(p.mean) ** 2, -1)
     return 0.5 * (trace + shift - p.dim) + q.log_det - p.log_det
 

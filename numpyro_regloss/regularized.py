@@ -28,8 +28,9 @@ from numpyro_regloss._pytree import (
     static_field,
 )
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.loss import Loss
+from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
 __all__ = ["RegularizedLoss", "latent_name", "model"]
 
@@ -50,6 +51,7 @@ class RegularizedLoss:
         ValueError: if shapes do not fit, the scale is not positive, or the temperature is not.
 
     Example:
+        >>> from numpyro_regloss import Gaussian
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.ones(2))
         >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=0.5))
         >>> float(target.energy(loss.x0))
@@ -57,7 +59,7 @@ class RegularizedLoss:
     """
 
     loss: Loss
-    reference: Gaussian  # or None, which only `model` and `log_density` accept
+    reference: AnyGaussian  # or None, which only `model` and `log_density` accept
     arguments: Partition
     temperature: Any = 1.0
     data_scale: float = static_field(default=1.0)
@@ -65,7 +67,7 @@ class RegularizedLoss:
     def __init__(
         self,
         loss: Loss,
-        reference: Gaussian | None = None,
+        reference: AnyGaussian | None = None,
         args: tuple | None = None,
         kwargs: dict | None = None,
         temperature: Array | float = 1.0,
@@ -86,7 +88,7 @@ class RegularizedLoss:
     def unchecked(
         cls,
         loss: Loss,
-        reference: Gaussian | None,
+        reference: AnyGaussian | None,
         arguments: Partition,
         temperature: Array | float,
     ) -> "RegularizedLoss":
@@ -171,7 +173,9 @@ def model(target: RegularizedLoss) -> None:
 
     Example:
         >>> from jax import random
+        >>> from numpyro_regloss import Gaussian
         >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro_regloss import Gaussian
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.ones(2))
         >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=1.0))
         >>> mcmc = MCMC(NUTS(model), num_warmup=200, num_samples=1000, progress_bar=False)
@@ -208,37 +212,52 @@ def _user_sites(target: RegularizedLoss) -> set[str]:
     return set(jax.eval_shape(named, target.loss.x0))
 
 
-def _checked_reference(reference: Any, dim: int) -> Gaussian:
-    if not isinstance(reference, Gaussian):
+def _checked_reference(reference: Any, dim: int) -> AnyGaussian:
+    if not isinstance(reference, AnyGaussian):
         raise TypeError(
             f"RegularizedLoss: expected a Gaussian reference or None, got {type(reference).__name__}; "
             "use Gaussian.isotropic(mean, tau)."
         )
-    reference = Gaussian(*(jnp.asarray(part, float) for part in reference))
-    mean, scale = reference.mean.shape, reference.scale.shape
-    if mean != (dim,) or scale not in ((), (dim,), (dim, dim)):
+    reference = type(reference)(*(jnp.asarray(part, float) for part in reference))
+    mean = reference.mean.shape
+    if isinstance(reference, LowRankGaussian):
+        diagonal, factor = reference.diagonal, reference.factor
+        fits = diagonal.shape == mean and factor.shape[:-1] == mean
+        wanted, got = (
+            f"diagonal ({dim},), factor ({dim}, rank)",
+            f"{diagonal.shape}, {factor.shape}",
+        )
+    else:
+        fits = reference.scale.shape in ((), (dim,), (dim, dim))
+        wanted, got = f"scale (), ({dim},) or ({dim}, {dim})", f"{reference.scale.shape}"
+    if mean != (dim,) or not fits:
         raise ValueError(
-            f"RegularizedLoss: expected a reference with mean ({dim},) and scale (), ({dim},) or "
-            f"({dim}, {dim}), got mean {mean}, scale {scale}."
+            f"RegularizedLoss: expected a reference with mean ({dim},) and {wanted}, got mean {mean}, "
+            f"{got}."
         )
     if is_concrete(reference):
-        scale = np.asarray(reference.scale)
-        if not np.isfinite(np.asarray(reference.mean)).all():
-            raise ValueError(
-                "RegularizedLoss: expected a finite reference mean, got NaN or infinity."
-            )
-        if scale.ndim == 2 and np.triu(scale, 1).any():
+        _check_values(reference)
+    return reference
+
+
+def _check_values(reference: AnyGaussian) -> None:
+    if not np.isfinite(np.asarray(reference.mean)).all():
+        raise ValueError("RegularizedLoss: expected a finite reference mean, got NaN or infinity.")
+    parts = [np.asarray(part) for part in reference[1:]]
+    positive = parts[0]
+    if parts[0].ndim == 2:
+        if np.triu(parts[0], 1).any():
             raise ValueError(
                 "RegularizedLoss: expected a lower triangular Cholesky factor as dense reference scale, got "
                 "entries above the diagonal; of a covariance take jnp.linalg.cholesky first."
             )
-        pivots = np.diagonal(scale) if scale.ndim == 2 else scale
-        if not (np.isfinite(scale).all() and (pivots > 0).all()):
-            raise ValueError(
-                "RegularizedLoss: expected a finite reference scale with positive standard deviations "
-                "(or Cholesky diagonal); scale is a standard deviation, tau = scale²."
-            )
-    return reference
+        positive = np.diagonal(parts[0])
+    if not (all(np.isfinite(part).all() for part in parts) and (positive > 0).all()):
+        raise ValueError(
+            "RegularizedLoss: expected a finite reference scale with positive standard deviations "
+            "(or Cholesky diagonal, or variances of a low-rank Gaussian); scale is a standard deviation, "
+            "tau = scale²."
+        )
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -23,6 +23,7 @@ FLOORS = {
     "problems.base": 1,
     "problems.quadrature": 2,
     "problems": 3,
+    "low_rank_gaussian": 1,
     "gaussian": 2,
     "minibatch": 2,
     "_function_source": 2,

@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import random
 
-from numpyro_regloss import Gaussian, kl_divergence
+from numpyro_regloss import Gaussian, LowRankGaussian, kl_divergence
 
 DIM = 4
 
@@ -20,6 +20,11 @@ def gaussians(seed=0):
         "isotropic": Gaussian(mean, jnp.asarray(0.7)),
         "diagonal": Gaussian(mean, jnp.asarray(rng.uniform(0.3, 2.0, DIM), jnp.float32)),
         "dense": Gaussian(mean, jnp.asarray(factor, jnp.float32)),
+        "low_rank": LowRankGaussian(
+            mean,
+            jnp.asarray(rng.uniform(0.3, 2.0, DIM), jnp.float32),
+            jnp.asarray(rng.normal(size=(DIM, 2)), jnp.float32),
+        ),
     }
 
 
@@ -36,7 +41,7 @@ def test_agrees_with_numpyro(kind):
     np.testing.assert_allclose(gaussian.log_prob(x), dense.log_prob(x), rtol=1e-4)
     np.testing.assert_allclose(gaussian.distribution.log_prob(x), dense.log_prob(x), rtol=1e-4)
     np.testing.assert_allclose(gaussian.variance, jnp.diagonal(gaussian.covariance), rtol=1e-5)
-    again = Gaussian.from_distribution(gaussian.distribution)
+    again = type(gaussian).from_distribution(gaussian.distribution)
     np.testing.assert_allclose(again.covariance, gaussian.covariance, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(again.mean, gaussian.mean)
 
@@ -53,6 +58,11 @@ def test_whitening_and_its_transposes_are_inverses(kind):
     np.testing.assert_allclose(
         inner, jnp.sum(x * gaussian.scaled_transpose(g), -1), rtol=1e-4, atol=1e-5
     )
+    columns = jnp.stack([x[0], g[0]], -1)
+    expected = gaussian.whiten(gaussian.mean + columns.T).T
+    np.testing.assert_allclose(gaussian.whiten_columns(columns), expected, atol=1e-5)
+    precision = jnp.linalg.inv(gaussian.covariance)
+    np.testing.assert_allclose(gaussian.precision_diagonal, jnp.diagonal(precision), rtol=1e-4)
     log_det = jnp.linalg.slogdet(gaussian.covariance)[1] / 2
     np.testing.assert_allclose(gaussian.log_det, log_det, rtol=1e-4, atol=1e-5)
 
@@ -115,5 +125,7 @@ def test_from_distribution_of_other_kinds():
     )
     with pytest.raises(TypeError, match="MultivariateNormal"):
         Gaussian.from_distribution(dist.Gamma(1.0, 1.0))
+    with pytest.raises(TypeError, match=r"Gaussian\.from_distribution"):
+        LowRankGaussian.from_distribution(dist.Normal(jnp.zeros(3), 1.0))
     with pytest.raises(ValueError, match="scale of shape"):
         _ = Gaussian(jnp.zeros(3), jnp.zeros((1, 1, 3, 3))).structure

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["Anchor", "AnchorInfo"]
@@ -54,9 +54,9 @@ class Anchor(Protocol):
         state: Any,
         target: RegularizedLoss,
         draws: Draws,
-        fitted: Gaussian,
+        fitted: AnyGaussian,
         fit_info: Any,
-    ) -> tuple[Any, Gaussian, Any]:
+    ) -> tuple[Any, AnyGaussian, Any]:
         """The next reference.
 
         Args:

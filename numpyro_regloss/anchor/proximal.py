@@ -14,7 +14,7 @@ from numpyro_regloss._pytree import pytree_dataclass
 from numpyro_regloss._typing import Key
 from numpyro_regloss.anchor.base import Anchor, AnchorInfo
 from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["Proximal"]
@@ -40,9 +40,9 @@ class Proximal(Anchor):
         state: tuple[()],
         target: RegularizedLoss,
         draws: Draws,
-        fitted: Gaussian,
+        fitted: AnyGaussian,
         fit_info: Any,
-    ) -> tuple[tuple[()], Gaussian, AnchorInfo]:
+    ) -> tuple[tuple[()], AnyGaussian, AnchorInfo]:
         """Moves the reference.
 
         Args:
@@ -58,4 +58,4 @@ class Proximal(Anchor):
         """
         del rng_key, draws, fit_info
         info = AnchorInfo(jnp.asarray(True), jnp.asarray(0), jnp.asarray(0))
-        return state, Gaussian(fitted.mean, target.reference.scale), info
+        return state, target.reference._replace(mean=fitted.mean), info

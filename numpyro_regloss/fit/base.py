@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 2 of the scheme: the best Gaussian in KL. The protocol that every fit follows."""
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+from numpyro_regloss._checks import check_choice, check_count
 from numpyro_regloss._typing import Key
 from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["Fit"]
+__all__ = ["FAMILIES", "Fit", "FitResult", "check_family"]
+
+FAMILIES = ("reference", "isotropic", "diagonal", "dense", "low_rank")
 
 
 @runtime_checkable
@@ -40,7 +43,7 @@ class Fit(Protocol):
 
     def step(
         self, rng_key: Key, state: Any, target: RegularizedLoss, draws: Draws
-    ) -> tuple[Any, Gaussian, Any]:
+    ) -> tuple[Any, AnyGaussian, Any]:
         """The best Gaussian.
 
         Args:
@@ -53,3 +56,41 @@ class Fit(Protocol):
             The next state, the fitted Gaussian and the info.
         """
         ...
+
+
+class FitResult(NamedTuple):
+    """What the stand-alone fits return; unpacks as a pair.
+
+    Attributes:
+        gaussian: a `Gaussian`, or a `LowRankGaussian` for `covariance="low_rank"`.
+        info: the fit's diagnostics.
+    """
+
+    gaussian: AnyGaussian
+    info: Any
+
+
+def check_family(covariance: Any, rank: Any, what: str) -> None:
+    """Refuses unknown families of covariances, and a rank that is missing or that nothing uses.
+
+    Args:
+        covariance: one of `FAMILIES`.
+        rank: number of factors for `"low_rank"`, else None.
+        what: begins the error message.
+
+    Raises:
+        ValueError: if the family is unknown, or rank and family do not go together.
+    """
+    check_choice(covariance, f"{what}: covariance", FAMILIES)
+    if covariance == "low_rank":
+        if rank is None:
+            raise ValueError(
+                f'{what}: expected rank, the number of factors, with covariance="low_rank", got None; '
+                "try rank=5."
+            )
+        check_count(rank, f"{what}: rank")
+    elif rank is not None:
+        raise ValueError(
+            f'{what}: expected rank only with covariance="low_rank", got rank={rank!r} with '
+            f"{covariance!r}."
+        )

@@ -152,7 +152,7 @@ class ReverseKL(Fit):
         params = svi.get_params(svi_state)
         solution = ReverseKLState(params["loc"], params.get("scale_tril"))
         reference = target.reference
-        mean, scale = reference.unwhiten(solution.loc), reference.scale
+        mean, scale = reference.unwhiten(solution.loc), reference[1]
         if solution.scale_tril is not None:
             scale = _compose(reference, solution.scale_tril)
         last = losses[-max(self.num_steps // 10, 1) :]

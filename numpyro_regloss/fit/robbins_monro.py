@@ -29,7 +29,7 @@ from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["RobbinsMonro", "RobbinsMonroInfo", "RobbinsMonroState"]
@@ -128,7 +128,7 @@ class RobbinsMonro(Fit):
 
     def step(
         self, rng_key: Key, state: RobbinsMonroState, target: RegularizedLoss, draws: Draws
-    ) -> tuple[RobbinsMonroState, Gaussian, RobbinsMonroInfo]:
+    ) -> tuple[RobbinsMonroState, AnyGaussian, RobbinsMonroInfo]:
         """Solves the implicit equation of the mean.
 
         Args:
@@ -171,7 +171,7 @@ class RobbinsMonro(Fit):
             curvature=state.curvature,
             residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
         )
-        return state, Gaussian(mean, reference.scale), info
+        return state, reference._replace(mean=mean), info
 
     def _step_size(self, j: Array, curvature: Array) -> Array:
         if callable(self.step_size):

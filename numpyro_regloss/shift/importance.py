@@ -28,7 +28,7 @@ from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Chunk
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
@@ -81,7 +81,7 @@ class Cloud:
     """
 
     rng_key: Key
-    reference: Gaussian
+    reference: AnyGaussian
     log_weight: Array
     loss: Array
     temperature: Array
@@ -252,6 +252,6 @@ def _materialize(cloud: Cloud) -> Array:
     return Chunk(cloud.reference.mean, offset, weights, None).x[None, :num_samples]
 
 
-def _offsets(rng_key: Key, reference: Gaussian, num_rows: int, index: Array) -> Array:
+def _offsets(rng_key: Key, reference: AnyGaussian, num_rows: int, index: Array) -> Array:
     key = random.fold_in(unrolled(rng_key), index)
     return reference.scaled(random.normal(key, (num_rows, reference.dim), reference.mean.dtype))
