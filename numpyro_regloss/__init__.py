@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
-from numpyro_regloss import anchor, fit, schemes, shift, values
+from numpyro_regloss import anchor, diagnostics, fit, schemes, shift, values
 from numpyro_regloss._version import __version__
+from numpyro_regloss.fit.forward_kl import forward_kl
+from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.gaussian import Gaussian, kl_divergence
+from numpyro_regloss.guides import from_guide, to_guide
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
@@ -30,10 +33,15 @@ __all__ = [
     "TwoStepState",
     "__version__",
     "anchor",
+    "diagnostics",
     "fit",
+    "forward_kl",
+    "from_guide",
     "kl_divergence",
     "model",
+    "reverse_kl",
     "schemes",
     "shift",
+    "to_guide",
     "values",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._sites import flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
 __all__ = ["FunctionSource", "flatten_params"]
@@ -35,12 +36,12 @@ class FunctionSource:
     @property
     def dim(self) -> int:
         """Number of parameters."""
-        return sum(math.prod(site.shape) for site in self.sites if isinstance(site, Leaf))
+        return sum(math.prod(site.shape) for site in self._leaves)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names under which the parameters appear as sites of a NumPyro model."""
-        return tuple(site.name for site in self.sites if isinstance(site, Leaf))
+        return tuple(site.name for site in self._leaves)
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """What the user's function returns; it averages or sums as it likes, so no data scale."""
@@ -61,6 +62,45 @@ class FunctionSource:
             a for a, s in zip(self._arrays(x), self.sites, strict=True) if isinstance(s, Leaf)
         ]
         return dict(zip(self.names, arrays, strict=True))
+
+    def unconstrain(self, params: Any, args: tuple, kwargs: dict) -> Array:
+        """The inverse of `constrain`, and of `named`: parameters as the flat vector.
+
+        Args:
+            params: in the user's structure, or a dict of arrays under their `names`.
+            args: unused.
+            kwargs: unused.
+
+        Returns:
+            `(dim,)`.
+
+        Raises:
+            ValueError: if the structure or a shape is another one.
+        """
+        del args, kwargs
+        if isinstance(params, dict) and set(params) == set(self.names):
+            return ravel_sites(params, self._leaves)
+        leaves, structure = jax.tree.flatten(params)
+        if structure != self.structure:
+            raise ValueError(
+                f"Loss: expected parameters of the structure {self.structure}, or a dict of "
+                f"{sorted(self.names)}, got {structure}."
+            )
+        arrays = [a for a, site in zip(leaves, self.sites, strict=True) if isinstance(site, Leaf)]
+        return ravel_sites(dict(zip(self.names, arrays, strict=True)), self._leaves)
+
+    def ravel(self, sites: dict[str, Array]) -> Array:
+        """The same as `unconstrain`: parameters of a function are not constrained."""
+        return self.unconstrain(sites, (), {})
+
+    @property
+    def flat_names(self) -> tuple[str, ...]:
+        """One label per flat parameter: `name` or `name[i,j]`."""
+        return flat_labels(self._leaves)
+
+    @property
+    def _leaves(self) -> tuple[Leaf, ...]:
+        return tuple(site for site in self.sites if isinstance(site, Leaf))
 
     def check(self, arguments: Partition) -> None:
         """Parameters do not depend on the arguments."""

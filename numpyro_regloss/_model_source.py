@@ -5,7 +5,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,12 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
 from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
 __all__ = ["DENSITIES", "ModelSource", "latent_sites", "observed_sizes"]
 
 DENSITIES = ("joint", "map", "likelihood")
-
-
-class Site(NamedTuple):
-    """Name and unconstrained shape of one latent site."""
-
-    name: str
-    shape: tuple[int, ...]
 
 
 @pytree_dataclass
@@ -72,6 +66,42 @@ class ModelSource:
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The same as `constrain`: a model's parameters already have names."""
         return self.constrain(x, args, kwargs)
+
+    def unconstrain(self, sites: dict[str, Array], args: tuple, kwargs: dict) -> Array:
+        """The inverse of `constrain`: latent sites in their supports as the flat vector.
+
+        Args:
+            sites: values by name; the model's deterministic sites may be among them.
+            args: the model's arguments.
+            kwargs: its keyword arguments.
+
+        Returns:
+            `(dim,)`.
+
+        Raises:
+            ValueError: if sites are missing or unknown, or of other shapes.
+        """
+        sites = dict(sites)
+        known = set(jax.eval_shape(lambda x: self.constrain(x, args, kwargs), jnp.zeros(self.dim)))
+        check_sites(sites, set(self.names), known)
+        latent = {name: jnp.asarray(sites[name], float) for name in self.names}
+        with handlers.block():
+            model = handlers.substitute(handlers.seed(self.model, 0), data=latent)
+            trace = handlers.trace(model).get_trace(*args, **kwargs)
+        unconstrained = {
+            name: biject_to(trace[name]["fn"].support).inv(value) for name, value in latent.items()
+        }
+        return self.ravel(unconstrained)
+
+    def ravel(self, sites: dict[str, Array]) -> Array:
+        """The inverse of `unravel`: unconstrained sites by name as the flat vector."""
+        check_sites(sites, set(self.names), set(self.names))
+        return ravel_sites(sites, self.sites)
+
+    @property
+    def flat_names(self) -> tuple[str, ...]:
+        """One label per flat parameter: `site` or `site[i,j]`."""
+        return flat_labels(self.sites)
 
     def check(self, arguments: Partition) -> None:
         """Refuses arguments with which the model has other latent sites.

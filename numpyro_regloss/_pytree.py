@@ -170,10 +170,7 @@ class Partition:
         leaves = iter(self.leaves)
         return jax.tree.unflatten(
             self.structure,
-            [
-                next(leaves) if value is Partition.TRACED else value.value  # ty: ignore
-                for value in self.static
-            ],
+            [value.value if isinstance(value, _Static) else next(leaves) for value in self.static],
         )
 
     def map(self, fn: Callable[[Any], Any]) -> "Partition":

@@ -215,12 +215,13 @@ def cholesky_with_floor(
     correlation = jnp.where(identity == 1, 1, correlation)
     correlation = jnp.where(valid[:, None] & valid, correlation, 0)
 
-    plain = jnp.linalg.cholesky(matrix)
-    shifted = jnp.linalg.cholesky(correlation - floor * identity)
+    # LAPACK calls follow one another: batched by vmap, two at once can wait for each other's threads forever
+    # where there are two.
+    plain, shifted = jnp.linalg.cholesky(jnp.stack([matrix, correlation - floor * identity]))
     enough = jnp.all(jnp.isfinite(plain)) & jnp.all(jnp.isfinite(shifted))
 
     def raise_eigenvalues() -> Float[Array, "dim dim"]:
-        value, vector = jnp.linalg.eigh(correlation)
+        value, vector = jnp.linalg.eigh(jnp.where(enough, identity, correlation))
         # The triangle of QR is that of Cholesky, but rounding cannot take away the floor again,
         # which in float32 it can when the product is formed first.
         root = jnp.sqrt(jnp.maximum(value, floor))[:, None] * vector.T

@@ -158,6 +158,11 @@ class Loss:
         return self.source.names
 
     @property
+    def flat_names(self) -> tuple[str, ...]:
+        """One label per flat parameter, such as `theta[0]`."""
+        return self.source.flat_names
+
+    @property
     def returns_integers(self) -> bool:
         """Whether the loss has no gradient because it returns integers or booleans."""
         return not jnp.issubdtype(_raw_value.eval_shape(self).dtype, jnp.floating)
@@ -180,6 +185,25 @@ class Loss:
         """The parameters as the user wrote them: their pytree, or their sites by name."""
         self._check_point(x)
         return self.source.constrain(x, *self.bind(args, kwargs).tree)
+
+    def unconstrain(
+        self, params: Any, args: tuple | None = None, kwargs: dict | None = None
+    ) -> Array:
+        """The flat vector of parameters: the inverse of `constrain`.
+
+        Args:
+            params: as the user wrote them: their pytree, or constrained sites by name (deterministic ones are
+                passed over).
+            args: positional arguments in place of the bound ones.
+            kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            `(dim,)`.
+
+        Raises:
+            ValueError: if names, structure or shapes are other ones.
+        """
+        return self.source.unconstrain(params, *self.bind(args, kwargs).tree)
 
     def named_sites(self, x: Array, arguments: Partition) -> dict[str, Array]:
         """The parameters as a flat dictionary, for NumPyro traces and labels."""

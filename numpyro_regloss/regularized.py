@@ -32,7 +32,7 @@ from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
-__all__ = ["RegularizedLoss", "latent_name", "model"]
+__all__ = ["RegularizedLoss", "latent_name", "model", "x_name"]
 
 
 @pytree_dataclass
@@ -189,22 +189,27 @@ def model(target: RegularizedLoss) -> None:
             "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)) as the model's only argument."
         )
     taken = _user_sites(target)
-    x_name = _free("x", taken)
+    name = _free("x", taken)
     if target.reference is None:
-        x = numpyro.sample(x_name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
+        x = numpyro.sample(name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
     else:
         standard = dist.Normal(jnp.zeros(target.dim), 1.0).to_event(1)
         noise = jnp.asarray(numpyro.sample(_free("eps", taken), standard))
-        x = numpyro.deterministic(x_name, target.reference.unwhiten(noise))
+        x = numpyro.deterministic(name, target.reference.unwhiten(noise))
     x = jnp.asarray(x)
-    for name, value in target.loss.named_sites(x, target.arguments).items():
-        numpyro.deterministic(name, value)
+    for site, value in target.loss.named_sites(x, target.arguments).items():
+        numpyro.deterministic(site, value)
     numpyro.factor(_free("minus_energy", taken), -target.energy(x))
 
 
 def latent_name(target: RegularizedLoss) -> str:
     """Name of the whitened latent site of `model`: `eps`, unless the user has such a site."""
     return _free("eps", _user_sites(target))
+
+
+def x_name(target: RegularizedLoss) -> str:
+    """Name of the site of `model` with the flat parameters: `x`, unless the user has such a site."""
+    return _free("x", _user_sites(target))
 
 
 def _user_sites(target: RegularizedLoss) -> set[str]:

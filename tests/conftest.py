@@ -28,7 +28,7 @@ FAMILIES = ("importance_chunked", "nuts", "hmc")
 HEAT_FITS = {
     "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
     "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),
-    "reverse_kl": lambda: fit.ReverseKL(num_steps=2000),
+    "reverse_kl": fit.ReverseKL,
 }
 
 

@@ -174,7 +174,7 @@ def check_counts(engine, result, known):
         known = np.append(known, known | np.logical_or.accumulate(history.ok))[:-1]
         least = most = 2 * (5 + 1 + 1 + np.where(known, 1, 10))
     elif "reverse" in engine:
-        least = most = least + 10 * 2
+        least, most = least + 4, most + 10 * 4
     assert ((history.num_loss >= least_loss) & (history.num_loss <= most_loss)).all()
     assert ((history.num_grad >= least) & (history.num_grad <= most)).all()
 

@@ -2,32 +2,42 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The Gaussian that minimizes KL(q || Gaussian): moment matching, the local-entropy step.
 
-    mean = E_q[x],   covariance = Cov_q(x)
+    mean = E_q[x],   covariance = Cov_q(x) within the family
 
-With the covariance of the reference kept, this is the second step of the paper's local-entropy scheme: the
-mean moves by -(tau / T) ∇F_tau, and with the exact mean F_tau decreases.
+The mean is the same for every family. With the covariance of the reference kept, this is the second step of
+the paper's local-entropy scheme: the mean moves by -(tau / T) ∇F_tau, and with the exact mean F_tau decreases.
+Scores of the draws, where there are any, are control variates.
 
-Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
-and Heat Regularization in Deep Learning".
+References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
+and Heat Regularization in Deep Learning"; Schäfer & Strimmer (2005), "A Shrinkage Approach to Large-Scale
+Covariance Matrix Estimation"; and those of `_control_variates` and `_factor_analysis`.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from numpyro.util import find_stack_level
 
 from numpyro_regloss._checks import check_choice
+from numpyro_regloss._control_variates import CONTROLS
+from numpyro_regloss._families import Projection, project, structure_of
+from numpyro_regloss._moments import of_blocks, of_chains
 from numpyro_regloss._pytree import pytree_dataclass, static_field
-from numpyro_regloss._stats import cholesky_with_floor, monte_carlo_error, normalize_log_weight
+from numpyro_regloss._samples import as_draws
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import Chunk, Draws
-from numpyro_regloss.fit.base import Fit
-from numpyro_regloss.gaussian import Gaussian
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.fit.base import Fit, FitResult, check_family
+from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.loss import Loss
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["ForwardKL", "ForwardKLInfo"]
+__all__ = ["ForwardKL", "ForwardKLInfo", "forward_kl"]
 
-# A cloud whose mean hangs on one draw cannot tell its own error.
-DOMINANT_WEIGHT = 0.999
+# Shrinkage that a user should know of.
+MUCH_SHRINKAGE = 0.5
 
 
 class ForwardKLInfo(NamedTuple):
@@ -36,26 +46,32 @@ class ForwardKLInfo(NamedTuple):
     Attributes:
         ok: the Gaussian is finite, and not one weighted draw alone.
         num_loss: zero.
-        num_grad: zero.
+        num_grad: zero: scores come with the draws.
         mean_error: standard error of the mean, `(dim,)`; infinite when one draw carries all weight.
-        floored: whether the covariance was singular and had its eigenvalues raised.
+        covariance_error: standard errors of the covariance before shrinkage: `(dim, dim)` for a dense one,
+            `(dim,)` of the variances for a diagonal or low-rank one, `()` for an isotropic one; zero for the
+            reference's.
+        shrinkage: how far correlations were drawn to zero, from 0 (not at all) to 1.
+        floored: whether the covariance was singular and was raised.
+        control_variate: of the mean: 0 none, 1 diagonal, 2 full, 3 quadratic.
+        covariance_control_variate: the same of the covariance.
+        score_compatible: False when the scores are not those of a differentiable density, and were not used.
+        converged: whether factors converged; True for other families.
+        names: of the coordinates, where the samples had names; None within compiled code.
     """
 
     ok: Array
     num_loss: Array
     num_grad: Array
     mean_error: Array
+    covariance_error: Array
+    shrinkage: Array
     floored: Array
-
-
-class _Moments(NamedTuple):
-    # Sums over draws (or blocks b of dependent draws) about the draws' center, weights w adding to one.
-    center: Array
-    first: Array  # Σ w d
-    square: Array  # Σ c_b S_b², S_b = Σ_{i in b} w_i d_i, c_b the leave-one-out factor
-    cross: Array  # Σ c_b W_b S_b
-    weight: Array  # Σ c_b W_b²
-    second: Any  # Σ w d dᵀ, or None where it is not needed
+    control_variate: Array
+    covariance_control_variate: Array
+    score_compatible: Array
+    converged: Array
+    names: Any = None
 
 
 @pytree_dataclass
@@ -64,20 +80,31 @@ class ForwardKL(Fit):
 
     Args:
         covariance: `"reference"`: fit the mean only and keep the covariance of the reference (the
-            paper); `"dense"`: match mean and full covariance.
+            paper); `"isotropic"`, `"diagonal"`, `"dense"`: match it too; `"low_rank"`: a diagonal plus
+            `rank` factors, of maximum likelihood.
+        control_variates: `"auto"` chooses by leave-one-out error; `"none"`, `"diagonal"`, `"full"` and
+            `"quadratic"` are for comparison. Draws without scores have none.
+        rank: number of factors of `"low_rank"`.
+        shrinkage: `"auto"` draws the correlations of a dense covariance to zero when there are fewer than
+            ten effective draws per dimension; `"none"` never.
 
     Raises:
-        ValueError: if the family is unknown.
+        ValueError: if a setting is unknown, or the rank does not fit the family.
 
     Example:
-        >>> ForwardKL(covariance="dense")
-        ForwardKL(covariance='dense')
+        >>> ForwardKL(covariance="dense").control_variates
+        'auto'
     """
 
     covariance: str = static_field(default="reference")
+    control_variates: str = static_field(default="auto")
+    rank: int | None = static_field(default=None)
+    shrinkage: str = static_field(default="auto")
 
     def __post_init__(self) -> None:
-        check_choice(self.covariance, "ForwardKL: covariance", ("reference", "dense"))
+        check_family(self.covariance, self.rank, "ForwardKL")
+        check_choice(self.control_variates, "ForwardKL: control_variates", ("auto", *CONTROLS))
+        check_choice(self.shrinkage, "ForwardKL: shrinkage", ("auto", "none"))
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> tuple[()]:
         """No state."""
@@ -86,7 +113,7 @@ class ForwardKL(Fit):
 
     def step(
         self, rng_key: Key, state: tuple[()], target: RegularizedLoss, draws: Draws
-    ) -> tuple[tuple[()], Gaussian, ForwardKLInfo]:
+    ) -> tuple[tuple[()], AnyGaussian, ForwardKLInfo]:
         """Matches the moments of the draws.
 
         Args:
@@ -99,70 +126,172 @@ class ForwardKL(Fit):
             `()`, the Gaussian and the info.
         """
         del rng_key
-        reference = target.reference
-        dense = self.covariance == "dense"
-        moments = _moments(draws, reference.mean, dense=dense)
-        shift = moments.first
-        mean = moments.center + shift
-        alone = jnp.asarray(False)
-        if draws.block_size is None:
-            error = monte_carlo_error(draws.x)
-        else:
-            variance = moments.square - 2 * shift * moments.cross + shift**2 * moments.weight
-            error = jnp.sqrt(jnp.maximum(variance, 0.0))
-            alone = jnp.max(normalize_log_weight(draws.log_weight), initial=0.0) > DOMINANT_WEIGHT
-            error = jnp.where(alone, jnp.inf, error)
-        scale, floored = reference.scale, jnp.asarray(False)
-        if dense:
-            scale, floored = _scale(draws, moments)
-        info = ForwardKLInfo(
-            ok=jnp.isfinite(mean).all() & jnp.isfinite(scale).all() & ~alone,
-            num_loss=jnp.asarray(0),
-            num_grad=jnp.asarray(0),
-            mean_error=error,
-            floored=floored,
+        log_density = None
+        if draws.score is not None and self.control_variates != "none":
+            log_density = -draws.loss / draws.temperature
+            if target.reference is not None:
+                log_density = log_density + target.reference.log_prob(draws.x)
+        return state, *_fit(self, draws, target.reference, log_density)
+
+
+def forward_kl(
+    samples: Any,
+    covariance: str = "dense",
+    *,
+    rank: int | None = None,
+    log_weight: Any = None,
+    score: Any = None,
+    log_density: Any = None,
+    control_variates: str = "auto",
+    shrinkage: str = "auto",
+    loss: Loss | None = None,
+    space: str = "constrained",
+    group_by_chain: bool = False,
+) -> FitResult:
+    """The best Gaussian to posterior samples: minimizes KL(samples' distribution || Gaussian).
+
+    Args:
+        samples: an array `(draw, dim)` or `(chain, draw, dim)`; a dict of sites as
+            `MCMC.get_samples()` returns it, flattened in sorted order of names; an `MCMC` that has run, of any
+            model (its latent sites) or of `numpyro_regloss.model` (the flat parameters, and their scores if
+            it ran with `extra_fields=("z_grad",)`); `Draws`.
+        covariance: `"isotropic"`, `"diagonal"`, `"dense"` or `"low_rank"`.
+        rank: number of factors of `"low_rank"`.
+        log_weight: log importance weights, of the samples' leading shape.
+        score: gradient of the log density at the samples, of the shape of an array of samples: control
+            variates make the moments up to a hundred times as accurate.
+        log_density: of the samples, of their leading shape; with scores it finds losses that jump.
+        control_variates: see `ForwardKL`.
+        shrinkage: see `ForwardKL`.
+        loss: fits in the flat unconstrained space of this loss: sites are checked against its own.
+        space: `"constrained"`, or `"unconstrained"` for dicts of sites that are unconstrained already; with
+            a loss only.
+        group_by_chain: whether the sites of a dict are `(chain, draw, ...)`, as
+            `MCMC.get_samples(group_by_chain=True)` returns them.
+
+    Returns:
+        The Gaussian and the info, with standard errors and, where sites were given, the names of the
+        coordinates.
+
+    Raises:
+        TypeError: if the samples are of another kind.
+        ValueError: if shapes do not fit, values are not finite, draws are all equal or too few, or one weight
+            carries everything.
+
+    Example:
+        >>> from jax import random
+        >>> x = 3.0 + 2.0 * random.normal(random.key(0), (4000, 2))
+        >>> gaussian, info = forward_kl(x)
+        >>> bool(jnp.all(jnp.abs(gaussian.mean - 3.0) < 4 * info.mean_error))
+        True
+    """
+    method = ForwardKL(covariance, control_variates, rank, shrinkage)
+    if covariance == "reference":
+        raise ValueError(
+            'forward_kl: expected covariance as "isotropic", "diagonal", "dense" or "low_rank", got '
+            '"reference"; samples have no reference, and the mean is the same for every family.'
         )
-        return state, Gaussian(mean, scale), info
-
-
-def _moments(draws: Draws, like: Array, *, dense: bool) -> _Moments:
-    # Log weights are scalars, so they are normalized once, before the draws are visited chunk by chunk.
-    block_size = draws.block_size or 1
-    peak = jnp.max(draws.log_weight, initial=-jnp.inf)
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    total = jnp.sum(jnp.exp(draws.log_weight - peak))
-
-    def add(sums: _Moments, chunk: Chunk) -> _Moments:
-        weight = jnp.exp(chunk.pair_log_weight - peak) / total
-        # Of a pair only the difference of the weights counts, and draws are never formed.
-        signed = weight @ chunk.sign
-        offset, coefficient = chunk.offset, signed
-        rows = block_size // chunk.sign.size
-        if rows > 1:
-            offset = jnp.sum((signed[:, None] * offset).reshape(-1, rows, offset.shape[-1]), 1)
-            coefficient = jnp.ones_like(offset[:, 0])
-        block_weight = jnp.sum(weight.reshape(-1, block_size), 1)
-        factor = (1.0 - jnp.minimum(block_weight, DOMINANT_WEIGHT)) ** -2
-        first, cross = jnp.stack([coefficient, factor * block_weight * coefficient]) @ offset
-        second = sums.second
-        if second is not None:
-            second = second + (jnp.sum(weight, 1)[:, None] * chunk.offset).T @ chunk.offset
-        return _Moments(
-            chunk.center,
-            sums.first + first,
-            sums.square + (factor * coefficient**2) @ offset**2,
-            sums.cross + cross,
-            sums.weight + jnp.sum(factor * block_weight**2),
-            second,
+    draws, names, log_density = as_draws(
+        samples,
+        log_weight=log_weight,
+        score=score,
+        log_density=log_density,
+        loss=loss,
+        space=space,
+        group_by_chain=group_by_chain,
+    )
+    if rank is not None and rank >= draws.x.shape[-1]:
+        raise ValueError(
+            f"forward_kl: expected a rank below the dimension {draws.x.shape[-1]}, got {rank}; "
+            'use covariance="dense".'
         )
+    gaussian, info = _jitted_fit(method, draws, log_density)
+    info = info._replace(names=names)
+    _tell(gaussian, info, covariance)
+    return FitResult(gaussian, info)
 
-    zero = jnp.zeros_like(like)
-    second = jnp.zeros((zero.size, zero.size), zero.dtype) if dense else None
-    return draws.fold(add, _Moments(zero, zero, zero, zero, jnp.zeros((), zero.dtype), second))
+
+def _fit(
+    method: ForwardKL, draws: Draws, reference: AnyGaussian | None, log_density: Array | None
+) -> tuple[AnyGaussian, ForwardKLInfo]:
+    dim = jax.eval_shape(lambda: draws.x).shape[-1] if reference is None else reference.dim
+    structure = structure_of(method.covariance, dim)
+    if draws.block_size is None or draws.score is not None:
+        moments = of_chains(
+            draws.x,
+            draws.log_weight,
+            draws.score,
+            log_density,
+            structure=structure,
+            control=method.control_variates,
+        )
+    else:
+        unit = jnp.ones(dim) if reference is None else jnp.sqrt(reference.variance)
+        moments = of_blocks(draws, unit, structure=structure)
+    if structure is None:
+        zero, false = jnp.zeros_like(moments.mean), jnp.asarray(False)
+        gaussian: AnyGaussian = reference._replace(mean=moments.mean)  # ty: ignore
+        projection = Projection(gaussian, zero, zero[0], false, ~false)
+    else:
+        projection = project(method, moments, draws, reference)
+    parts = [jnp.isfinite(part).all() for part in projection.gaussian]
+    info = ForwardKLInfo(
+        ok=jnp.stack(parts).all() & ~moments.alone,
+        num_loss=jnp.asarray(0),
+        num_grad=jnp.asarray(0),
+        mean_error=moments.mean_error,
+        covariance_error=projection.error,
+        shrinkage=projection.shrinkage,
+        floored=projection.floored,
+        control_variate=moments.control,
+        covariance_control_variate=moments.covariance_control,
+        score_compatible=moments.compatible,
+        converged=projection.converged,
+    )
+    return projection.gaussian, info
 
 
-def _scale(draws: Draws, moments: _Moments) -> tuple[Array, Array]:
-    # 1 / (1 - Σ w²) is n / (n - 1) for equal weights: the covariance is about its own mean.
-    concentration = jnp.sum(normalize_log_weight(draws.log_weight) ** 2)
-    covariance = moments.second - jnp.outer(moments.first, moments.first)
-    return cholesky_with_floor(covariance / (1.0 - jnp.minimum(concentration, DOMINANT_WEIGHT)))
+@jax.jit
+def _jitted_fit(
+    method: ForwardKL, draws: Draws, log_density: Array | None
+) -> tuple[AnyGaussian, ForwardKLInfo]:
+    return _fit(method, draws, None, log_density)
+
+
+def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, covariance: str) -> None:
+    if not bool(info.ok):
+        raise ValueError(
+            "forward_kl: expected moments of several draws, got a Gaussian that is not finite or that hangs on "
+            f"one weight (largest standard error of the mean {float(jnp.max(info.mean_error)):.3g}); draw more, "
+            "from a distribution nearer to the target."
+        )
+    level = find_stack_level()
+    if not bool(info.score_compatible):
+        warnings.warn(
+            "forward_kl: the scores are not those of a differentiable density (they do not average to zero, "
+            "or the density changes otherwise than they say), so control variates were switched off; for "
+            'losses that jump this is right, and control_variates="none" says so.',
+            stacklevel=level,
+        )
+    if bool(info.floored):
+        variance = np.asarray(gaussian.variance)
+        names = info.names or [str(i) for i in range(len(variance))]
+        smallest = names[int(np.argmin(variance))]
+        warnings.warn(
+            f"forward_kl: the covariance of the draws is singular and was raised to be one (coordinate {smallest} "
+            f"varies least); draw more, drop coordinates that are constant or repeat others, or use "
+            f'covariance="diagonal" or "isotropic" instead of {covariance!r}.',
+            stacklevel=level,
+        )
+    if float(info.shrinkage) > MUCH_SHRINKAGE:
+        warnings.warn(
+            f"forward_kl: too few effective draws for a dense covariance of dimension {gaussian.dim}, so that "
+            f"correlations were shrunk by {float(info.shrinkage):.0%}; draw more, or use "
+            'covariance="low_rank" or "diagonal".',
+            stacklevel=level,
+        )
+    if not bool(info.converged):
+        warnings.warn(
+            "forward_kl: the factors had not converged when the iterations were used up; use fewer factors.",
+            stacklevel=level,
+        )

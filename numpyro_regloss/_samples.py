@@ -1,0 +1,230 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""What users call samples, arrays, dicts of sites, a run MCMC or draws, as one flat cloud of draws."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro.infer import MCMC
+
+from numpyro_regloss._checks import check_choice
+from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._sites import Site, flat_labels
+from numpyro_regloss.draws import Draws, StoredDraws
+from numpyro_regloss.loss import Loss
+from numpyro_regloss.regularized import RegularizedLoss, latent_name, model, x_name
+
+__all__ = ["as_draws"]
+
+Names = tuple[str, ...] | None
+
+
+def as_draws(
+    samples: Any,
+    *,
+    log_weight: Any,
+    score: Any,
+    log_density: Any,
+    loss: Loss | None,
+    space: str,
+    group_by_chain: bool,
+    what: str = "forward_kl",
+) -> tuple[Draws, Names, Array | None]:
+    """Checks samples and what comes with them.
+
+    Args:
+        samples: see `forward_kl`.
+        log_weight: or None.
+        score: or None.
+        log_density: or None.
+        loss: whose flat space is meant, or None.
+        space: of the sites of a dict.
+        group_by_chain: whether a dict's sites start with an axis of chains.
+        what: begins the error messages.
+
+    Returns:
+        The draws, the names of their coordinates if they have any, and the log density.
+
+    Raises:
+        TypeError: if something is of the wrong kind.
+        ValueError: if shapes do not fit or values are not finite.
+    """
+    check_choice(space, f"{what}: space", ("constrained", "unconstrained"))
+    if not isinstance(loss, Loss | None):
+        raise TypeError(f"{what}: expected loss as a Loss or None, got {type(loss).__name__}.")
+    names = None
+    if isinstance(samples, MCMC):
+        samples, names, score, log_density = _of_mcmc(samples, loss, score, log_density, what)
+    elif isinstance(samples, Draws):
+        if log_weight is not None or score is not None:
+            raise ValueError(
+                f"{what}: expected log_weight and score of Draws to be their own, got others; give arrays "
+                "instead: samples=draws.x."
+            )
+        return _checked_draws(samples, what), None, log_density
+    elif isinstance(samples, dict):
+        samples, names = _of_sites(samples, loss, space, what, group_by_chain=group_by_chain)
+        _refuse_score_of_sites(score, what)
+    x = _array(samples, "samples", what)
+    if x.ndim not in (2, 3):
+        raise ValueError(
+            f"{what}: expected samples of shape (draw, dim) or (chain, draw, dim), got {x.shape}; for one "
+            "parameter write samples[:, None]."
+        )
+    lead = x.shape[:-1]
+    log_weight = _with_shape(log_weight, lead, "log_weight", what)
+    score = _with_shape(score, x.shape, "score", what)
+    log_density = _with_shape(log_density, lead, "log_density", what)
+    if loss is not None and x.shape[-1] != loss.dim:
+        raise ValueError(
+            f"{what}: expected samples of the loss's {loss.dim} flat unconstrained parameters, got "
+            f"{x.shape[-1]}."
+        )
+    if x.shape[-1] == 0 or np.prod(lead) < 2:
+        raise ValueError(
+            f"{what}: expected at least two draws of at least one parameter, got samples of shape {x.shape}."
+        )
+    if log_weight is None:
+        log_weight = jnp.zeros(lead, x.dtype)
+    if x.ndim == 2:
+        x, log_weight = x[None], log_weight[None]
+        score, log_density = (None if a is None else a[None] for a in (score, log_density))
+    if is_concrete((x, log_weight, score)):
+        _check_values(x, log_weight, score, what)
+    zero = jnp.zeros(x.shape[:-1], x.dtype)
+    draws = StoredDraws(x, log_weight, zero, jnp.ones((), x.dtype), score)
+    return draws, names, log_density
+
+
+def _of_mcmc(
+    mcmc: MCMC, loss: Loss | None, score: Any, log_density: Any, what: str
+) -> tuple[Any, Names, Any, Any]:
+    if mcmc.last_state is None:
+        raise ValueError(f"{what}: expected an MCMC that has run, got one that has not; call run.")
+    sites = mcmc.get_samples(group_by_chain=True)
+    target = next(iter(getattr(mcmc, "_args", None) or ()), None)
+    if getattr(mcmc.sampler, "model", None) is model and isinstance(target, RegularizedLoss):
+        x = sites[x_name(target)]
+        gradient = mcmc.get_extra_fields(group_by_chain=True).get("z_grad")
+        if gradient is not None and score is None:
+            if target.reference is None:
+                score = -gradient[x_name(target)]
+            else:
+                score = -target.reference.unscale_transpose(gradient[latent_name(target)])
+        return x, target.loss.flat_names, score, log_density
+    _refuse_score_of_sites(score, what)
+    latent = mcmc.last_state.z
+    if not isinstance(latent, dict):
+        # A kernel of a potential: its samples are arrays already.
+        return sites, None, None, log_density
+    kept = {name: sites[name] for name in latent if name in sites}
+    flat, names = _of_sites(kept, loss, "constrained", what, group_by_chain=True)
+    return flat, names, None, log_density
+
+
+def _of_sites(
+    sites: dict, loss: Loss | None, space: str, what: str, *, group_by_chain: bool
+) -> tuple[Array, Names]:
+    num_leading = 2 if group_by_chain else 1
+    arrays = {str(name): _array(value, f"site {name!r}", what) for name, value in sites.items()}
+    if not arrays:
+        raise ValueError(f"{what}: expected at least one site, got an empty dict.")
+    leads = {name: array.shape[:num_leading] for name, array in arrays.items()}
+    if len(set(leads.values())) > 1 or min(map(len, leads.values())) < num_leading:
+        wanted = "(chain, draw)" if group_by_chain else "(draw,)"
+        raise ValueError(
+            f"{what}: expected sites whose shapes all start with the same {wanted}, got {leads}; "
+            "group_by_chain says whether there is an axis of chains."
+        )
+    lead = next(iter(leads.values()))
+    if loss is None:
+        if space == "unconstrained":
+            raise ValueError(
+                f'{what}: expected a loss with space="unconstrained", got none; without one, sites are '
+                "fitted in the space in which they are given."
+            )
+        flat = [arrays[name].reshape(*lead, -1) for name in sorted(arrays)]
+        order = [Site(n, arrays[n].shape[num_leading:]) for n in sorted(arrays)]
+        return jnp.concatenate(flat, -1), flat_labels(tuple(order))
+    flatten = loss.unconstrain if space == "constrained" else loss.source.ravel
+    rows = {name: array.reshape(-1, *array.shape[num_leading:]) for name, array in arrays.items()}
+    return jax.vmap(flatten)(rows).reshape(*lead, loss.dim), loss.flat_names
+
+
+def _refuse_score_of_sites(score: Any, what: str) -> None:
+    if score is not None:
+        raise ValueError(
+            f"{what}: expected score only with an array of samples, got one with sites; sites may be "
+            "constrained, and their scores would be others. Fit the flat array of your loss's parameters."
+        )
+
+
+def _array(value: Any, name: str, what: str) -> Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{what}: expected {name} as an array, a dict of sites, an MCMC that has run or Draws, got "
+            f"{type(value).__name__}."
+        ) from error
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{what}: expected {name} to be real numbers, got {array.dtype}.")
+    return array.astype(float) if not jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _with_shape(value: Any, shape: tuple[int, ...], name: str, what: str) -> Array | None:
+    if value is None:
+        return None
+    array = _array(value, name, what)
+    if array.shape != shape:
+        raise ValueError(
+            f"{what}: expected {name} of shape {shape}, like the samples, got {array.shape}."
+        )
+    return array
+
+
+def _checked_draws(draws: Draws, what: str) -> Draws:
+    if draws.log_weight.size < 2:
+        raise ValueError(f"{what}: expected at least two draws, got {draws.log_weight.size}.")
+    if is_concrete(draws.log_weight):
+        _check_weights(np.asarray(draws.log_weight), what)
+    return draws
+
+
+def _check_values(x: Array, log_weight: Array, score: Array | None, what: str) -> None:
+    for name, value in (("samples", x), ("score", score)):
+        if value is None:
+            continue
+        bad = ~np.isfinite(np.asarray(value)).all(-1)
+        if bad.any():
+            raise ValueError(
+                f"{what}: expected finite {name}, got NaN or infinity in {bad.sum()} of {bad.size} draws; "
+                "drop them, or give them log_weight -inf and any finite value."
+            )
+    _check_weights(np.asarray(log_weight), what)
+    used = np.asarray(x)[np.asarray(log_weight) > -np.inf]
+    if (used == used[0]).all():
+        raise ValueError(
+            f"{what}: expected draws that differ, got {len(used)} equal ones; the chain did not move, or too "
+            "few draws carry weight."
+        )
+
+
+def _check_weights(log_weight: np.ndarray, what: str) -> None:
+    if np.isnan(log_weight).any() or (log_weight == np.inf).any():
+        raise ValueError(
+            f"{what}: expected log weights that are finite or -inf, got NaN or +inf in "
+            f"{(~(log_weight < np.inf)).sum()} of {log_weight.size}."
+        )
+    if not (log_weight > -np.inf).any():
+        raise ValueError(f"{what}: expected some positive weight, got log weights of -inf only.")
+    weight = np.exp(log_weight - log_weight.max())
+    if weight.max() / weight.sum() > 0.999:
+        raise ValueError(
+            f"{what}: expected weights on several draws, got one that carries "
+            f"{weight.max() / weight.sum():.2%} of the total; draw from a distribution nearer to the target, or "
+            "temper the weights."
+        )

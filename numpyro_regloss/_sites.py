@@ -1,0 +1,71 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Sites by name as one flat vector, in a given order, and the labels of its entries."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_regloss._typing import Array
+
+__all__ = ["Site", "check_sites", "flat_labels", "ravel_sites"]
+
+
+class Site(NamedTuple):
+    """Name and (unconstrained) shape of one site."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def check_sites(sites: dict[str, Any], needed: set[str], known: set[str]) -> None:
+    """Refuses sites that are missing or that nobody knows.
+
+    Args:
+        sites: values by name.
+        needed: names that must be there.
+        known: names that may be there.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    missing, unknown = needed - set(sites), set(sites) - known
+    if missing or unknown:
+        raise ValueError(
+            f"Loss: expected values of the sites {sorted(needed)}, got {sorted(sites)}"
+            + (f"; missing {sorted(missing)}" if missing else "")
+            + (f"; unknown {sorted(unknown)}" if unknown else "")
+            + "."
+        )
+
+
+def ravel_sites(sites: dict[str, Any], order: tuple[Any, ...]) -> Array:
+    """One flat vector of sites by name.
+
+    Args:
+        sites: values by name.
+        order: name and shape of every site, in order.
+
+    Returns:
+        `(dim,)`.
+
+    Raises:
+        ValueError: if a shape is another one.
+    """
+    for site in order:
+        if np.shape(sites[site.name]) != site.shape:
+            raise ValueError(
+                f"Loss: expected the site {site.name!r} of shape {site.shape}, got "
+                f"{np.shape(sites[site.name])}."
+            )
+    return jnp.concatenate([jnp.asarray(sites[s.name], float).reshape(-1) for s in order])
+
+
+def flat_labels(order: tuple[Any, ...]) -> tuple[str, ...]:
+    """One label per flat parameter: `site`, or `site[i,j]`, from names and shapes."""
+    labels = []
+    for site in order:
+        indices = [f"[{','.join(map(str, index))}]" for index in np.ndindex(*site.shape)]
+        labels += [site.name + index if site.shape else site.name for index in indices]
+    return tuple(labels)

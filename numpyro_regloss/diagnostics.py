@@ -1,0 +1,330 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+r"""How good is a Gaussian? Its distance from q in both directions, and where it differs.
+
+The normalizing constant of q is estimated by bridge sampling between draws of q and of the Gaussian N. With
+l = log(q / N) normalized, both
+
+    KL(q || N) = E_q[l] = E_q[l + exp(-l) - 1],   KL(N || q) = -E_N[l] = E_N[-l + exp(l) - 1]
+
+hold; the second form is positive and less noisy where N is near. It is taken where its standard error is the smaller
+one and can be trusted, which takes a k-hat of its weights below 0.7.
+
+References: Meng & Wong (1996), "Simulating Ratios of Normalizing Constants via a Simple Identity"; Frühwirth-
+Schnatter (2004), "Estimating Marginal Likelihoods for Mixture and Markov Switching Models Using Bridge Sampling
+Techniques"; Yao, Vehtari, Simpson & Gelman (2018), "Yes, but Did It Work?: Evaluating Variational Inference".
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from numpyro_regloss._checks import check_count, check_key
+from numpyro_regloss._control_variates import Chains, series_error
+from numpyro_regloss._moments import standardized
+from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss._samples import as_draws
+from numpyro_regloss._stats import normalize_log_weight, weight_ess
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.values import Estimate
+
+__all__ = ["GaussianFit", "gaussian_fit"]
+
+BRIDGE_ITERATIONS = 50
+MAX_KHAT = 0.7
+# Deviations are findings when they exceed four standard errors and are of practical size: a fifth of a standard
+# deviation, a factor of 1.15, a skewness of 0.5, an excess kurtosis of 1.
+SIGMAS = 4.0
+LEAST_SHIFT, LEAST_RATIO, LEAST_SKEWNESS, LEAST_KURTOSIS = 0.2, 1.15, 0.5, 1.0
+# Nats: nearly every use of a Gaussian survives this.
+SMALL_DIVERGENCE = 0.05
+MOST_NAMES = 3
+
+
+class GaussianFit(NamedTuple):
+    """Distances and deviations of a Gaussian N from q.
+
+    Attributes:
+        forward_kl: KL(q || N) in nats, or None without a target.
+        reverse_kl: KL(N || q) in nats, or None without a target.
+        khat: Pareto shape of the weights q / N at draws of N, or None without a target: below 0.7 averages
+            over N can be corrected by these weights.
+        mean_shift: mean of N less that of the draws, in standard deviations of the draws, `(dim,)`.
+        mean_shift_error: standard error of it.
+        sd_ratio: standard deviations of N over those of the draws, `(dim,)`.
+        sd_ratio_error: standard error of it.
+        skewness: of the draws' marginals, `(dim,)`.
+        skewness_error: standard error of it.
+        excess_kurtosis: of the draws' marginals, `(dim,)`.
+        excess_kurtosis_error: standard error of it.
+        names: of the coordinates.
+        findings: one sentence each.
+    """
+
+    forward_kl: Estimate | None
+    reverse_kl: Estimate | None
+    khat: Array | None
+    mean_shift: Array
+    mean_shift_error: Array
+    sd_ratio: Array
+    sd_ratio_error: Array
+    skewness: Array
+    skewness_error: Array
+    excess_kurtosis: Array
+    excess_kurtosis_error: Array
+    names: tuple[str, ...]
+    findings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The findings, one per line."""
+        return "\n".join(self.findings)
+
+
+def gaussian_fit(
+    draws: Any,
+    gaussian: AnyGaussian,
+    target: RegularizedLoss | None = None,
+    *,
+    rng_key: Key | None = None,
+    num_samples: int = 4_000,
+    log_weight: Any = None,
+) -> GaussianFit:
+    """Compares a Gaussian with draws of the density that it approximates.
+
+    Args:
+        draws: of q, as `forward_kl` takes them: arrays, dicts of sites, an `MCMC` that has run, `Draws`.
+        gaussian: in the coordinates of the draws.
+        target: the density q itself, for the divergences and k-hat: the `RegularizedLoss` that was drawn from
+            (without a reference, the plain posterior).
+        rng_key: a random key for draws of the Gaussian; needed with a target.
+        num_samples: how many of them; as many evaluations of the loss, and one per draw.
+        log_weight: of the draws.
+
+    Returns:
+        The numbers and one sentence per finding; prints as these.
+
+    Raises:
+        TypeError: if the Gaussian or the target is of another kind, or the key is missing.
+        ValueError: if dimensions do not fit, or draws are not finite.
+
+    Example:
+        >>> from jax import random
+        >>> from numpyro_regloss import Gaussian
+        >>> x = random.normal(random.key(0), (4000, 1))
+        >>> print(gaussian_fit(x, Gaussian(jnp.zeros(1), jnp.array(0.25))))
+        sd: the Gaussian is narrower than the draws, by the factor in brackets, at 0 (0.25).
+    """
+    if not isinstance(gaussian, AnyGaussian):
+        raise TypeError(
+            f"gaussian_fit: expected a Gaussian or LowRankGaussian, got {type(gaussian).__name__}; fits return "
+            "it as their first value."
+        )
+    if not isinstance(target, RegularizedLoss | None):
+        raise TypeError(
+            f"gaussian_fit: expected target as a RegularizedLoss or None, got {type(target).__name__}."
+        )
+    cloud, names, _ = as_draws(
+        draws,
+        log_weight=log_weight,
+        score=None,
+        log_density=None,
+        loss=None if target is None else target.loss,
+        space="constrained",
+        group_by_chain=False,
+        what="gaussian_fit",
+    )
+    x, log_weight = cloud.x, cloud.log_weight
+    if gaussian.mean.shape != x.shape[-1:]:
+        raise ValueError(
+            f"gaussian_fit: expected a Gaussian of the draws' {x.shape[-1]} coordinates, got a mean of shape "
+            f"{gaussian.mean.shape}."
+        )
+    names = names or (target.loss.flat_names if target else tuple(map(str, range(x.shape[-1]))))
+    marginals = _marginals(x, log_weight, gaussian)
+    divergences: Any = (None, None, None)
+    if target is not None:
+        if rng_key is None:
+            raise TypeError(
+                "gaussian_fit: expected rng_key with a target, to draw from the Gaussian, got None; pass "
+                "jax.random.key(0)."
+            )
+        rng_key = check_key(rng_key, "gaussian_fit: rng_key")
+        check_count(num_samples, "gaussian_fit: num_samples", 10)
+        divergences = _divergences(rng_key, x, log_weight, gaussian, target, num_samples)
+    fit = GaussianFit._make((*divergences, *marginals, names, ()))
+    return fit._replace(findings=tuple(_findings(fit)))
+
+
+@jax.jit
+def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Array, ...]:
+    weight = normalize_log_weight(log_weight).reshape(-1)
+    mean, sd, z = standardized(x.reshape(-1, x.shape[-1]), weight)
+    chains = Chains(x.shape[0], weight, z, None, None)
+    third, fourth = weight @ z**3, weight @ z**4
+    # Influence functions of mean, standard deviation, skewness and kurtosis.
+    influence = [
+        z,
+        0.5 * (z**2 - 1.0),
+        z**3 - third - 3.0 * z - 1.5 * third * (z**2 - 1.0),
+        z**4 - fourth - 4.0 * third * z - 2.0 * fourth * (z**2 - 1.0),
+    ]
+    errors = series_error(chains, jnp.concatenate(influence, -1)).reshape(4, -1)
+    ratio = jnp.sqrt(gaussian.variance) / sd
+    return (
+        (gaussian.mean - mean) / sd,
+        errors[0],
+        ratio,
+        ratio * errors[1],
+        third,
+        errors[2],
+        fourth - 3.0,
+        errors[3],
+    )
+
+
+def _divergences(
+    rng_key: Key,
+    x: Array,
+    log_weight: Array,
+    gaussian: AnyGaussian,
+    target: RegularizedLoss,
+    num_samples: int,
+) -> tuple[Estimate, Estimate, Array]:
+    return _jitted_divergences(
+        x, log_weight, gaussian, target, gaussian.sample(rng_key, (num_samples,))
+    )
+
+
+@jax.jit
+def _jitted_divergences(
+    x: Array, log_weight: Array, gaussian: AnyGaussian, target: RegularizedLoss, y: Array
+) -> tuple[Estimate, Estimate, Array]:
+    weight = normalize_log_weight(log_weight).reshape(-1)
+    flat = x.reshape(-1, x.shape[-1])
+    chains = Chains(x.shape[0], weight, flat, None, None)
+    independent = Chains(1, jnp.full(len(y), 1.0 / len(y)), y, None, None)
+
+    def log_ratio(points: Array) -> Array:
+        values = lax.map(target.log_density, points, batch_size=min(len(points), 256))
+        ratio = values - gaussian.log_prob(points)
+        # NaN is a failure of the loss, where q is taken to be zero, as the engines do.
+        return jnp.where(jnp.isnan(ratio), -jnp.inf, ratio)
+
+    at_q, at_gaussian = log_ratio(flat), log_ratio(y)
+    size = weight_ess(log_weight)
+    log_normalizer, error = _bridge(at_q, at_gaussian, chains, independent, size)
+    forward = _divergence(at_q - log_normalizer, chains, error)
+    reverse = _divergence(log_normalizer - at_gaussian, independent, error)
+    khat = pareto_khat(at_gaussian)
+    return (
+        Estimate(*forward, size, khat),
+        Estimate(*reverse, jnp.asarray(float(len(y))), khat),
+        khat,
+    )
+
+
+def _bridge(
+    at_q: Array, at_gaussian: Array, chains: Chains, independent: Chains, size: Array
+) -> tuple[Array, Array]:
+    # The optimal bridge of Meng & Wong, iterated from the median ratio; and its standard error.
+    share = size / (size + at_gaussian.size)
+    log_shares = jnp.log(share), jnp.log1p(-share)
+
+    def parts(log_z: Array) -> tuple[Array, Array]:
+        a, b = at_q - log_z, at_gaussian - log_z
+        top = jnp.exp(b - jnp.logaddexp(log_shares[0] + b, log_shares[1]))
+        bottom = jnp.exp(-jnp.logaddexp(log_shares[0] + a, log_shares[1]))
+        return top, bottom
+
+    def iterate(_: Array, log_z: Array) -> Array:
+        top, bottom = parts(log_z)
+        return log_z + jnp.log(jnp.mean(top)) - jnp.log(chains.weight @ bottom)
+
+    log_z = lax.fori_loop(0, BRIDGE_ITERATIONS, iterate, jnp.median(at_q))
+    top, bottom = parts(log_z)
+    relative = [
+        series_error(which, values[:, None])[0] / (which.weight @ values)
+        for which, values in ((independent, top), (chains, bottom))
+    ]
+    return log_z, jnp.hypot(*relative)
+
+
+def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tuple[Array, Array]:
+    # Of draws from p, log(p / other): the mean, or the mean of l + exp(-l) - 1.
+    positive = log_ratio + jnp.expm1(-log_ratio)
+    # To first order a wrong normalizer does not move the second form.
+    values = jnp.stack([log_ratio, positive], -1)
+    error = series_error(chains, values)
+    error = jnp.stack([jnp.hypot(error[0], normalizer_error), error[1]])
+    mean = chains.weight @ values
+    trusted = jnp.stack([jnp.asarray(True), pareto_khat(-log_ratio) < MAX_KHAT])
+    usable = jnp.isfinite(mean) & jnp.isfinite(error) & trusted
+    best = jnp.argmin(jnp.where(usable, error, jnp.inf))
+    found = usable.any()
+    return jnp.where(found, mean[best], jnp.inf), jnp.where(found, error[best], jnp.inf)
+
+
+def _findings(fit: GaussianFit) -> list[str]:
+    found = []
+    if fit.forward_kl is not None and fit.reverse_kl is not None:
+        for name, estimate in (
+            ("q || Gaussian", fit.forward_kl),
+            ("Gaussian || q", fit.reverse_kl),
+        ):
+            size = "near" if estimate.value < SMALL_DIVERGENCE else "not near"
+            found.append(
+                f"KL({name}) = {estimate.value:.3g} ± {estimate.error:.1g} nats: the Gaussian is {size}."
+            )
+        khat = float(fit.khat)  # ty: ignore
+        able = "can" if khat < MAX_KHAT else "cannot"
+        found.append(
+            f"k-hat = {khat:.2f}: averages over the Gaussian {able} be corrected by importance weights."
+        )
+    found += [text.format(which) for text, which in _deviations(fit) if which]
+    return found or ["No deviation from the Gaussian was found in the marginals."]
+
+
+def _deviations(fit: GaussianFit) -> list[tuple[str, str]]:
+    log_ratio, log_error = jnp.log(fit.sd_ratio), fit.sd_ratio_error / fit.sd_ratio
+    kurtosis, kurtosis_error = fit.excess_kurtosis, fit.excess_kurtosis_error
+    factor = float(np.log(LEAST_RATIO))
+    return [
+        (
+            "mean: the Gaussian's is off, in standard deviations of the draws, at {}.",
+            _where(fit, jnp.abs(fit.mean_shift), fit.mean_shift_error, LEAST_SHIFT, fit.mean_shift),
+        ),
+        (
+            "sd: the Gaussian is narrower than the draws, by the factor in brackets, at {}.",
+            _where(fit, -log_ratio, log_error, factor, fit.sd_ratio),
+        ),
+        (
+            "sd: the Gaussian is wider than the draws, by the factor in brackets, at {}.",
+            _where(fit, log_ratio, log_error, factor, fit.sd_ratio),
+        ),
+        (
+            "skewness: mean and mode differ, and so do the two directions of KL, at {}.",
+            _where(fit, jnp.abs(fit.skewness), fit.skewness_error, LEAST_SKEWNESS, fit.skewness),
+        ),
+        (
+            "kurtosis: tails are heavier than the Gaussian's at {}.",
+            _where(fit, kurtosis, kurtosis_error, LEAST_KURTOSIS, kurtosis),
+        ),
+        (
+            "kurtosis: tails are light, or there are two modes, at {}; look at the draws.",
+            _where(fit, -kurtosis, kurtosis_error, LEAST_KURTOSIS, kurtosis),
+        ),
+    ]
+
+
+def _where(fit: GaussianFit, deviation: Array, error: Array, least: float, shown: Array) -> str:
+    size, values = np.asarray(deviation), np.asarray(shown)
+    which = np.flatnonzero((size > SIGMAS * np.asarray(error)) & (size > least))
+    which = which[np.argsort(-size[which])]
+    text = ", ".join(f"{fit.names[i]} ({values[i]:.2f})" for i in which[:MOST_NAMES])
+    rest = len(which) - MOST_NAMES
+    return text + (f" and {rest} more" if rest > 0 else "")

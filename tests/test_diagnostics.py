@@ -1,0 +1,163 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""How good a Gaussian is: divergences against quadrature, findings against draws made for them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SIGMAS
+from jax import random
+
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, forward_kl, kl_divergence, shift
+from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss.diagnostics import gaussian_fit
+
+
+def skewed(x):
+    return jnp.sum(jnp.exp(x) - 0.7 * x)
+
+
+LOSS = Loss.from_function(skewed, np.zeros(1))
+TARGET = RegularizedLoss(LOSS, Gaussian.isotropic(LOSS.x0, 2.0))
+GRID = np.linspace(-12, 8, 200_001)
+
+
+def exact_divergences(gaussian):
+    log_q = np.asarray(jax.vmap(TARGET.log_density)(jnp.asarray(GRID)[:, None]), float)
+    step = GRID[1] - GRID[0]
+    log_q = log_q - np.log(np.sum(np.exp(log_q)) * step)
+    log_n = np.asarray(gaussian.log_prob(jnp.asarray(GRID)[:, None]), float)
+    forward = np.sum(np.exp(log_q) * (log_q - log_n)) * step
+    return forward, np.sum(np.exp(log_n) * (log_n - log_q)) * step
+
+
+@pytest.fixture(scope="module")
+def draws():
+    engine = shift.NUTS(num_warmup=300, num_samples=1500, num_chains=2)
+    return jax.jit(engine.step)(random.key(1), engine.init(random.key(0), TARGET), TARGET)[1]
+
+
+@pytest.mark.parametrize("width", [0.6, 1.0, 1.4])
+def test_divergences_agree_with_quadrature(draws, width):
+    best, _ = forward_kl(draws.x)
+    gaussian = best._replace(scale=width * best.scale)
+    fit = gaussian_fit(draws, gaussian, TARGET, rng_key=random.key(2))
+    for estimate, exact in zip(
+        (fit.forward_kl, fit.reverse_kl), exact_divergences(gaussian), strict=True
+    ):
+        assert abs(estimate.value - exact) < SIGMAS * estimate.error
+        assert estimate.error < 0.05
+    y = gaussian.sample(random.key(2), (4000,))
+    log_weight = jax.vmap(TARGET.log_density)(y) - gaussian.log_prob(y)
+    np.testing.assert_allclose(fit.khat, pareto_khat(log_weight), atol=0.02)
+
+
+def test_errors_of_divergences_are_calibrated():
+    # A correlated normal and a Gaussian that is off: 200 repetitions with independent draws.
+    covariance = np.array([[1.0, 0.5], [0.5, 2.0]])
+    q = Gaussian(jnp.array([1.0, -1.0]), jnp.linalg.cholesky(jnp.asarray(covariance, jnp.float32)))
+    loss = Loss.from_function(lambda x: 3.0 - q.log_prob(x), np.zeros(2))
+    target = RegularizedLoss(loss)
+    gaussian = Gaussian(jnp.array([0.8, -0.7]), jnp.array([0.9, 1.2]))
+    exact = kl_divergence(q, gaussian), kl_divergence(gaussian, q)
+    covered = []
+    for seed in range(200):
+        key, key_fit = random.split(random.key(seed))
+        fit = gaussian_fit(
+            q.sample(key, (1000,)), gaussian, target, rng_key=key_fit, num_samples=1000
+        )
+        estimates = fit.forward_kl, fit.reverse_kl
+        covered.append([
+            abs(e.value - t) < 1.96 * e.error for e, t in zip(estimates, exact, strict=True)
+        ])
+    rates = np.mean(covered, 0)
+    assert np.all((rates >= 0.9) & (rates <= 0.99)), rates
+
+
+def test_a_good_gaussian_has_no_finding():
+    x = random.normal(random.key(0), (4000, 3))
+    gaussian, _ = forward_kl(x)
+    fit = gaussian_fit(x, gaussian)
+    assert fit.findings == ("No deviation from the Gaussian was found in the marginals.",)
+    assert fit.forward_kl is fit.khat is None
+    np.testing.assert_allclose(fit.sd_ratio, 1.0, rtol=1e-2)
+    assert np.all(np.abs(fit.skewness) < SIGMAS * fit.skewness_error)
+    # sqrt(6 / n) and sqrt(24 / n), the textbook's errors for normal draws.
+    np.testing.assert_allclose(fit.skewness_error, np.sqrt(6 / 4000), rtol=0.2)
+    np.testing.assert_allclose(fit.excess_kurtosis_error, np.sqrt(24 / 4000), rtol=0.35)
+
+
+FINDINGS = {
+    "shifted": (lambda z: z + 1.0, r"mean: .*off.* a \(-(0\.9|1\.0)"),
+    "wide": (lambda z: 2.0 * z, r"sd: the Gaussian is narrower.* a \(0\.\d"),
+    "tight": (lambda z: 0.5 * z, r"sd: the Gaussian is wider.* a \((1\.9|2\.0)"),
+    "skewed": (lambda z: (jnp.exp(0.5 * z) - 1.13) / 0.604, r"skewness: .* a \(1\.\d"),
+    "heavy": (
+        lambda z: 0.6 * jnp.sign(z) * jnp.abs(z) ** 1.8,
+        r"kurtosis: tails are heavier.* a \(",
+    ),
+    "two modes": (lambda z: 0.95 * jnp.sign(z) + 0.3 * z, r"two modes, at a \(-1\.\d"),
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_findings_name_what_is_wrong(name):
+    move, words = FINDINGS[name]
+    z = random.normal(random.key(3), (2, 2000, 2))
+    standard = Gaussian(jnp.zeros(2), jnp.ones(2))
+    samples = {"a": move(z[..., 0]).reshape(-1), "b": z[..., 1].reshape(-1)}
+    fit = gaussian_fit(samples, standard)
+    assert re.search(words, str(fit)), str(fit)
+    assert " b (" not in str(fit)
+
+
+def test_reverse_kl_of_two_modes_is_seen_as_narrow():
+    x = jnp.concatenate([
+        random.normal(random.key(0), (2000, 1)) - 3,
+        random.normal(random.key(1), (2000, 1)) + 3,
+    ])
+    loss = Loss.from_function(
+        lambda x: -jnp.logaddexp(-0.5 * jnp.sum((x - 3) ** 2), -0.5 * jnp.sum((x + 3) ** 2)),
+        np.zeros(1),
+    )
+    fit = gaussian_fit(
+        x, Gaussian(jnp.array([3.0]), jnp.array(1.0)), RegularizedLoss(loss), rng_key=random.key(2)
+    )
+    # One of two equal modes: KL(Gaussian || q) is log 2, the other direction is large.
+    assert abs(fit.reverse_kl.value - np.log(2.0)) < 0.05
+    assert fit.forward_kl.value > 5
+    assert "narrower" in str(fit)
+
+
+BAD = [
+    (lambda: gaussian_fit(np.eye(3), "gaussian"), TypeError, "LowRankGaussian"),
+    (
+        lambda: gaussian_fit(np.eye(3), Gaussian(jnp.zeros(2), jnp.ones(2))),
+        ValueError,
+        "3 coordinates",
+    ),
+    (
+        lambda: gaussian_fit(np.eye(3), Gaussian(jnp.zeros(3), jnp.ones(3)), LOSS),
+        TypeError,
+        "RegularizedLoss",
+    ),
+    (
+        lambda: gaussian_fit(np.eye(3)[:, :1], Gaussian(jnp.zeros(1), jnp.ones(1)), TARGET),
+        TypeError,
+        "rng_key",
+    ),
+    (
+        lambda: gaussian_fit(np.full((3, 1), np.nan), Gaussian(jnp.zeros(1), jnp.ones(1))),
+        ValueError,
+        "gaussian_fit",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()

@@ -1,0 +1,469 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Forward KL: families, control variates, standard errors, containers of samples."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from conftest import SIGMAS
+from jax import random
+from numpyro.infer import MCMC, NUTS
+
+import numpyro_regloss as regloss
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    LowRankGaussian,
+    RegularizedLoss,
+    forward_kl,
+    problems,
+    shift,
+)
+from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss.fit import ForwardKL
+
+FAMILIES = {"isotropic": None, "diagonal": None, "dense": None, "low_rank": 2}
+REPETITIONS = 200
+# 95 % intervals of 200 repetitions: outside of 90 to 99 % they would be by chance once in a thousand.
+COVERAGE = (0.90, 0.99)
+
+
+def correlated(dim, seed=0):
+    rng = np.random.default_rng(seed)
+    factor = np.tril(rng.normal(size=(dim, dim)) * 0.4) + np.diag(rng.uniform(0.5, 2.0, dim))
+    return rng.normal(size=dim), factor
+
+
+def samples_of(dim, num, seed=0):
+    mean, factor = correlated(dim, seed)
+    x = np.random.default_rng(seed + 1).normal(size=(num, dim)) @ factor.T + mean
+    return x, mean, factor @ factor.T
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matches_the_moments_of_the_samples(family):
+    x, _, _ = samples_of(5, 2000)
+    gaussian, info = forward_kl(x, family, rank=FAMILIES[family])
+    np.testing.assert_allclose(gaussian.mean, x.mean(0), atol=1e-5)
+    covariance = np.cov(x.T)
+    # Each is the best of its family: the covariance, its diagonal, its mean eigenvalue, the same variances.
+    if family == "dense":
+        np.testing.assert_allclose(gaussian.covariance, covariance, atol=1e-5)
+    elif family == "isotropic":
+        np.testing.assert_allclose(gaussian.scale**2, np.trace(covariance) / 5, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(gaussian.variance, np.diag(covariance), rtol=1e-4)
+    assert info.ok
+    assert info.converged
+    assert not info.floored
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_gaussian_of_the_family_is_nearer(family):
+    # KL(q || Gaussian) is minus the mean log density, up to a constant.
+    x, _, _ = samples_of(4, 500, seed=3)
+    x = jnp.asarray(x, jnp.float32)
+    gaussian, _ = forward_kl(x, family, rank={"low_rank": 1}.get(family))
+    best = jnp.mean(gaussian.log_prob(x))
+    for seed in range(20):
+        noise = [0.03 * random.normal(random.key(seed), part.shape) for part in gaussian]
+        moved = type(gaussian)(*(p + n * jnp.abs(p) for p, n in zip(gaussian, noise, strict=True)))
+        assert jnp.mean(moved.log_prob(x)) < best + 1e-4
+
+
+def test_factors_are_those_of_maximum_likelihood():
+    from sklearn.decomposition import FactorAnalysis  # noqa: PLC0415
+
+    rng = np.random.default_rng(0)
+    for dim, num, rank in ((6, 400, 1), (10, 1000, 2), (30, 300, 4)):
+        loading = rng.normal(size=(dim, rank))
+        x = rng.normal(size=(num, rank)) @ loading.T + rng.normal(size=(num, dim)) * rng.uniform(
+            0.5, 1.5, dim
+        )
+        gaussian, info = forward_kl(x, "low_rank", rank=rank)
+        assert info.converged
+        assert gaussian.factor.shape == (dim, rank)
+        other = FactorAnalysis(rank, svd_method="lapack", tol=1e-8, max_iter=5000).fit(x)
+        # Our covariance is the unbiased one, n / (n - 1) times theirs: of no effect at this tolerance, which is
+        # a hundredth of a nat per draw.
+        assert jnp.mean(gaussian.log_prob(x)) > other.score(x) - 0.01
+
+
+def test_weights_are_importance_weights():
+    # Draws of a wide normal, weighted to N(1, 0.5²).
+    x = 2.0 * random.normal(random.key(0), (20_000, 2))
+    proposal, target = dist.Normal(0.0, 2.0), dist.Normal(1.0, 0.5)
+    log_weight = jnp.sum(target.log_prob(x) - proposal.log_prob(x), -1)
+    gaussian, info = forward_kl(x, log_weight=log_weight)
+    assert np.all(np.abs(gaussian.mean - 1.0) < SIGMAS * info.mean_error)
+    error = np.abs(gaussian.covariance - 0.25 * np.eye(2))
+    assert np.all(error < SIGMAS * info.covariance_error)
+    assert np.all(info.covariance_error < 0.02)
+
+
+def skewed(x):
+    return jnp.sum(jnp.exp(x) - 0.5 * x)
+
+
+@jax.jit
+def nuts_draws(engine, rng_key, target):
+    return engine.step(rng_key, engine.init(rng_key, target), target)[1]
+
+
+def cloud_of(kind, rng_key, target):
+    if kind == "nuts":
+        return nuts_draws(
+            shift.NUTS(num_warmup=150, num_samples=250, num_chains=2), rng_key, target
+        )
+    engine = shift.Importance(600, antithetic=kind == "antithetic")
+    return engine.step(rng_key, (), target)[1]
+
+
+SKEWED = Loss.from_function(skewed, np.zeros(3))
+SKEWED_TARGET = RegularizedLoss(SKEWED, Gaussian.isotropic(SKEWED.x0 + 0.5, 0.6))
+
+
+@pytest.fixture(scope="module")
+def skewed_moments():
+    # Coordinates are independent: one integral on a fine grid.
+    grid = np.linspace(-6, 6, 20_001)
+    log_q = -(np.exp(grid) - 0.5 * grid) - (grid - 0.5) ** 2 / 1.2
+    weight = np.exp(log_q - log_q.max())
+    weight /= weight.sum()
+    mean = weight @ grid
+    return mean, weight @ (grid - mean) ** 2
+
+
+@pytest.mark.parametrize("control", ["none", "auto"])
+@pytest.mark.parametrize("kind", ["iid", "antithetic", "nuts", "weighted_array"])
+@pytest.mark.parametrize("family", ["dense", "isotropic"])
+def test_intervals_cover_the_truth(family, kind, control, skewed_moments):
+    if kind != "nuts" and control == "auto":
+        pytest.skip("no scores, no control variates")
+    mean, variance = skewed_moments
+    method = ForwardKL(family, control_variates=control)
+
+    def go(rng_key):
+        if kind == "weighted_array":
+            x = 0.5 + 0.8 * random.normal(rng_key, (1, 800, 3))
+            proposal = jnp.sum(dist.Normal(0.5, 0.8).log_prob(x), -1)
+            log_weight = jax.vmap(jax.vmap(SKEWED_TARGET.log_density))(x) - proposal
+            draws = StoredDraws(x, log_weight, 0 * log_weight, jnp.ones(()))
+        else:
+            draws = cloud_of(kind, rng_key, SKEWED_TARGET)
+        _, gaussian, info = method.step(rng_key, (), SKEWED_TARGET, draws)
+        spread = gaussian.covariance if family == "dense" else gaussian.scale**2
+        return gaussian.mean, spread, info.mean_error, info.covariance_error
+
+    centers, spreads, errors, spread_errors = jax.jit(lambda keys: jax.lax.map(go, keys))(
+        random.split(random.key(5), REPETITIONS)
+    )
+    truth = variance * np.eye(3) if family == "dense" else variance
+    for value, exact, error in ((centers, mean, errors), (spreads, truth, spread_errors)):
+        covered = np.abs(np.asarray(value) - exact) < 1.96 * np.asarray(error)
+        # Coordinates are alike, so that their coverage is one number.
+        rate = covered.mean() if covered.ndim < 3 else covered[:, *np.tril_indices(3)].mean()
+        assert COVERAGE[0] <= rate <= COVERAGE[1], rate
+
+
+@pytest.fixture(scope="module")
+def regression():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(300, 20)) @ (np.eye(20) + 0.3 * rng.normal(size=(20, 20)))
+    y = np.sign(x @ rng.normal(size=20) + rng.normal(size=300))
+
+    def loss(beta, x, y):
+        return jnp.sum(jnp.logaddexp(0.0, -y * (x @ beta)))
+
+    loss = Loss.from_function(loss, np.zeros(20), x, y)
+    return RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+
+
+def squared_errors(target, truth, engine, repetitions=24):
+    # Of plain averages and of chosen control variates on the same draws, in units of the variances.
+    mean, variance = truth
+
+    @jax.jit
+    def both(rng_key):
+        draws = engine.step(rng_key, engine.init(rng_key, target), target)[1]
+        fits = [
+            ForwardKL("diagonal", control_variates=c).step(rng_key, (), target, draws)[1:]
+            for c in ("none", "auto")
+        ]
+        return [
+            (jnp.mean((g.mean - mean) ** 2 / variance), info.control_variate) for g, info in fits
+        ]
+
+    rows = [both(random.key(seed)) for seed in range(repetitions)]
+    (plain, _), (chosen, kind) = (
+        (np.mean([r[i][0] for r in rows]), [int(r[i][1]) for r in rows]) for i in (0, 1)
+    )
+    return plain, chosen, kind
+
+
+def test_control_variates_on_a_regression(regression):
+    long = nuts_draws(
+        shift.NUTS(num_warmup=500, num_samples=5000, num_chains=2), random.key(9), regression
+    )
+    _, exact, info = ForwardKL("diagonal").step(random.key(0), (), regression, long)
+    assert info.control_variate >= 2
+    plain, chosen, _ = squared_errors(
+        regression,
+        (exact.mean, exact.variance),
+        shift.NUTS(num_warmup=200, num_samples=50, num_chains=4),
+    )
+    assert plain / chosen > 50
+
+
+def of_coordinates(fn, kinks=()):
+    return problems.separable(
+        "zoo", lambda x: jnp.sum(fn(x)), 3, start=0.0, minimum=0.0, kinks=kinks
+    )
+
+
+ZOO = {
+    "double well": (problems.double_well(5), 0.3, 0.5),
+    "absolute values": (problems.absolute(4), 0.3, 1.0),
+    "bimodal": (
+        problems.gaussian_mixture([0.4, 0.6], [[-1.5, 0.0], [1.5, 0.5]], [0.3 * np.eye(2)] * 2),
+        0.1,
+        3.0,
+    ),
+    "heavy tails": (of_coordinates(lambda x: 2.0 * jnp.log1p(x**2)), 0.5, 30.0),
+    "jumps": (of_coordinates(lambda x: 1.0 * (x > 0) + 0.3 * (x > 1.0), (0.0, 1.0)), 0.2, 1.0),
+    "small jump": (of_coordinates(lambda x: 0.4 * (x > 0) + 0.5 * x**2, (0.0,)), 0.1, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_control_variates_do_no_harm(name):
+    problem, start, tau = ZOO[name]
+    x = np.full(problem.dim, start)
+    loss = Loss.from_function(problem.loss, x)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau))
+    truth = problem.shift_mean(x, tau), np.diag(problem.shift_covariance(x, tau))
+    plain, chosen, kind = squared_errors(
+        target, truth, shift.NUTS(num_warmup=200, num_samples=50, num_chains=4), 40
+    )
+    # The mean over forty runs of a ratio of errors that mostly coincide.
+    assert chosen < 1.15 * plain
+    if "jump" in name:
+        assert not any(kind)
+
+
+def test_scores_that_are_none_are_found_without_the_density():
+    # Scores of the normal, draws of its half: they do not average to zero.
+    x = np.abs(np.random.default_rng(0).normal(size=(400, 2)))
+    with pytest.warns(UserWarning, match="control variates were switched off"):
+        gaussian, info = forward_kl(x, score=-x)
+    assert not info.score_compatible
+    np.testing.assert_allclose(gaussian.mean, x.mean(0), rtol=1e-5)
+
+
+def test_control_variates_are_exact_on_a_gaussian():
+    x, mean, covariance = samples_of(6, 60)
+    score = -(x - mean) @ np.linalg.inv(covariance)
+    gaussian, info = forward_kl(x, score=score)
+    assert info.control_variate == info.covariance_control_variate == 2
+    np.testing.assert_allclose(gaussian.mean, mean, atol=1e-4)
+    np.testing.assert_allclose(gaussian.covariance, covariance, atol=1e-3)
+    assert info.shrinkage < 1e-6
+
+
+def test_few_draws_are_shrunk():
+    x, _, covariance = samples_of(30, 40, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        shrunk, info = forward_kl(x)
+        plain, _ = forward_kl(x, shrinkage="none")
+    assert 0.05 < info.shrinkage < 1.0
+    exact = regloss.Gaussian(
+        jnp.zeros(30), jnp.linalg.cholesky(jnp.asarray(covariance, jnp.float32))
+    )
+    divergences = [
+        float(regloss.kl_divergence(exact, g._replace(mean=jnp.zeros(30)))) for g in (shrunk, plain)
+    ]
+    assert divergences[0] < 0.5 * divergences[1]
+    np.testing.assert_allclose(shrunk.variance, x.var(0, ddof=1), rtol=1e-3)
+
+
+def model(y=None):
+    scale = numpyro.sample("b_scale", dist.HalfNormal(1.0))
+    with numpyro.plate("rows", 2):
+        effect = numpyro.sample("a_effect", dist.Normal(0.0, scale))
+    numpyro.deterministic("twice", 2.0 * effect)
+    numpyro.sample("y", dist.Normal(effect.sum(), 1.0), obs=y)
+
+
+@pytest.fixture(scope="module")
+def run_mcmc():
+    mcmc = MCMC(
+        NUTS(model),
+        num_warmup=300,
+        num_samples=300,
+        num_chains=2,
+        chain_method="sequential",
+        progress_bar=False,
+    )
+    mcmc.run(random.key(0), y=1.0)
+    return mcmc
+
+
+def test_sites_by_name(run_mcmc):
+    samples = run_mcmc.get_samples()
+    loss = Loss.from_model(model, y=1.0)
+    gaussian, info = forward_kl(run_mcmc)
+    assert info.names == ("a_effect[0]", "a_effect[1]", "b_scale")
+    np.testing.assert_allclose(gaussian.mean[2], samples["b_scale"].mean(), rtol=1e-4)
+    by_dict, _ = forward_kl({k: samples[k] for k in ("b_scale", "a_effect")})
+    np.testing.assert_allclose(by_dict.mean, gaussian.mean, rtol=1e-4)
+
+    free, info = forward_kl(run_mcmc, loss=loss)
+    assert info.names == loss.flat_names
+    np.testing.assert_allclose(free.mean[2], np.log(samples["b_scale"]).mean(), atol=1e-4)
+    grouped, _ = forward_kl(
+        run_mcmc.get_samples(group_by_chain=True), loss=loss, group_by_chain=True
+    )
+    np.testing.assert_allclose(grouped.covariance, free.covariance, rtol=1e-3, atol=1e-5)
+    unconstrained = {"a_effect": samples["a_effect"], "b_scale": jnp.log(samples["b_scale"])}
+    again, _ = forward_kl(unconstrained, loss=loss, space="unconstrained")
+    np.testing.assert_allclose(again.mean, free.mean, atol=1e-5)
+
+
+def test_a_run_of_the_regularized_model_brings_its_scores():
+    target = SKEWED_TARGET
+    mcmc = MCMC(NUTS(regloss.model), num_warmup=300, num_samples=400, progress_bar=False)
+    mcmc.run(random.key(0), target, extra_fields=("z_grad",))
+    gaussian, info = forward_kl(mcmc)
+    plain, plain_info = forward_kl(mcmc, control_variates="none")
+    assert info.names == target.loss.flat_names
+    assert np.all(np.abs(gaussian.mean - plain.mean) < SIGMAS * plain_info.mean_error)
+    assert np.mean(info.mean_error) < 0.5 * np.mean(plain_info.mean_error)
+
+
+def test_draws_of_an_engine():
+    draws = shift.Importance(4000).step(random.key(0), (), SKEWED_TARGET)[1]
+    gaussian, info = forward_kl(draws)
+    x, weight = draws.x[0], np.asarray(jax.nn.softmax(draws.log_weight[0]))
+    np.testing.assert_allclose(gaussian.mean, weight @ x, atol=1e-4)
+    expected = np.cov(np.asarray(x).T, aweights=weight)
+    np.testing.assert_allclose(gaussian.covariance, expected, atol=1e-4)
+    assert np.all(np.diag(info.covariance_error) > 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clouds_and_arrays_agree(family):
+    draws = shift.Importance(2000, antithetic=False).step(random.key(0), (), SKEWED_TARGET)[1]
+    method = ForwardKL(family, rank=FAMILIES[family])
+    _, cloud, _ = jax.jit(method.step)(random.key(0), (), SKEWED_TARGET, draws)
+    array, _ = forward_kl(draws.x, family, rank=FAMILIES[family], log_weight=draws.log_weight)
+    np.testing.assert_allclose(cloud.mean, array.mean, atol=1e-5)
+    np.testing.assert_allclose(cloud.covariance, array.covariance, rtol=1e-3, atol=1e-4)
+
+
+def test_low_rank_in_many_dimensions():
+    # Beyond a thousand dimensions factors are fitted to the draws, without a matrix.
+    rng = np.random.default_rng(0)
+    loading = rng.normal(size=(1500, 3))
+    x = rng.normal(size=(400, 3)) @ loading.T + rng.normal(size=(400, 1500))
+    gaussian, info = forward_kl(x, "low_rank", rank=3)
+    assert isinstance(gaussian, LowRankGaussian)
+    assert info.converged
+    np.testing.assert_allclose(gaussian.variance, x.var(0, ddof=1), rtol=1e-3)
+    exact = LowRankGaussian(jnp.zeros(1500), jnp.ones(1500), jnp.asarray(loading, jnp.float32))
+    fitted = gaussian._replace(mean=jnp.zeros(1500))
+    # About 4 x 1,500 parameters from 400 draws: half a nat per draw's share of a parameter.
+    assert regloss.kl_divergence(exact, fitted) < 1500 * 5 / 400 / 2 * 2
+
+
+BAD = [
+    (lambda: forward_kl(np.zeros(5)), ValueError, r"\(draw, dim\)"),
+    (lambda: forward_kl(np.zeros((2, 2, 2, 2))), ValueError, r"\(draw, dim\)"),
+    (lambda: forward_kl(np.ones((10, 2))), ValueError, "draws that differ"),
+    (lambda: forward_kl(np.ones((1, 2))), ValueError, "at least two draws"),
+    (lambda: forward_kl(np.ones((4, 0))), ValueError, "at least one parameter"),
+    (lambda: forward_kl("samples"), TypeError, "expected samples"),
+    (lambda: forward_kl(np.ones((4, 2), complex)), TypeError, "real numbers"),
+    (lambda: forward_kl(np.array([[0.0, 1], [np.nan, 2], [1, 2]])), ValueError, "1 of 3 draws"),
+    (lambda: forward_kl(np.eye(3), log_weight=np.zeros(2)), ValueError, "log_weight of shape"),
+    (lambda: forward_kl(np.eye(3), log_weight=np.array([0, np.nan, 0])), ValueError, "log weights"),
+    (lambda: forward_kl(np.eye(3), log_weight=np.full(3, -np.inf)), ValueError, "positive weight"),
+    (
+        lambda: forward_kl(np.eye(3), log_weight=np.array([0, -50.0, -60])),
+        ValueError,
+        "one that carries",
+    ),
+    (lambda: forward_kl(np.eye(3), score=np.eye(2)), ValueError, "score of shape"),
+    (lambda: forward_kl(np.eye(3), "reference"), ValueError, "no reference"),
+    (lambda: forward_kl(np.eye(3), "full"), ValueError, "covariance"),
+    (lambda: forward_kl(np.eye(3), "low_rank"), ValueError, "rank=5"),
+    (lambda: forward_kl(np.eye(3), "dense", rank=2), ValueError, "rank only"),
+    (lambda: forward_kl(np.eye(3), "low_rank", rank=3), ValueError, "below the dimension"),
+    (lambda: forward_kl({}), ValueError, "empty dict"),
+    (lambda: forward_kl({"a": np.zeros(3), "b": np.zeros(4)}), ValueError, "start with the same"),
+    (lambda: forward_kl({"a": np.arange(3.0)}, loss=SKEWED), ValueError, "of the structure"),
+    (
+        lambda: forward_kl({"a": np.arange(3.0)}, space="unconstrained"),
+        ValueError,
+        "expected a loss",
+    ),
+    (lambda: forward_kl({"a": np.arange(3.0)}, score=np.zeros(3)), ValueError, "score only"),
+    (lambda: forward_kl(np.eye(4), loss=SKEWED), ValueError, "3 flat"),
+    (lambda: forward_kl(np.eye(3), space="flat"), ValueError, "space"),
+    (lambda: forward_kl(np.eye(3), control_variates="best"), ValueError, "control_variates"),
+    (lambda: forward_kl(MCMC(NUTS(model), num_warmup=1, num_samples=1)), ValueError, "has run"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_constant_coordinate_is_told():
+    x = np.random.default_rng(0).normal(size=(500, 3))
+    x[:, 1] = 7.0
+    for family in ("dense", "diagonal"):
+        with pytest.warns(UserWarning, match=r"singular.*coordinate 1"):
+            gaussian, info = forward_kl(x, family)
+        assert info.floored
+        assert np.isfinite(gaussian.covariance).all()
+        np.testing.assert_allclose(gaussian.mean[1], 7.0, rtol=1e-6)
+
+
+def test_infinite_weights_of_useless_draws_are_passed_over():
+    x = np.random.default_rng(0).normal(size=(300, 2))
+    log_weight = np.where(np.arange(300) < 200, 0.0, -np.inf)
+    gaussian, _ = forward_kl(x, log_weight=log_weight)
+    np.testing.assert_allclose(gaussian.mean, x[:200].mean(0), atol=1e-5)
+
+
+def test_repeated_coordinates_give_a_warning_not_nan():
+    x = np.random.default_rng(0).normal(size=(500, 2))
+    with pytest.warns(UserWarning, match="singular"):
+        gaussian, _ = forward_kl(np.concatenate([x, x], 1))
+    assert np.isfinite(gaussian.scale).all()
+
+
+def test_units_do_not_matter():
+    x, _, _ = samples_of(3, 400)
+    unit = np.array([1e-6, 1.0, 1e6])
+    gaussian, info = forward_kl(x)
+    scaled, scaled_info = forward_kl(x * unit)
+    np.testing.assert_allclose(scaled.mean / unit, gaussian.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled.scale / unit[:, None], gaussian.scale, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(scaled_info.mean_error / unit, info.mean_error, rtol=1e-3)
+
+
+def test_float64(x64):
+    x, mean, covariance = samples_of(3, 500)
+    score = -(x - mean) @ np.linalg.inv(covariance)
+    gaussian, _ = forward_kl(x, score=score)
+    assert gaussian.mean.dtype == jnp.float64
+    np.testing.assert_allclose(gaussian.mean, mean, atol=1e-5)
