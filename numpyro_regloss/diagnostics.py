@@ -7,8 +7,9 @@ l = log(q / N) normalized, both
 
     KL(q || N) = E_q[l] = E_q[l + exp(-l) - 1],   KL(N || q) = -E_N[l] = E_N[-l + exp(l) - 1]
 
-hold; the second form is positive and less noisy where N is near. It is taken where its standard error is the smaller
-one and can be trusted, which takes a k-hat of its weights below 0.7.
+hold; the second form is positive and less noisy where N is near. It is taken where its standard error is the
+smaller one and can be trusted: a k-hat of its weights below 0.7, and weights that average to one, which they do
+not where draws of N miss a mode of q.
 
 References: Meng & Wong (1996), "Simulating Ratios of Normalizing Constants via a Simple Identity"; Frühwirth-
 Schnatter (2004), "Estimating Marginal Likelihoods for Mixture and Markov Switching Models Using Bridge Sampling
@@ -37,6 +38,7 @@ __all__ = ["GaussianFit", "gaussian_fit"]
 
 BRIDGE_ITERATIONS = 50
 MAX_KHAT = 0.7
+LEAST_REACHED = 0.95
 # Deviations are findings when they exceed four standard errors and are of practical size: a fifth of a standard
 # deviation, a factor of 1.15, a skewness of 0.5, an excess kurtosis of 1.
 SIGMAS = 4.0
@@ -53,7 +55,9 @@ class GaussianFit(NamedTuple):
         forward_kl: KL(q || N) in nats, or None without a target.
         reverse_kl: KL(N || q) in nats, or None without a target.
         khat: Pareto shape of the weights q / N at draws of N, or None without a target: below 0.7 averages
-            over N can be corrected by these weights.
+            over N can be corrected by these weights, if they reach all of q.
+        reached: average of the weights q / N: the share of q that draws of N reach, one where N covers q; or
+            None without a target.
         mean_shift: mean of N less that of the draws, in standard deviations of the draws, `(dim,)`.
         mean_shift_error: standard error of it.
         sd_ratio: standard deviations of N over those of the draws, `(dim,)`.
@@ -69,6 +73,7 @@ class GaussianFit(NamedTuple):
     forward_kl: Estimate | None
     reverse_kl: Estimate | None
     khat: Array | None
+    reached: Estimate | None
     mean_shift: Array
     mean_shift_error: Array
     sd_ratio: Array
@@ -146,7 +151,7 @@ def gaussian_fit(
         )
     names = names or (target.loss.flat_names if target else tuple(map(str, range(x.shape[-1]))))
     marginals = _marginals(x, log_weight, gaussian)
-    divergences: Any = (None, None, None)
+    divergences: Any = (None, None, None, None)
     if target is not None:
         if rng_key is None:
             raise TypeError(
@@ -194,7 +199,7 @@ def _divergences(
     gaussian: AnyGaussian,
     target: RegularizedLoss,
     num_samples: int,
-) -> tuple[Estimate, Estimate, Array]:
+) -> tuple[Estimate, Estimate, Array, Estimate]:
     return _jitted_divergences(
         x, log_weight, gaussian, target, gaussian.sample(rng_key, (num_samples,))
     )
@@ -203,7 +208,7 @@ def _divergences(
 @jax.jit
 def _jitted_divergences(
     x: Array, log_weight: Array, gaussian: AnyGaussian, target: RegularizedLoss, y: Array
-) -> tuple[Estimate, Estimate, Array]:
+) -> tuple[Estimate, Estimate, Array, Estimate]:
     weight = normalize_log_weight(log_weight).reshape(-1)
     flat = x.reshape(-1, x.shape[-1])
     chains = Chains(x.shape[0], weight, flat, None, None)
@@ -220,11 +225,15 @@ def _jitted_divergences(
     log_normalizer, error = _bridge(at_q, at_gaussian, chains, independent, size)
     forward = _divergence(at_q - log_normalizer, chains, error)
     reverse = _divergence(log_normalizer - at_gaussian, independent, error)
-    khat = pareto_khat(at_gaussian)
+    khat, count = pareto_khat(at_gaussian), jnp.asarray(float(len(y)))
+    weights = jnp.exp(at_gaussian - log_normalizer)
+    share = jnp.mean(weights)
+    share_error = jnp.hypot(series_error(independent, weights[:, None])[0], share * error)
     return (
         Estimate(*forward, size, khat),
-        Estimate(*reverse, jnp.asarray(float(len(y))), khat),
+        Estimate(*reverse, count, khat),
         khat,
+        Estimate(share, share_error, count, khat),
     )
 
 
@@ -256,13 +265,13 @@ def _bridge(
 
 def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tuple[Array, Array]:
     # Of draws from p, log(p / other): the mean, or the mean of l + exp(-l) - 1.
-    positive = log_ratio + jnp.expm1(-log_ratio)
+    excess = jnp.expm1(-log_ratio)
     # To first order a wrong normalizer does not move the second form.
-    values = jnp.stack([log_ratio, positive], -1)
-    error = series_error(chains, values)
-    error = jnp.stack([jnp.hypot(error[0], normalizer_error), error[1]])
-    mean = chains.weight @ values
-    trusted = jnp.stack([jnp.asarray(True), pareto_khat(-log_ratio) < MAX_KHAT])
+    values = jnp.stack([log_ratio, log_ratio + excess, excess], -1)
+    error, mean = series_error(chains, values), chains.weight @ values
+    centered = jnp.abs(mean[2]) < SIGMAS * jnp.hypot(error[2], normalizer_error)
+    trusted = jnp.stack([jnp.asarray(True), centered & (pareto_khat(-log_ratio) < MAX_KHAT)])
+    mean, error = mean[:2], jnp.stack([jnp.hypot(error[0], normalizer_error), error[1]])
     usable = jnp.isfinite(mean) & jnp.isfinite(error) & trusted
     best = jnp.argmin(jnp.where(usable, error, jnp.inf))
     found = usable.any()
@@ -271,7 +280,8 @@ def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tu
 
 def _findings(fit: GaussianFit) -> list[str]:
     found = []
-    if fit.forward_kl is not None and fit.reverse_kl is not None:
+    reached = fit.reached
+    if fit.forward_kl is not None and fit.reverse_kl is not None and reached is not None:
         for name, estimate in (
             ("q || Gaussian", fit.forward_kl),
             ("Gaussian || q", fit.reverse_kl),
@@ -280,8 +290,11 @@ def _findings(fit: GaussianFit) -> list[str]:
             found.append(
                 f"KL({name}) = {estimate.value:.3g} ± {estimate.error:.1g} nats: the Gaussian is {size}."
             )
-        khat = float(fit.khat)  # ty: ignore
-        able = "can" if khat < MAX_KHAT else "cannot"
+        khat = float(reached.khat)
+        missed = 1.0 - reached.value > SIGMAS * reached.error and reached.value < LEAST_REACHED
+        if missed:
+            found.append(f"mass: draws of the Gaussian reach {reached.value:.0%} of q only.")
+        able = "can" if khat < MAX_KHAT and not missed else "cannot"
         found.append(
             f"k-hat = {khat:.2f}: averages over the Gaussian {able} be corrected by importance weights."
         )
