@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import ndtri
 
-from numpyro_regloss._stats import monte_carlo_error
+from numpyro_regloss._stats import after, monte_carlo_error
 from numpyro_regloss._typing import Array
 
 __all__ = ["CONTROLS", "Chains", "Control", "choose", "series_error"]
@@ -118,23 +118,29 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, Con
     dim, weight, z = chains.z.shape[-1], chains.weight, chains.z
     zero = jnp.zeros(dim, z.dtype)
     candidates = [_Candidate(zero, zero, z, z / (1.0 - weight)[:, None])]
-    compatible = jnp.asarray(True)
+    mean, slope = zero, None
     if chains.score is not None and which != "none":
         mean = weight @ chains.score
-        centered = chains.score - mean
-        candidates.append(_diagonal(chains, mean, centered))
-        slope = None
+        candidates.append(_diagonal(chains, mean))
         if dim < weight.size or which in ("full", "quadratic"):
             several, slope = _regressions(chains, quadratic=which == "quadratic")
             candidates += several
-        compatible = _scores_average_to_zero(chains, mean) & _explained(chains, centered, slope)
-    of_mean = _pick(candidates, which, compatible, [c.left_out for c in candidates], chains)
+    # With quadratic controls the errors of a covariance would be those of the mean too, and larger than stated.
+    linear = candidates[:3] if variances else []
+    series = [c.left_out for c in candidates] + [c.left_out * z for c in linear]
+    compatible = jnp.asarray(True)
+    if len(candidates) > 1:
+        series.append(chains.score)
+    # One call for all, since every one would be compiled.
+    errors = series_error(chains, jnp.concatenate(series, -1)).reshape(-1, dim)
+    if len(candidates) > 1:
+        compatible = _average_to_zero(mean, errors[-1]) & _explained(chains, mean, slope)
+    of_mean = _pick(candidates, which, compatible, errors[: len(candidates)])
     if not variances:
         return of_mean, None
-    # With quadratic controls the errors of a covariance would be those of the mean too, and larger than stated.
-    linear = candidates[:3]
     which = "full" if which == "quadratic" else which
-    return of_mean, _pick(linear, which, compatible, [c.left_out * z for c in linear], chains)
+    errors = errors[len(candidates) : len(candidates) + len(linear)]
+    return of_mean, _pick(linear, which, compatible, errors)
 
 
 class _Candidate(NamedTuple):
@@ -144,15 +150,7 @@ class _Candidate(NamedTuple):
     left_out: Array
 
 
-def _pick(
-    candidates: list[_Candidate],
-    which: str,
-    compatible: Array,
-    values: list[Array],
-    chains: Chains,
-) -> Control:
-    # One call for all, since every one would be compiled.
-    errors = series_error(chains, jnp.concatenate(values, -1)).reshape(len(values), -1)
+def _pick(candidates: list[_Candidate], which: str, compatible: Array, errors: Array) -> Control:
     kind = jnp.asarray(0)
     if which == "auto" and len(candidates) > 1:
         total = jnp.sum(errors**2, -1) * jnp.asarray(HANDICAP[: len(candidates)])
@@ -167,7 +165,8 @@ def _pick(
     return Control(kind, compatible, *(jnp.stack(field)[kind] for field in fields), errors[kind])
 
 
-def _diagonal(chains: Chains, mean: Array, centered: Array) -> _Candidate:
+def _diagonal(chains: Chains, mean: Array) -> _Candidate:
+    centered = chains.score - mean
     second = chains.weight @ centered**2
     usable = second > 0
     scale = jnp.where(usable, second, 1.0)
@@ -178,9 +177,7 @@ def _diagonal(chains: Chains, mean: Array, centered: Array) -> _Candidate:
 
 
 def _regressions(chains: Chains, *, quadratic: bool) -> tuple[list[_Candidate], Array]:
-    # Of the draws on their scores, without and with quadratic controls; and of the scores on the draws. All come
-    # from one batch of two factorizations: LAPACK calls at the same time can wait for each other's threads
-    # forever under vmap, so that there is never more than one.
+    # Of the draws on their scores, without and with quadratic controls; and of the scores on the draws.
     z, score, weight = chains.z, chains.score, chains.weight
     dim = z.shape[-1]
     controls = score
@@ -188,14 +185,14 @@ def _regressions(chains: Chains, *, quadratic: bool) -> tuple[list[_Candidate], 
         controls = jnp.concatenate([score, 1.0 + z * score], -1)
     mean = weight @ controls
     centered = controls - mean
-    padding = jnp.zeros((weight.size, controls.shape[-1] - dim), z.dtype)
-    both = jnp.stack([centered, jnp.concatenate([z, padding], -1)])
-    root = _inverse_root((both * weight[:, None]).mT @ both)
+    root = _inverse_root((weight[:, None] * centered).T @ centered)
+    moments = after(root[0, 0], (weight[:, None] * z).T @ z)
+    of_draws = _inverse_root(moments)
     cross = (weight[:, None] * z).T @ centered
 
     def regress(width: int) -> _Candidate:
         # A leading block of a Cholesky factor is the factor of that block.
-        inverse = root[0, :width, :width].T @ root[0, :width, :width]
+        inverse = root[:width, :width].T @ root[:width, :width]
         part = centered[:, :width]
         coefficient = cross[:, :width] @ inverse
         leverage = weight * (1.0 + jnp.sum((part @ inverse) * part, -1))
@@ -205,8 +202,7 @@ def _regressions(chains: Chains, *, quadratic: bool) -> tuple[list[_Candidate], 
         return _Candidate(coefficient[:, :dim], shift, residual, left_out)
 
     widths = (dim,) if controls.shape[-1] == dim else (dim, 2 * dim)
-    inverse = root[1, :dim, :dim].T @ root[1, :dim, :dim]
-    return [regress(width) for width in widths], inverse @ cross[:, :dim]
+    return [regress(width) for width in widths], of_draws.T @ (of_draws @ cross[:, :dim])
 
 
 def _without(leverage: Array) -> Array:
@@ -215,25 +211,24 @@ def _without(leverage: Array) -> Array:
 
 
 def _inverse_root(moments: Array) -> Array:
-    # Lower triangular R with Rᵀ R the inverse, of each matrix.
+    # Lower triangular R with Rᵀ R the inverse.
     identity = jnp.eye(moments.shape[-1], dtype=moments.dtype)
-    mean = jnp.trace(moments, axis1=-2, axis2=-1)[:, None, None] / moments.shape[-1]
-    lower = jnp.linalg.cholesky(moments + (RIDGE * mean + jnp.finfo(moments.dtype).tiny) * identity)
-    columns = jnp.broadcast_to(identity, lower.shape)
-    return lax.linalg.triangular_solve(lower, columns, left_side=True, lower=True)
+    ridge = RIDGE * jnp.trace(moments) / len(moments) + jnp.finfo(moments.dtype).tiny
+    lower = jnp.linalg.cholesky(moments + ridge * identity)
+    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
-def _scores_average_to_zero(chains: Chains, mean: Array) -> Array:
-    error = series_error(chains, chains.score)
+def _average_to_zero(mean: Array, error: Array) -> Array:
     statistic = jnp.abs(mean) / jnp.where(error > 0, error, 1.0)
     least = jnp.where(error > 0, statistic, jnp.where(jnp.abs(mean) > 0, jnp.inf, 0.0))
     return jnp.all(least < -ndtri(0.5 * FALSE_ALARM / mean.size))
 
 
-def _explained(chains: Chains, centered: Array, slope: Array | None) -> Array:
+def _explained(chains: Chains, mean: Array, slope: Array | None) -> Array:
     if chains.log_density is None:
         return jnp.asarray(True)
     z, weight, score = chains.z, chains.weight, chains.score
+    centered = score - mean
     if slope is None:
         affine, freedom = z * (weight @ (centered * z)), 2.0
     else:

@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 __all__ = [
+    "after",
     "cholesky_with_floor",
     "effective_sample_size",
     "log_mean_exp",
@@ -177,6 +178,23 @@ def monte_carlo_error(x: Float[Array, "chain draw *event"]) -> Float[Array, "*ev
     return jnp.where(jnp.all(x == x[:1, :1], axis=(0, 1)) & jnp.isfinite(x[0, 0]), 0, error)
 
 
+def after(first: Float[Array, ""], value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The value as it is, to be computed once a scalar is known.
+
+    Puts LAPACK calls in an order. Batched by `vmap`, each of JAX's splits its batch over the threads and waits;
+    two at once can wait for each other's threads forever where there are two.
+
+    Args:
+        first: a result of the call that comes first.
+        value: what the next call works on.
+
+    Returns:
+        The value.
+    """
+    never = (first != first) & (jnp.abs(first) == jnp.inf)
+    return jnp.where(never, 0, value)
+
+
 @partial(jax.jit, static_argnames="floor")
 def cholesky_with_floor(
     matrix: Float[Array, "dim dim"], floor: float = 1e-6
@@ -215,9 +233,8 @@ def cholesky_with_floor(
     correlation = jnp.where(identity == 1, 1, correlation)
     correlation = jnp.where(valid[:, None] & valid, correlation, 0)
 
-    # LAPACK calls follow one another: batched by vmap, two at once can wait for each other's threads forever
-    # where there are two.
-    plain, shifted = jnp.linalg.cholesky(jnp.stack([matrix, correlation - floor * identity]))
+    plain = jnp.linalg.cholesky(matrix)
+    shifted = jnp.linalg.cholesky(after(plain[0, 0], correlation - floor * identity))
     enough = jnp.all(jnp.isfinite(plain)) & jnp.all(jnp.isfinite(shifted))
 
     def raise_eigenvalues() -> Float[Array, "dim dim"]:
