@@ -111,7 +111,7 @@ class TwoStep:
         if follows_gradient and self.loss.returns_integers:
             raise TypeError(
                 f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "
-                "has none; use shift.Importance with fit.ForwardKL."
+                'has none; use shift.Importance with fit.ForwardKL, or fit.RobbinsMonro(gradient="score").'
             )
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")

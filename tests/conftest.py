@@ -28,6 +28,7 @@ FAMILIES = ("importance_chunked", "nuts", "hmc")
 HEAT_FITS = {
     "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
     "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),
+    "robbins_monro_score": lambda: fit.RobbinsMonro(2000, gradient="score", num_pairs=8),
     "reverse_kl": fit.ReverseKL,
 }
 

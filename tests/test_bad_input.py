@@ -572,6 +572,14 @@ CATALOGUE = {
         "optax.adam",
     ),
     "optimizer is a name": (lambda: fit.ReverseKL(optimizer="adam"), TypeError, "optax.adam"),
+    "unknown gradient": (lambda: fit.RobbinsMonro(gradient="values"), ValueError, "one of"),
+    "negative tolerance": (lambda: fit.RobbinsMonro(tolerance=-0.1), ValueError, "tolerance"),
+    "tolerance a word": (lambda: fit.RobbinsMonro(tolerance="small"), TypeError, "tolerance"),
+    "tolerance of the last iterate": (
+        lambda: fit.RobbinsMonro(averaging=False, tolerance=0.1),
+        ValueError,
+        "averaging=True",
+    ),
     "negative inner step": (lambda: fit.RobbinsMonro(5, step_size=-1.0), ValueError, "step_size"),
     "inner steps that branch in Python": (
         lambda: fit.RobbinsMonro(5, step_size=lambda j: 1.0 if j < 2 else 0.5),
@@ -758,6 +766,7 @@ COUNTS = {
     "HMC draws": (shift.HMC, "num_samples", 1),
     "HMC chains": (shift.HMC, "num_chains", 1),
     "RobbinsMonro": (fit.RobbinsMonro, "num_steps", 1),
+    "RobbinsMonro pairs": (fit.RobbinsMonro, "num_pairs", 1),
     "ReverseKL steps": (fit.ReverseKL, "num_steps", 1),
     "ReverseKL particles": (fit.ReverseKL, "num_particles", 1),
     "Minibatch": (Minibatch, "batch_size", 1),

@@ -47,6 +47,8 @@ FLOORS = {
     "_guide_fit": 6,
     "_gaussian_guide": 5,
     "_guide_draws": 5,
+    "_robbins_monro_error": 5,
+    "_robbins_monro_gradient": 5,
     "_guide_moments": 6,
     "_result": 6,
     "shift.base": 6,
