@@ -36,9 +36,13 @@ CONTROLS = ("none", "diagonal", "full", "quadratic")
 RIDGE = 1e-6
 # A control must cut the squared error of the simpler ones by this much, since its estimated error is itself noisy:
 # none, diagonal and full, quadratic.
-HANDICAP = (0.64, 0.8, 0.8, 1.0)
+HANDICAP = (0.64, 0.8, 0.9, 1.0)
+# Effective draws per coefficient of a row of A that a regression needs.
+LEAST_DRAWS = 2.0
 # Draws per dimension that quadratic controls, two of them for each, need.
 QUADRATIC_DRAWS = 4
+# Correlations of consecutive draws from which on one counts as a copy of the other, and the largest that is used.
+COPIES, MOST_CORRELATION = 0.5, 0.99
 # Probability that scores which do average to zero are rejected, over all coordinates.
 FALSE_ALARM = 1e-6
 # The trapezoid rule's squared error over the squared contribution of what is not affine. Of polynomials, double
@@ -118,13 +122,17 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, Con
     dim, weight, z = chains.z.shape[-1], chains.weight, chains.z
     zero = jnp.zeros(dim, z.dtype)
     candidates = [_Candidate(zero, zero, z, z / (1.0 - weight)[:, None])]
-    mean, slope = zero, None
+    mean, slope, enough = zero, None, jnp.asarray([True])
     if chains.score is not None and which != "none":
         mean = weight @ chains.score
-        candidates.append(_diagonal(chains, mean))
+        time = _correlation_time(chains)
+        candidates.append(_diagonal(chains, mean, time))
         if dim < weight.size or which in ("full", "quadratic"):
-            several, slope = _regressions(chains, quadratic=which == "quadratic")
+            several, slope = _regressions(chains, time, quadratic=which == "quadratic")
             candidates += several
+        # None, a diagonal, a full matrix and quadratic controls have so many coefficients for each coordinate.
+        coefficients = jnp.asarray([0, 1, dim, 2 * dim][: len(candidates)])
+        enough = LEAST_DRAWS * coefficients * time <= 1.0 / jnp.sum(weight**2)
     # With quadratic controls the errors of a covariance would be those of the mean too, and larger than stated.
     linear = candidates[:3] if variances else []
     series = [c.left_out for c in candidates] + [c.left_out * z for c in linear]
@@ -135,12 +143,12 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, Con
     errors = series_error(chains, jnp.concatenate(series, -1)).reshape(-1, dim)
     if len(candidates) > 1:
         compatible = _average_to_zero(mean, errors[-1]) & _explained(chains, mean, slope)
-    of_mean = _pick(candidates, which, compatible, errors[: len(candidates)])
+    of_mean = _pick(candidates, which, compatible, enough, errors[: len(candidates)])
     if not variances:
         return of_mean, None
     which = "full" if which == "quadratic" else which
     errors = errors[len(candidates) : len(candidates) + len(linear)]
-    return of_mean, _pick(linear, which, compatible, errors)
+    return of_mean, _pick(linear, which, compatible, enough[: len(linear)], errors)
 
 
 class _Candidate(NamedTuple):
@@ -150,11 +158,13 @@ class _Candidate(NamedTuple):
     left_out: Array
 
 
-def _pick(candidates: list[_Candidate], which: str, compatible: Array, errors: Array) -> Control:
+def _pick(
+    candidates: list[_Candidate], which: str, compatible: Array, enough: Array, errors: Array
+) -> Control:
     kind = jnp.asarray(0)
     if which == "auto" and len(candidates) > 1:
         total = jnp.sum(errors**2, -1) * jnp.asarray(HANDICAP[: len(candidates)])
-        kind = jnp.argmin(jnp.where(jnp.isfinite(total), total, jnp.inf))
+        kind = jnp.argmin(jnp.where(jnp.isfinite(total) & enough, total, jnp.inf))
     elif len(candidates) > 1:
         kind = jnp.asarray(CONTROLS.index(which))
     kind = jnp.where(compatible, kind, 0)
@@ -165,7 +175,20 @@ def _pick(candidates: list[_Candidate], which: str, compatible: Array, errors: A
     return Control(kind, compatible, *(jnp.stack(field)[kind] for field in fields), errors[kind])
 
 
-def _diagonal(chains: Chains, mean: Array) -> _Candidate:
+def _correlation_time(chains: Chains) -> Array:
+    # From the correlation of consecutive draws. A draw that is left out leaves its near copies in a regression, so
+    # many that its leverage counts as often.
+    z = chains.z.reshape(chains.num_chains, -1, chains.z.shape[-1])
+    variance = jnp.mean(z**2)
+    lagged = jnp.mean(z[:, 1:] * z[:, :-1]) if z.shape[1] > 1 else jnp.zeros_like(variance)
+    correlation = lagged / jnp.where(variance > 0, variance, 1.0)
+    # Draws that are hardly correlated are no copies.
+    correlation = correlation * jnp.clip(correlation / COPIES, 0.0, 1.0)
+    correlation = jnp.clip(correlation, 0.0, MOST_CORRELATION)
+    return (1.0 + correlation) / (1.0 - correlation)
+
+
+def _diagonal(chains: Chains, mean: Array, time: Array) -> _Candidate:
     centered = chains.score - mean
     second = chains.weight @ centered**2
     usable = second > 0
@@ -173,10 +196,11 @@ def _diagonal(chains: Chains, mean: Array) -> _Candidate:
     coefficient = jnp.where(usable, (chains.weight @ (centered * chains.z)) / scale, 0.0)
     leverage = chains.weight[:, None] * (1.0 + centered**2 / scale)
     residual = chains.z - centered * coefficient
-    return _Candidate(coefficient, coefficient * mean, residual, residual / _without(leverage))
+    left_out = residual / _without(time * leverage)
+    return _Candidate(coefficient, coefficient * mean, residual, left_out)
 
 
-def _regressions(chains: Chains, *, quadratic: bool) -> tuple[list[_Candidate], Array]:
+def _regressions(chains: Chains, time: Array, *, quadratic: bool) -> tuple[list[_Candidate], Array]:
     # Of the draws on their scores, without and with quadratic controls; and of the scores on the draws.
     z, score, weight = chains.z, chains.score, chains.weight
     dim = z.shape[-1]
@@ -197,7 +221,7 @@ def _regressions(chains: Chains, *, quadratic: bool) -> tuple[list[_Candidate], 
         coefficient = cross[:, :width] @ inverse
         leverage = weight * (1.0 + jnp.sum((part @ inverse) * part, -1))
         residual = z - part @ coefficient.T
-        left_out = residual / _without(leverage)[:, None]
+        left_out = residual / _without(time * leverage)[:, None]
         shift = coefficient @ mean[:width]
         return _Candidate(coefficient[:, :dim], shift, residual, left_out)
 

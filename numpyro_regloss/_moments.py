@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from numpyro_regloss._control_variates import Chains, Control, choose, series_error
-from numpyro_regloss._stats import normalize_log_weight
+from numpyro_regloss._stats import after, normalize_log_weight
 from numpyro_regloss._typing import Array
 from numpyro_regloss.draws import Chunk, Draws
 
@@ -20,6 +20,7 @@ __all__ = ["DOMINANT_WEIGHT", "Moments", "of_blocks", "of_chains", "standardized
 
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
+LEAST_DRAWS = 4
 # Rounding of a sum in units of the last digit of its largest term: a floor of errors.
 ROUNDING = 8.0
 
@@ -86,14 +87,18 @@ def of_chains(
     """
     dim = x.shape[-1]
     weight = normalize_log_weight(log_weight).reshape(-1)
-    mean, unit, z = standardized(x.reshape(-1, dim), weight)
-    chains = Chains(
-        x.shape[0],
-        weight,
-        z,
-        None if score is None else score.reshape(-1, dim) * unit,
-        None if log_density is None else log_density.reshape(-1),
-    )
+    used, best = (weight > 0)[:, None], jnp.argmax(weight)
+    flat = x.reshape(-1, dim)
+    if log_density is not None:
+        log_density = jnp.where(used[:, 0], log_density.reshape(-1), log_density.reshape(-1)[best])
+        # Its triangular solve, where the reference is dense, comes before ours.
+        flat = after(log_density[0], flat)
+    # What has no weight may be anything.
+    flat = jnp.where(used, flat, flat[best])
+    mean, unit, z = standardized(flat, weight)
+    if score is not None:
+        score = jnp.where(used, score.reshape(-1, dim), 0.0) * unit
+    chains = Chains(x.shape[0], weight, z, score, log_density)
     of_mean, of_covariance = choose(chains, control, variances=structure is not None)
     mean = mean - unit * of_mean.shift
     alone = jnp.max(weight) > DOMINANT_WEIGHT
@@ -111,7 +116,9 @@ def of_chains(
             covariance = jnp.where(positive, covariance, plain)
             covariance_error = jnp.where(positive, covariance_error, plain_error)
             covariance_control = jnp.where(positive, covariance_control, 0)
-        covariance_error = jnp.where(alone, jnp.inf, covariance_error)
+        # Two or three draws say nothing of the error of their variance.
+        unknown = alone | (weight.size < LEAST_DRAWS)
+        covariance_error = jnp.where(unknown, jnp.inf, covariance_error)
     return Moments(
         mean,
         jnp.where(alone, jnp.inf, error),
@@ -211,7 +218,9 @@ class _Weights:
         self.peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
         weight = jnp.exp(draws.log_weight - self.peak)
         self.total = jnp.sum(weight)
-        self.largest = jnp.max(weight, initial=0.0) / self.total
+        blocks = weight.reshape(-1)
+        blocks = jnp.pad(blocks, (0, -blocks.size % self.block_size)).reshape(-1, self.block_size)
+        self.largest = jnp.max(jnp.sum(blocks, 1), initial=0.0) / self.total
         self.square = jnp.sum((weight / self.total) ** 2)
 
     def of(self, chunk: Chunk) -> tuple[Array, Array, Array]:

@@ -64,7 +64,8 @@ def as_draws(
                 f"{what}: expected log_weight and score of Draws to be their own, got others; give arrays "
                 "instead: samples=draws.x."
             )
-        return _checked_draws(samples, what), None, log_density
+        log_density = _with_shape(log_density, samples.log_weight.shape, "log_density", what)
+        return _checked_draws(samples, loss, what), None, log_density
     elif isinstance(samples, dict):
         samples, names = _of_sites(samples, loss, space, what, group_by_chain=group_by_chain)
         _refuse_score_of_sites(score, what)
@@ -105,8 +106,12 @@ def _of_mcmc(
     if mcmc.last_state is None:
         raise ValueError(f"{what}: expected an MCMC that has run, got one that has not; call run.")
     sites = mcmc.get_samples(group_by_chain=True)
-    target = next(iter(getattr(mcmc, "_args", None) or ()), None)
-    if getattr(mcmc.sampler, "model", None) is model and isinstance(target, RegularizedLoss):
+    given = [
+        *(getattr(mcmc, "_args", None) or ()),
+        *(getattr(mcmc, "_kwargs", None) or {}).values(),
+    ]
+    target = next((value for value in given if isinstance(value, RegularizedLoss)), None)
+    if getattr(mcmc.sampler, "model", None) is model and target is not None:
         x = sites[x_name(target)]
         gradient = mcmc.get_extra_fields(group_by_chain=True).get("z_grad")
         if gradient is not None and score is None:
@@ -172,7 +177,8 @@ def _array(value: Any, name: str, what: str) -> Array:
         ) from error
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{what}: expected {name} to be real numbers, got {array.dtype}.")
-    return array.astype(float) if not jnp.issubdtype(array.dtype, jnp.floating) else array
+    floating = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize >= 4
+    return array if floating else array.astype(float)
 
 
 def _with_shape(value: Any, shape: tuple[int, ...], name: str, what: str) -> Array | None:
@@ -186,11 +192,18 @@ def _with_shape(value: Any, shape: tuple[int, ...], name: str, what: str) -> Arr
     return array
 
 
-def _checked_draws(draws: Draws, what: str) -> Draws:
+def _checked_draws(draws: Draws, loss: Loss | None, what: str) -> Draws:
     if draws.log_weight.size < 2:
         raise ValueError(f"{what}: expected at least two draws, got {draws.log_weight.size}.")
+    dim = jax.eval_shape(lambda: draws.x).shape[-1]
+    if loss is not None and dim != loss.dim:
+        raise ValueError(
+            f"{what}: expected draws of the loss's {loss.dim} flat unconstrained parameters, got {dim}."
+        )
     if is_concrete(draws.log_weight):
         _check_weights(np.asarray(draws.log_weight), what)
+        if isinstance(draws, StoredDraws):
+            _check_values(draws.x, draws.log_weight, draws.score, what)
     return draws
 
 

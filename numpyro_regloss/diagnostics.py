@@ -8,7 +8,7 @@ l = log(q / N) normalized, both
     KL(q || N) = E_q[l] = E_q[l + exp(-l) - 1],   KL(N || q) = -E_N[l] = E_N[-l + exp(l) - 1]
 
 hold; the second form is positive and less noisy where N is near. It is taken where its standard error is the
-smaller one and can be trusted: a k-hat of its weights below 0.7, and weights that average to one, which they do
+smaller one and can be trusted: a k-hat of its weights below 0.4, and weights that average to one, which they do
 not where draws of N miss a mode of q.
 
 References: Meng & Wong (1996), "Simulating Ratios of Normalizing Constants via a Simple Identity"; Frühwirth-
@@ -39,6 +39,9 @@ __all__ = ["GaussianFit", "gaussian_fit"]
 BRIDGE_ITERATIONS = 50
 MAX_KHAT = 0.7
 LEAST_REACHED = 0.95
+# Draws that must carry the bridge between q and the Gaussian, and the largest k-hat of weights whose average and
+# error are both reliable at a few hundred draws.
+LEAST_OVERLAP, RELIABLE_KHAT = 30.0, 0.4
 # Deviations are findings when they exceed four standard errors and are of practical size: a fifth of a standard
 # deviation, a factor of 1.15, a skewness of 0.5, an excess kurtosis of 1.
 SIGMAS = 4.0
@@ -179,6 +182,9 @@ def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Arra
         z**4 - fourth - 4.0 * third * z - 2.0 * fourth * (z**2 - 1.0),
     ]
     errors = series_error(chains, jnp.concatenate(influence, -1)).reshape(4, -1)
+    # A coordinate that does not vary has no shape.
+    varies = jnp.any(z != 0, 0)
+    fourth = jnp.where(varies, fourth, 3.0)
     ratio = jnp.sqrt(gaussian.variance) / sd
     return (
         (gaussian.mean - mean) / sd,
@@ -222,6 +228,8 @@ def _jitted_divergences(
 
     at_q, at_gaussian = log_ratio(flat), log_ratio(y)
     size = weight_ess(log_weight)
+    # What has no weight may be anything.
+    at_q = jnp.where(weight > 0, at_q, at_q[jnp.argmax(weight)])
     log_normalizer, error = _bridge(at_q, at_gaussian, chains, independent, size)
     forward = _divergence(at_q - log_normalizer, chains, error)
     reverse = _divergence(log_normalizer - at_gaussian, independent, error)
@@ -256,11 +264,11 @@ def _bridge(
 
     log_z = lax.fori_loop(0, BRIDGE_ITERATIONS, iterate, jnp.median(at_q))
     top, bottom = parts(log_z)
-    relative = [
-        series_error(which, values[:, None])[0] / (which.weight @ values)
-        for which, values in ((independent, top), (chains, bottom))
-    ]
-    return log_z, jnp.hypot(*relative)
+    pairs = ((independent, top), (chains, bottom))
+    relative = [series_error(which, v[:, None])[0] / (which.weight @ v) for which, v in pairs]
+    # Where a handful of draws carries the bridge, there is no overlap and the error is not known either.
+    overlap = jnp.min(jnp.stack([jnp.sum(v) ** 2 / jnp.sum(v**2) for _, v in pairs]))
+    return log_z, jnp.where(overlap > LEAST_OVERLAP, jnp.hypot(*relative), jnp.inf)
 
 
 def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tuple[Array, Array]:
@@ -270,12 +278,14 @@ def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tu
     values = jnp.stack([log_ratio, log_ratio + excess, excess], -1)
     error, mean = series_error(chains, values), chains.weight @ values
     centered = jnp.abs(mean[2]) < SIGMAS * jnp.hypot(error[2], normalizer_error)
-    trusted = jnp.stack([jnp.asarray(True), centered & (pareto_khat(-log_ratio) < MAX_KHAT)])
-    mean, error = mean[:2], jnp.stack([jnp.hypot(error[0], normalizer_error), error[1]])
+    trusted = jnp.stack([jnp.asarray(True), centered & (pareto_khat(-log_ratio) < RELIABLE_KHAT)])
+    rounding = jnp.finfo(log_ratio.dtype).eps * jnp.max(jnp.abs(log_ratio), initial=0.0)
+    mean = mean[:2]
+    error = jnp.hypot(jnp.stack([jnp.hypot(error[0], normalizer_error), error[1]]), rounding)
     usable = jnp.isfinite(mean) & jnp.isfinite(error) & trusted
     best = jnp.argmin(jnp.where(usable, error, jnp.inf))
     found = usable.any()
-    return jnp.where(found, mean[best], jnp.inf), jnp.where(found, error[best], jnp.inf)
+    return jnp.where(found, mean[best], mean[0]), jnp.where(found, error[best], jnp.inf)
 
 
 def _findings(fit: GaussianFit) -> list[str]:
@@ -287,6 +297,11 @@ def _findings(fit: GaussianFit) -> list[str]:
             ("Gaussian || q", fit.reverse_kl),
         ):
             size = "near" if estimate.value < SMALL_DIVERGENCE else "not near"
+            if not np.isfinite(estimate.error):
+                found.append(
+                    f"KL({name}) cannot be told: draws of q and of the Gaussian do not overlap."
+                )
+                continue
             found.append(
                 f"KL({name}) = {estimate.value:.3g} ± {estimate.error:.1g} nats: the Gaussian is {size}."
             )

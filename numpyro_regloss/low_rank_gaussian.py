@@ -147,7 +147,8 @@ class LowRankGaussian(NamedTuple):
 
     def whiten_columns(self, columns: Array) -> Array:
         """The products scale⁻¹ @ columns for `(*batch, dim, k)`, of the same shape."""
-        moved = jnp.moveaxis(columns, -1, 0)
+        lead = jnp.broadcast_shapes(self.mean.shape[:-1], columns.shape[:-2])
+        moved = jnp.moveaxis(jnp.broadcast_to(columns, (*lead, *columns.shape[-2:])), -1, 0)
         standard = self._root(moved / jnp.sqrt(self.diagonal), inverse=True)
         return jnp.moveaxis(standard, 0, -1)
 

@@ -132,6 +132,29 @@ def test_reverse_kl_of_two_modes_is_seen_as_narrow():
     assert "narrower" in str(fit)
 
 
+def test_no_overlap_is_said_so():
+    x = random.normal(random.key(0), (2000, 4))
+    loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), np.zeros(4))
+    far = Gaussian(jnp.full(4, 5.0), jnp.array(1.0))
+    fit = gaussian_fit(x, far, RegularizedLoss(loss), rng_key=random.key(1))
+    assert np.isinf(fit.forward_kl.error)
+    assert "do not overlap" in str(fit)
+
+
+def test_draws_without_weight_do_not_count():
+    # A normal cut off at zero; half of the draws lie where it is zero.
+    loss = Loss.from_function(lambda x: jnp.where(x[0] > 0, 0.5 * x[0] ** 2, jnp.inf), np.ones(1))
+    x = random.normal(random.key(5), (2000, 1))
+    log_weight = jnp.where(x[:, 0] > 0, 0.0, -jnp.inf)
+    gaussian = Gaussian(jnp.array([0.8]), jnp.array([0.6]))
+    fits = [
+        gaussian_fit(y, gaussian, RegularizedLoss(loss), rng_key=random.key(3), log_weight=w)
+        for y, w in ((x, log_weight), (x[x[:, 0] > 0], None))
+    ]
+    np.testing.assert_allclose(fits[0].forward_kl.value, fits[1].forward_kl.value, rtol=1e-3)
+    assert np.isfinite(fits[0].forward_kl.error)
+
+
 BAD = [
     (lambda: gaussian_fit(np.eye(3), "gaussian"), TypeError, "LowRankGaussian"),
     (

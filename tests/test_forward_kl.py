@@ -467,3 +467,124 @@ def test_float64(x64):
     gaussian, _ = forward_kl(x, score=score)
     assert gaussian.mean.dtype == jnp.float64
     np.testing.assert_allclose(gaussian.mean, mean, atol=1e-5)
+
+
+# At 0.7 there are some 90 effective draws, too few for normal intervals of a variance.
+@pytest.mark.parametrize(("correlation", "least"), [(0.3, COVERAGE[0]), (0.7, 0.87)])
+def test_errors_hold_for_chains_that_mix_slowly(correlation, least):
+    # AR(1) chains of normals, bent into skewed variables whose moments and scores are known.
+    def chain(rng_key):
+        noise = random.normal(rng_key, (500, 4))
+
+        def advance(z, e):
+            z = correlation * z + np.sqrt(1 - correlation**2) * e
+            return z, z
+
+        z = jax.lax.scan(advance, noise[0], noise[1:])[1]
+        return 1.0 + 0.3 * z + 0.05 * z**2
+
+    mean, variance = 1.05, 0.3**2 + 2 * 0.05**2
+
+    def score(x):
+        z = (-0.3 + jnp.sqrt(0.09 + 0.2 * (x - 1.0))) / 0.1
+        slope = 0.3 + 0.1 * z
+        return (-z - 0.1 / slope) / slope
+
+    def go(rng_key):
+        x = chain(rng_key)[None]
+        zero = jnp.zeros(x.shape[:2])
+        draws = StoredDraws(x, zero, zero, jnp.ones(()), score(x))
+        _, gaussian, info = ForwardKL("diagonal").step(rng_key, (), RegularizedLoss(PLAIN), draws)
+        return gaussian.mean, info.mean_error, gaussian.variance, info.covariance_error
+
+    m, me, v, ve = jax.jit(lambda keys: jax.lax.map(go, keys))(
+        random.split(random.key(3), REPETITIONS)
+    )
+    for value, error, exact in ((m, me, mean), (v, ve, variance)):
+        rate = np.mean(np.abs(value - exact) < 1.96 * error)
+        assert least <= rate <= COVERAGE[1], rate
+
+
+PLAIN = Loss.from_function(lambda x: jnp.sum(x**2), np.zeros(4))
+
+
+def test_what_has_no_weight_may_be_anything():
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    expected, _ = forward_kl(x[1:])
+    for value in (1e3, 1e10, 1e30):
+        x[0] = value
+        log_weight = np.where(np.arange(200) < 1, -np.inf, 0.0)
+        gaussian, info = forward_kl(x, log_weight=log_weight, score=-x)
+        plain, _ = forward_kl(x, log_weight=log_weight)
+        np.testing.assert_allclose(plain.mean, expected.mean, atol=1e-5)
+        np.testing.assert_allclose(plain.covariance, expected.covariance, atol=1e-5)
+        assert np.all(np.abs(gaussian.mean) < SIGMAS * info.mean_error + 1e-4)
+
+
+def test_a_pair_that_carries_all_weight_is_no_average():
+    x = random.normal(random.key(0), (1, 100, 2))
+    log_weight = jnp.where(jnp.arange(100) < 98, -jnp.inf, 0.0)[None]
+    draws = StoredDraws(x, log_weight, jnp.zeros((1, 100)), jnp.ones(()), block_size=2)
+    with pytest.raises(ValueError, match="hangs on"):
+        forward_kl(draws)
+
+
+def test_keywords_of_a_run_count():
+    mcmc = MCMC(NUTS(regloss.model), num_warmup=50, num_samples=60, progress_bar=False)
+    mcmc.run(random.key(0), target=SKEWED_TARGET, extra_fields=("z_grad",))
+    gaussian, info = forward_kl(mcmc, covariance="diagonal")
+    assert info.names == SKEWED.flat_names
+    np.testing.assert_allclose(gaussian.mean, mcmc.get_samples()["x"].mean(0), atol=0.3)
+
+
+def test_half_precision_is_raised():
+    x = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float16)
+    gaussian, _ = forward_kl(jnp.asarray(x, jnp.bfloat16))
+    assert gaussian.mean.dtype == jnp.float32
+    np.testing.assert_allclose(gaussian.mean, x.mean(0), atol=1e-2)
+
+
+def test_compiles_within_other_programs():
+    x = random.normal(random.key(0), (8, 100, 2))
+    fitted = jax.jit(jax.vmap(lambda x: forward_kl(x, score=-x)))(x)
+    assert np.all(fitted.info.ok)
+    assert np.max(np.abs(fitted.gaussian.mean)) < 1e-4
+
+
+@pytest.mark.parametrize("covariance", ["dense", "low_rank"])
+def test_batches_of_fits_do_not_wait_for_each_other(covariance):
+    # Two batched LAPACK calls at once can wait forever for the threads of two cores.
+    x = random.normal(random.key(0), (64, 200, 30))
+    method = ForwardKL(covariance, rank=2 if covariance == "low_rank" else None)
+    scale = jnp.linalg.cholesky(jnp.eye(30) + 0.1)
+    loss = Loss.from_function(lambda x: 0.0 * jnp.sum(x), np.zeros(30))
+    target = RegularizedLoss(loss, Gaussian(loss.x0, scale))
+
+    def go(x):
+        zero = jnp.zeros((1, len(x)))
+        draws = StoredDraws(
+            target.reference.unwhiten(x)[None],
+            zero,
+            zero,
+            jnp.ones(()),
+            -target.reference.unscale_transpose(x)[None],
+        )
+        return method.step(None, (), target, draws)[2].ok
+
+    program = jax.jit(jax.vmap(go))
+    for _ in range(5):
+        assert np.all(program(x))
+
+
+def test_draws_are_checked_like_arrays():
+    engine = shift.Importance(100)
+    draws = engine.step(random.key(0), (), SKEWED_TARGET)[1]
+    with pytest.raises(ValueError, match="flat unconstrained"):
+        forward_kl(draws, loss=PLAIN)
+    with pytest.raises(ValueError, match="log_density of shape"):
+        forward_kl(draws, log_density=jnp.zeros(99))
+    zero = jnp.zeros((1, 20))
+    with pytest.raises(ValueError, match="draws that differ"):
+        forward_kl(StoredDraws(jnp.ones((1, 20, 2)), zero, zero, jnp.ones(())))
+    with pytest.raises(ValueError, match="below the dimension"):
+        ForwardKL("low_rank", rank=3).step(random.key(0), (), SKEWED_TARGET, draws)

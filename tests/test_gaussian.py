@@ -107,6 +107,17 @@ def test_survives_vmap_and_stacking(kind):
     assert stack.covariance.shape == (2, DIM, DIM)
 
 
+@pytest.mark.parametrize("p", KINDS)
+@pytest.mark.parametrize("q", KINDS)
+def test_kl_divergence_broadcasts(p, q):
+    single = [gaussians(seed) for seed in (0, 1, 2)]
+    batch = jax.tree.map(lambda *a: jnp.stack(a), single[1][q], single[2][q])
+    expected = [kl_divergence(single[0][p], single[i][q]) for i in (1, 2)]
+    np.testing.assert_allclose(kl_divergence(single[0][p], batch), expected, rtol=1e-4)
+    expected = [kl_divergence(single[i][q], single[0][p]) for i in (1, 2)]
+    np.testing.assert_allclose(kl_divergence(batch, single[0][p]), expected, rtol=1e-4)
+
+
 def test_isotropic_takes_variances():
     mean = jnp.zeros((2, 3))
     assert Gaussian.isotropic(mean, 0.25).scale.tolist() == [0.5, 0.5]

@@ -25,8 +25,9 @@ from numpyro_regloss._checks import check_choice
 from numpyro_regloss._control_variates import CONTROLS
 from numpyro_regloss._families import Projection, project, structure_of
 from numpyro_regloss._moments import of_blocks, of_chains
-from numpyro_regloss._pytree import pytree_dataclass, static_field
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._samples import as_draws
+from numpyro_regloss._stats import after
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit, FitResult, check_family
@@ -130,7 +131,9 @@ class ForwardKL(Fit):
         if draws.score is not None and self.control_variates != "none":
             log_density = -draws.loss / draws.temperature
             if target.reference is not None:
-                log_density = log_density + target.reference.log_prob(draws.x)
+                # Solves with a dense scale come one after another, the engine's for the scores first.
+                x = after(draws.score.reshape(-1)[0], draws.x)
+                log_density = log_density + target.reference.log_prob(x)
         return state, *_fit(self, draws, target.reference, log_density)
 
 
@@ -171,7 +174,7 @@ def forward_kl(
 
     Returns:
         The Gaussian and the info, with standard errors and, where sites were given, the names of the
-        coordinates.
+        coordinates. Under `jax.jit` values are not checked and there are no warnings: look at `info.ok`.
 
     Raises:
         TypeError: if the samples are of another kind.
@@ -200,14 +203,10 @@ def forward_kl(
         space=space,
         group_by_chain=group_by_chain,
     )
-    if rank is not None and rank >= draws.x.shape[-1]:
-        raise ValueError(
-            f"forward_kl: expected a rank below the dimension {draws.x.shape[-1]}, got {rank}; "
-            'use covariance="dense".'
-        )
     gaussian, info = _jitted_fit(method, draws, log_density)
     info = info._replace(names=names)
-    _tell(gaussian, info, covariance)
+    if is_concrete(info):
+        _tell(gaussian, info, covariance)
     return FitResult(gaussian, info)
 
 
@@ -215,6 +214,11 @@ def _fit(
     method: ForwardKL, draws: Draws, reference: AnyGaussian | None, log_density: Array | None
 ) -> tuple[AnyGaussian, ForwardKLInfo]:
     dim = jax.eval_shape(lambda: draws.x).shape[-1] if reference is None else reference.dim
+    if method.rank is not None and method.rank >= dim:
+        raise ValueError(
+            f"ForwardKL: expected a rank below the dimension {dim}, got {method.rank}; use "
+            'covariance="dense".'
+        )
     structure = structure_of(method.covariance, dim)
     if draws.block_size is None or draws.score is not None:
         moments = of_chains(
