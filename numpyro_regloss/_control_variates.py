@@ -38,7 +38,7 @@ RIDGE = 1e-6
 # none, diagonal and full, quadratic.
 HANDICAP = (0.64, 0.8, 0.9, 1.0)
 # Effective draws per coefficient of a row of A that a regression needs.
-LEAST_DRAWS = 2.0
+LEAST_DRAWS = 1.2
 # Draws per dimension that quadratic controls, two of them for each, need.
 QUADRATIC_DRAWS = 4
 # Correlations of consecutive draws from which on one counts as a copy of the other, and the largest that is used.

@@ -45,8 +45,8 @@ def local_entropy(
     Example:
         >>> import jax.numpy as jnp
         >>> loss = Loss.from_function(lambda x: jnp.sum(x**2), jnp.ones(2))
-        >>> local_entropy(loss, tau=0.1).fit
-        ForwardKL(covariance='reference')
+        >>> local_entropy(loss, tau=0.1).fit.covariance
+        'reference'
     """
     return TwoStep(
         loss,
