@@ -234,7 +234,10 @@ def _checked_reference(reference: Any, dim: int) -> AnyGaussian:
         )
     else:
         fits = reference.scale.shape in ((), (dim,), (dim, dim))
-        wanted, got = f"scale (), ({dim},) or ({dim}, {dim})", f"{reference.scale.shape}"
+        wanted, got = (
+            f"scale (), ({dim},) or ({dim}, {dim})",
+            f"scale {reference.scale.shape}",
+        )
     if mean != (dim,) or not fits:
         raise ValueError(
             f"RegularizedLoss: expected a reference with mean ({dim},) and {wanted}, got mean {mean}, "

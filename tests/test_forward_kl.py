@@ -145,6 +145,8 @@ def skewed_moments():
 def test_intervals_cover_the_truth(family, kind, control, skewed_moments):
     if kind != "nuts" and control == "auto":
         pytest.skip("no scores, no control variates")
+    if family == "isotropic" and kind in ("iid", "antithetic"):
+        pytest.skip("covered by the dense family, of which this is the mean variance")
     mean, variance = skewed_moments
     method = ForwardKL(family, control_variates=control)
 
