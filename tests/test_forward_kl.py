@@ -76,6 +76,7 @@ def test_no_gaussian_of_the_family_is_nearer(family):
         assert jnp.mean(moved.log_prob(x)) < best + 1e-4
 
 
+@pytest.mark.once
 def test_factors_are_those_of_maximum_likelihood():
     from sklearn.decomposition import FactorAnalysis  # noqa: PLC0415
 
@@ -139,6 +140,7 @@ def skewed_moments():
     return mean, weight @ (grid - mean) ** 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("control", ["none", "auto"])
 @pytest.mark.parametrize("kind", ["iid", "antithetic", "nuts", "weighted_array"])
 @pytest.mark.parametrize("family", ["dense", "isotropic"])
@@ -208,6 +210,7 @@ def squared_errors(target, truth, engine, repetitions=24):
     return plain, chosen, kind
 
 
+@pytest.mark.once
 def test_control_variates_on_a_regression(regression):
     long = nuts_draws(
         shift.NUTS(num_warmup=500, num_samples=5000, num_chains=2), random.key(9), regression
@@ -242,6 +245,7 @@ ZOO = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ZOO)
 def test_control_variates_do_no_harm(name):
     problem, start, tau = ZOO[name]
@@ -472,6 +476,7 @@ def test_float64(x64):
 
 
 # At 0.7 there are some 90 effective draws, too few for normal intervals of a variance.
+@pytest.mark.once
 @pytest.mark.parametrize(("correlation", "least"), [(0.3, COVERAGE[0]), (0.7, 0.87)])
 def test_errors_hold_for_chains_that_mix_slowly(correlation, least):
     # AR(1) chains of normals, bent into skewed variables whose moments and scores are known.

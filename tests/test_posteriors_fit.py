@@ -14,6 +14,7 @@ from numpyro_regloss import Loss, forward_kl
 NUM_SAMPLES = 2000
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("posterior", POSTERIORS.values(), ids=POSTERIORS)
 def test_moments_of_nuts_draws(posterior):
     mcmc = MCMC(

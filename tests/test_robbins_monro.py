@@ -59,6 +59,7 @@ def check_coverage(method, target, exact, least=0.88):
     return fitted, info
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -101,6 +102,7 @@ def minibatch_target(dim, tau=0.2, temperature=1 / 64):
     return target, root(equation, np.zeros(dim)).x
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", [RobbinsMonro(300), Score(300, num_pairs=8)])
 def test_errors_with_minibatches_cover(method):
     # Inputs are correlated: the curvature is no diagonal.
