@@ -108,7 +108,7 @@ def series_error(chains: Chains, values: Array) -> Array:
     return lax.map(monte_carlo_error, parts).reshape(-1)[: values.shape[-1]]
 
 
-def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, Control | None]:
+def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, list[Control]]:
     """The controls with the smallest leave-one-out errors, or the one that is asked for.
 
     Args:
@@ -117,7 +117,7 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, Con
         variances: choose one for the variances too.
 
     Returns:
-        The control of the mean and that of the variances, or None.
+        The control of the mean, and those of the variances: the chosen one and, where there was a choice, none.
     """
     dim, weight, z = chains.z.shape[-1], chains.weight, chains.z
     zero = jnp.zeros(dim, z.dtype)
@@ -145,10 +145,12 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, Con
         compatible = _average_to_zero(mean, errors[-1]) & _explained(chains, mean, slope)
     of_mean = _pick(candidates, which, compatible, enough, errors[: len(candidates)])
     if not variances:
-        return of_mean, None
+        return of_mean, []
     which = "full" if which == "quadratic" else which
     errors = errors[len(candidates) : len(candidates) + len(linear)]
-    return of_mean, _pick(linear, which, compatible, enough[: len(linear)], errors)
+    chosen = _pick(linear, which, compatible, enough[: len(linear)], errors)
+    none = _pick(linear[:1], which, compatible, enough[:1], errors[:1])
+    return of_mean, [chosen, none] if len(linear) > 1 else [none]
 
 
 class _Candidate(NamedTuple):

@@ -112,7 +112,7 @@ def _shrunk(covariance: Array, error: Array) -> tuple[Array, Array]:
 def _floored(variance: Array, reference: AnyGaussian | None) -> tuple[Array, Array]:
     typical = jnp.mean(variance) if reference is None else jnp.mean(reference.variance)
     least = LEAST_VARIANCE * jnp.where(typical > 0, typical, 1.0)
-    floored = ~(variance > jnp.minimum(least, jnp.finfo(variance.dtype).tiny))
+    floored = ~(variance > jnp.finfo(variance.dtype).tiny)
     return jnp.where(floored & jnp.isfinite(variance), least, variance), jnp.any(floored)
 
 

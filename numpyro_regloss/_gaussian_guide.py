@@ -5,7 +5,6 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
@@ -14,9 +13,9 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.util import constrain_fn
 
 from numpyro_regloss._model_source import ModelSource
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Array
-from numpyro_regloss.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian, check_gaussian
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.regularized import RegularizedLoss, model
@@ -168,7 +167,7 @@ def to_guide(
             "to_guide: expected trainable as True or False and prefix as a string, got "
             f"{trainable!r} and {prefix!r}."
         )
-    gaussian = _checked(gaussian, loss.dim)
+    gaussian = check_gaussian(gaussian, loss.dim, "to_guide")
     source = loss.source if isinstance(loss.source, ModelSource) else None
     guide = GaussianGuide(gaussian, source, prefix, trainable)
     taken = set(loss.names) & {guide.latent_name, *guide.parameters}
@@ -178,40 +177,6 @@ def to_guide(
             f"{sorted(taken)}; choose another prefix."
         )
     return guide
-
-
-def _checked(gaussian: Any, dim: int) -> AnyGaussian:
-    if not isinstance(gaussian, AnyGaussian):
-        raise TypeError(
-            f"to_guide: expected a Gaussian or a LowRankGaussian, got {type(gaussian).__name__}; of a "
-            "distribution take Gaussian.from_distribution."
-        )
-    gaussian = type(gaussian)(*(jnp.asarray(part, float) for part in gaussian))
-    if isinstance(gaussian, LowRankGaussian):
-        fits = gaussian.diagonal.shape == (dim,) and gaussian.factor.shape[:-1] == (dim,)
-    else:
-        fits = gaussian.scale.shape in ((), (dim,), (dim, dim))
-    if gaussian.mean.shape != (dim,) or not fits:
-        raise ValueError(
-            f"to_guide: expected one Gaussian over {dim} parameters, the loss's flat vector, got parts of "
-            f"shapes {[part.shape for part in gaussian]}."
-        )
-    if is_concrete(gaussian):
-        positive = np.asarray(gaussian[1])
-        if positive.ndim == 2:
-            positive = np.diagonal(positive)
-        finite = all(np.isfinite(np.asarray(part)).all() for part in gaussian)
-        if not (finite and (positive > 0).all()):
-            raise ValueError(
-                "to_guide: expected a finite Gaussian with positive standard deviations, got others; fit it "
-                "again, or raise the scale."
-            )
-        if gaussian.structure == "dense" and np.triu(np.asarray(gaussian[1]), 1).any():
-            raise ValueError(
-                "to_guide: expected a lower triangular Cholesky factor as dense scale, got entries above the "
-                "diagonal; of a covariance take jnp.linalg.cholesky first."
-            )
-    return gaussian
 
 
 def _trace_target(x: Array, target: RegularizedLoss) -> tuple[Any, dict[str, tuple[Array, Any]]]:

@@ -15,7 +15,6 @@ import numpyro.distributions as dist
 from jax import lax
 from jax.random import split
 from numpyro import handlers
-from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.util import compute_log_probs
 
@@ -234,7 +233,7 @@ def _draw_sites(
         with handlers.block():
             log_probs, trace = compute_log_probs(handlers.seed(guide, key), args, kwargs, params)
         values = {name: trace[name]["value"] for name in source.names}
-        x, log_jacobian = _unconstrain(source, values, args, kwargs)
+        x, log_jacobian = source.unconstrain_with_jacobian(values, args, kwargs)
         return x, sum(log_probs.values(), start=log_jacobian)
 
     return lax.map(draw, split(rng_key, num_samples), batch_size=batch_size(num_samples))
@@ -294,7 +293,7 @@ def _check_sites(guide: Callable[..., Any], source: ModelSource, arguments: Part
 
     def shape(arguments: Partition) -> Array:
         values = {name: jnp.zeros(sampled[name].shape) for name in source.names}
-        return _unconstrain(source, values, *arguments.tree)[0]
+        return source.unconstrain_with_jacobian(values, *arguments.tree)[0]
 
     jax.eval_shape(shape, arguments)
     points = [name for name in source.names if sampled[name].is_delta]
@@ -312,25 +311,3 @@ def _check_sites(guide: Callable[..., Any], source: ModelSource, arguments: Part
     size = sum(math.prod(site.shape) for site in auxiliary)
     discrete = any(site.is_discrete for site in auxiliary)
     return len(points) == len(source.names) and size == source.dim and not discrete
-
-
-def _unconstrain(
-    source: ModelSource, values: dict[str, Array], args: tuple, kwargs: dict
-) -> tuple[Array, Array]:
-    # The flat vector and the log Jacobian determinant of constraining it.
-    with handlers.block():
-        model = handlers.substitute(handlers.seed(source.model, 0), data=values)
-        trace = handlers.trace(model).get_trace(*args, **kwargs)
-    flat, log_jacobian = [], jnp.zeros(())
-    for name, expected in source.sites:
-        transform = biject_to(trace[name]["fn"].support)
-        value = values[name]
-        unconstrained = transform.inv(value)
-        if jnp.shape(unconstrained) != expected:
-            raise ValueError(
-                f"from_guide: expected the guide's site {name!r} of unconstrained shape {expected}, as in the "
-                f"loss, got {jnp.shape(unconstrained)}; check plates and event dimensions of the guide."
-            )
-        log_jacobian += jnp.sum(transform.log_abs_det_jacobian(unconstrained, value))
-        flat.append(jnp.ravel(unconstrained))
-    return jnp.concatenate(flat), log_jacobian

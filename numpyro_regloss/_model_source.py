@@ -68,30 +68,38 @@ class ModelSource:
         return self.constrain(x, args, kwargs)
 
     def unconstrain(self, sites: dict[str, Array], args: tuple, kwargs: dict) -> Array:
-        """The inverse of `constrain`: latent sites in their supports as the flat vector.
+        """The inverse of `constrain`: latent sites in their supports as the flat vector."""
+        known = set(jax.eval_shape(lambda x: self.constrain(x, args, kwargs), jnp.zeros(self.dim)))
+        check_sites(sites, set(self.names), known)
+        return self.unconstrain_with_jacobian(sites, args, kwargs)[0]
+
+    def unconstrain_with_jacobian(
+        self, sites: dict[str, Array], args: tuple, kwargs: dict
+    ) -> tuple[Array, Array]:
+        """The flat vector of latent sites, and the log Jacobian determinant of constraining it.
 
         Args:
-            sites: values by name; the model's deterministic sites may be among them.
+            sites: values of all latent sites by name; others are passed over.
             args: the model's arguments.
             kwargs: its keyword arguments.
 
         Returns:
-            `(dim,)`.
+            `(dim,)` and a scalar.
 
         Raises:
-            ValueError: if sites are missing or unknown, or of other shapes.
+            ValueError: if a site is of another shape.
         """
-        sites = dict(sites)
-        known = set(jax.eval_shape(lambda x: self.constrain(x, args, kwargs), jnp.zeros(self.dim)))
-        check_sites(sites, set(self.names), known)
         latent = {name: jnp.asarray(sites[name], float) for name in self.names}
         with handlers.block():
             model = handlers.substitute(handlers.seed(self.model, 0), data=latent)
             trace = handlers.trace(model).get_trace(*args, **kwargs)
-        unconstrained = {
-            name: biject_to(trace[name]["fn"].support).inv(value) for name, value in latent.items()
-        }
-        return self.ravel(unconstrained)
+        unconstrained, log_jacobian = {}, jnp.zeros(())
+        for name, value in latent.items():
+            transform = biject_to(trace[name]["fn"].support)
+            unconstrained[name] = transform.inv(value)
+            jacobian = transform.log_abs_det_jacobian(unconstrained[name], value)
+            log_jacobian = log_jacobian + jnp.sum(jacobian)
+        return self.ravel(unconstrained), log_jacobian
 
     def ravel(self, sites: dict[str, Array]) -> Array:
         """The inverse of `unravel`: unconstrained sites by name as the flat vector."""

@@ -51,8 +51,10 @@ class Moments(NamedTuple):
 
 def standardized(x: Array, weight: Array) -> tuple[Array, Array, Array]:
     """Mean, standard deviations (one where draws are all equal) and standardized draws, of `(draw, dim)`."""
+    # What has no weight may be anything.
+    center = x[jnp.argmax(weight)]
+    x = jnp.where(weight[:, None] > 0, x, center)
     # About one of the draws, since a distant mean would cost all digits.
-    center = x[0]
     offset = x - center
     shift = weight @ offset
     unit = jnp.max(jnp.abs(offset - shift), 0)
@@ -87,31 +89,28 @@ def of_chains(
     """
     dim = x.shape[-1]
     weight = normalize_log_weight(log_weight).reshape(-1)
-    used, best = (weight > 0)[:, None], jnp.argmax(weight)
-    flat = x.reshape(-1, dim)
+    flat, used = x.reshape(-1, dim), weight > 0
     if log_density is not None:
-        log_density = jnp.where(used[:, 0], log_density.reshape(-1), log_density.reshape(-1)[best])
+        log_density = log_density.reshape(-1)
+        log_density = jnp.where(used, log_density, log_density[jnp.argmax(weight)])
         # Its triangular solve, where the reference is dense, comes before ours.
         flat = after(log_density[0], flat)
-    # What has no weight may be anything.
-    flat = jnp.where(used, flat, flat[best])
     mean, unit, z = standardized(flat, weight)
     if score is not None:
-        score = jnp.where(used, score.reshape(-1, dim), 0.0) * unit
+        score = jnp.where(used[:, None], score.reshape(-1, dim), 0.0) * unit
     chains = Chains(x.shape[0], weight, z, score, log_density)
-    of_mean, of_covariance = choose(chains, control, variances=structure is not None)
+    of_mean, of_variances = choose(chains, control, variances=structure is not None)
     mean = mean - unit * of_mean.shift
     alone = jnp.max(weight) > DOMINANT_WEIGHT
     error = _with_rounding(unit * of_mean.error, mean, unit)
     covariance = covariance_error = None
     covariance_control = jnp.asarray(0)
-    if of_covariance is not None:
-        covariance, covariance_error = _covariance(chains, of_covariance, unit, structure)
-        covariance_control = of_covariance.kind
-        if score is not None and control != "none":
+    if of_variances:
+        covariance, covariance_error = _covariance(chains, of_variances[0], unit, structure)
+        covariance_control = of_variances[0].kind
+        if len(of_variances) > 1:
             # A corrected covariance need not be positive; that of the draws always is.
-            uncontrolled: Any = choose(chains, "none", variances=True)[1]
-            plain, plain_error = _covariance(chains, uncontrolled, unit, structure)
+            plain, plain_error = _covariance(chains, of_variances[1], unit, structure)
             positive = _is_positive(covariance, unit, structure)
             covariance = jnp.where(positive, covariance, plain)
             covariance_error = jnp.where(positive, covariance_error, plain_error)

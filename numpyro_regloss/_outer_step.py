@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._pytree import Partition, strong
+from numpyro_regloss._pytree import Partition, all_finite, strong
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian
@@ -129,8 +129,7 @@ def step(
         keys[2], state.anchor, target, draws, fitted, fit_info
     )
     infos = (shift_info, fit_info, anchor_info)
-    ok = jnp.stack([jnp.isfinite(part).all() for part in reference]).all()
-    ok = ok & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
+    ok = all_finite(reference) & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
     keep = partial(_select, ok)
     reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))

@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 __all__ = [
     "Partition",
+    "all_finite",
     "is_concrete",
     "pytree_dataclass",
     "replace_fields",
@@ -40,6 +41,11 @@ def _field_is_static(field: dataclasses.Field, value: Any) -> bool:
     if field.metadata.get("static", False):
         return True
     return (callable(value) or hasattr(value, "step")) and jax.tree_util.all_leaves([value])
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def is_concrete(tree: Any) -> bool:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from numpyro_regloss._pytree import all_finite
 from numpyro_regloss._quasi_newton import Trial, minimize
 from numpyro_regloss._typing import Array
 from numpyro_regloss._variational import (
@@ -90,9 +91,7 @@ def sample_average(
         left = num_steps - round_.solution.num_steps
         found = minimize(lambda x: function(base, x), template, left, STEPS_PER_ROUND)
         gaussian = move(base, unravel(found.x))
-        finite = jax.tree.reduce(
-            jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), gaussian)
-        )
+        finite = all_finite(gaussian)
         gaussian = jax.tree.map(lambda a, b: jnp.where(finite, a, b), gaussian, base)
         solution = Solution(
             gaussian,

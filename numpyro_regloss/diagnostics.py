@@ -30,7 +30,7 @@ from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import normalize_log_weight, weight_ess
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.values import Estimate
 
@@ -127,11 +127,6 @@ def gaussian_fit(
         >>> print(gaussian_fit(x, Gaussian(jnp.zeros(1), jnp.array(0.25))))
         sd: the Gaussian is narrower than the draws, by the factor in brackets, at 0 (0.25).
     """
-    if not isinstance(gaussian, AnyGaussian):
-        raise TypeError(
-            f"gaussian_fit: expected a Gaussian or LowRankGaussian, got {type(gaussian).__name__}; fits return "
-            "it as their first value."
-        )
     if not isinstance(target, RegularizedLoss | None):
         raise TypeError(
             f"gaussian_fit: expected target as a RegularizedLoss or None, got {type(target).__name__}."
@@ -147,11 +142,7 @@ def gaussian_fit(
         what="gaussian_fit",
     )
     x, log_weight = cloud.x, cloud.log_weight
-    if gaussian.mean.shape != x.shape[-1:]:
-        raise ValueError(
-            f"gaussian_fit: expected a Gaussian of the draws' {x.shape[-1]} coordinates, got a mean of shape "
-            f"{gaussian.mean.shape}."
-        )
+    gaussian = check_gaussian(gaussian, x.shape[-1], "gaussian_fit")
     names = names or (target.loss.flat_names if target else tuple(map(str, range(x.shape[-1]))))
     marginals = _marginals(x, log_weight, gaussian)
     divergences: Any = (None, None, None, None)
@@ -163,7 +154,8 @@ def gaussian_fit(
             )
         rng_key = check_key(rng_key, "gaussian_fit: rng_key")
         check_count(num_samples, "gaussian_fit: num_samples", 10)
-        divergences = _divergences(rng_key, x, log_weight, gaussian, target, num_samples)
+        y = gaussian.sample(rng_key, (num_samples,))
+        divergences = _divergences(x, log_weight, gaussian, target, y)
     fit = GaussianFit._make((*divergences, *marginals, names, ()))
     return fit._replace(findings=tuple(_findings(fit)))
 
@@ -198,21 +190,8 @@ def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Arra
     )
 
 
-def _divergences(
-    rng_key: Key,
-    x: Array,
-    log_weight: Array,
-    gaussian: AnyGaussian,
-    target: RegularizedLoss,
-    num_samples: int,
-) -> tuple[Estimate, Estimate, Array, Estimate]:
-    return _jitted_divergences(
-        x, log_weight, gaussian, target, gaussian.sample(rng_key, (num_samples,))
-    )
-
-
 @jax.jit
-def _jitted_divergences(
+def _divergences(
     x: Array, log_weight: Array, gaussian: AnyGaussian, target: RegularizedLoss, y: Array
 ) -> tuple[Estimate, Estimate, Array, Estimate]:
     weight = normalize_log_weight(log_weight).reshape(-1)

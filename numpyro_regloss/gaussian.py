@@ -6,17 +6,19 @@ The structure is read off the ranks of the two arrays, so a Gaussian survives `v
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Float
 
+from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
-__all__ = ["AnyGaussian", "Gaussian", "kl_divergence"]
+__all__ = ["AnyGaussian", "Gaussian", "check_gaussian", "kl_divergence"]
 
 
 class Gaussian(NamedTuple):
@@ -234,6 +236,61 @@ def kl_divergence(p: AnyGaussian, q: AnyGaussian) -> Array:
         trace = jnp.sum(p.variance * q.precision_diagonal, -1)
     shift = jnp.sum(q.whiten(p.mean) ** 2, -1)
     return 0.5 * (trace + shift - p.dim) + q.log_det - p.log_det
+
+
+def check_gaussian(gaussian: Any, dim: int, what: str, noun: str = "Gaussian") -> AnyGaussian:
+    """Casts a Gaussian to the default float and refuses what is none over so many parameters.
+
+    Args:
+        gaussian: a `Gaussian` or `LowRankGaussian`; the values of tracers pass unchecked.
+        dim: number of parameters.
+        what: begins the error message.
+        noun: what it is there for.
+
+    Returns:
+        The Gaussian.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if shapes do not fit, values are not finite, or the scale is not positive.
+    """
+    if not isinstance(gaussian, AnyGaussian):
+        raise TypeError(
+            f"{what}: expected a Gaussian or LowRankGaussian, got {type(gaussian).__name__}; use "
+            "Gaussian.isotropic(mean, tau), or of a distribution Gaussian.from_distribution."
+        )
+    gaussian = type(gaussian)(*(jnp.asarray(part, float) for part in gaussian))
+    wanted = f"scale (), ({dim},) or ({dim}, {dim})"
+    fits = gaussian[1].shape in ((), (dim,), (dim, dim))
+    if isinstance(gaussian, LowRankGaussian):
+        wanted = f"diagonal ({dim},) and factor ({dim}, rank)"
+        fits = gaussian.diagonal.shape == gaussian.factor.shape[:-1] == (dim,)
+    if gaussian.mean.shape != (dim,) or not fits:
+        got = ", ".join(f"{name} {part.shape}" for name, part in gaussian._asdict().items())
+        raise ValueError(
+            f"{what}: expected a {noun} over {dim} parameters, with mean ({dim},) and {wanted}, got {got}."
+        )
+    if is_concrete(gaussian):
+        _check_values(gaussian, what, noun)
+    return gaussian
+
+
+def _check_values(gaussian: AnyGaussian, what: str, noun: str) -> None:
+    mean, spread, *rest = (np.asarray(part) for part in gaussian)
+    if not np.isfinite(mean).all():
+        raise ValueError(f"{what}: expected a finite {noun} mean, got NaN or infinity.")
+    if spread.ndim == 2 and np.triu(spread, 1).any():
+        raise ValueError(
+            f"{what}: expected a lower triangular Cholesky factor as dense {noun} scale, got entries above the "
+            "diagonal; of a covariance take jnp.linalg.cholesky first."
+        )
+    positive = np.diagonal(spread) if spread.ndim == 2 else spread
+    finite = all(np.isfinite(part).all() for part in (spread, *rest))
+    if not (finite and (positive > 0).all()):
+        raise ValueError(
+            f"{what}: expected a finite {noun} scale with positive standard deviations (or Cholesky diagonal, or "
+            "variances of a low-rank Gaussian); scale is a standard deviation, tau = scale²."
+        )
 
 
 def _solve(lower: Array, x: Array, *, transpose: bool = False) -> Array:

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
@@ -22,15 +21,13 @@ from numpyro.distributions import constraints
 from numpyro_regloss._checks import check_positive
 from numpyro_regloss._pytree import (
     Partition,
-    is_concrete,
     pytree_dataclass,
     replace_fields,
     static_field,
 )
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.loss import Loss
-from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
 __all__ = ["RegularizedLoss", "latent_name", "model", "x_name"]
 
@@ -78,7 +75,7 @@ class RegularizedLoss:
                 "Loss.from_function or Loss.from_model."
             )
         if reference is not None:
-            reference = _checked_reference(reference, loss.dim)
+            reference = check_gaussian(reference, loss.dim, "RegularizedLoss", "reference")
         temperature = check_positive(temperature, "RegularizedLoss: temperature")
         checked = self.unchecked(loss, reference, loss.bind(args, kwargs), temperature)
         for field in dataclasses.fields(self):
@@ -173,7 +170,6 @@ def model(target: RegularizedLoss) -> None:
 
     Example:
         >>> from jax import random
-        >>> from numpyro_regloss import Gaussian
         >>> from numpyro.infer import MCMC, NUTS
         >>> from numpyro_regloss import Gaussian
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.ones(2))
@@ -215,57 +211,6 @@ def x_name(target: RegularizedLoss) -> str:
 def _user_sites(target: RegularizedLoss) -> set[str]:
     named = partial(target.loss.named_sites, arguments=target.arguments)
     return set(jax.eval_shape(named, target.loss.x0))
-
-
-def _checked_reference(reference: Any, dim: int) -> AnyGaussian:
-    if not isinstance(reference, AnyGaussian):
-        raise TypeError(
-            f"RegularizedLoss: expected a Gaussian reference or None, got {type(reference).__name__}; "
-            "use Gaussian.isotropic(mean, tau)."
-        )
-    reference = type(reference)(*(jnp.asarray(part, float) for part in reference))
-    mean = reference.mean.shape
-    if isinstance(reference, LowRankGaussian):
-        diagonal, factor = reference.diagonal, reference.factor
-        fits = diagonal.shape == mean and factor.shape[:-1] == mean
-        wanted, got = (
-            f"diagonal ({dim},), factor ({dim}, rank)",
-            f"{diagonal.shape}, {factor.shape}",
-        )
-    else:
-        fits = reference.scale.shape in ((), (dim,), (dim, dim))
-        wanted, got = (
-            f"scale (), ({dim},) or ({dim}, {dim})",
-            f"scale {reference.scale.shape}",
-        )
-    if mean != (dim,) or not fits:
-        raise ValueError(
-            f"RegularizedLoss: expected a reference with mean ({dim},) and {wanted}, got mean {mean}, "
-            f"{got}."
-        )
-    if is_concrete(reference):
-        _check_values(reference)
-    return reference
-
-
-def _check_values(reference: AnyGaussian) -> None:
-    if not np.isfinite(np.asarray(reference.mean)).all():
-        raise ValueError("RegularizedLoss: expected a finite reference mean, got NaN or infinity.")
-    parts = [np.asarray(part) for part in reference[1:]]
-    positive = parts[0]
-    if parts[0].ndim == 2:
-        if np.triu(parts[0], 1).any():
-            raise ValueError(
-                "RegularizedLoss: expected a lower triangular Cholesky factor as dense reference scale, got "
-                "entries above the diagonal; of a covariance take jnp.linalg.cholesky first."
-            )
-        positive = np.diagonal(parts[0])
-    if not (all(np.isfinite(part).all() for part in parts) and (positive > 0).all()):
-        raise ValueError(
-            "RegularizedLoss: expected a finite reference scale with positive standard deviations "
-            "(or Cholesky diagonal, or variances of a low-rank Gaussian); scale is a standard deviation, "
-            "tau = scale²."
-        )
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -161,7 +161,7 @@ BAD = [
     (
         lambda: gaussian_fit(np.eye(3), Gaussian(jnp.zeros(2), jnp.ones(2))),
         ValueError,
-        "3 coordinates",
+        "3 parameters",
     ),
     (
         lambda: gaussian_fit(np.eye(3), Gaussian(jnp.zeros(3), jnp.ones(3)), LOSS),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax import lax, random
 
 from numpyro_regloss import Loss, RejectedError, TwoStep, fit, shift
+from numpyro_regloss.fit.robbins_monro import RobbinsMonroInfo
 
 STEPS = 3
 SAMPLES, WARMUP, CHAINS, DEPTH = 10, 20, 2, 4
@@ -26,7 +27,7 @@ CLOUD = 64
 FARTHEST_NORMAL = 5.5
 ROUNDING = 1e-4  # float32 sums over a cloud of 64
 # All others that a step reports must be finite when it was taken.
-MAY_BE_INFINITE = {"khat", "rhat", "residual", "mean_error", "covariance_error"}
+MAY_BE_INFINITE = {"khat", "rhat", "residual"}
 
 
 def bowl(x):
@@ -146,7 +147,9 @@ def check_infos(result):
                 continue
             taken = rows[history.ok]
             assert not np.isnan(taken).any(), name
-            assert name in MAY_BE_INFINITE or np.isfinite(taken).all(), name
+            # Of a stochastic root that met numbers near overflow the error is unknown, which is infinite.
+            unknown = name == "mean_error" and isinstance(info, RobbinsMonroInfo)
+            assert unknown or name in MAY_BE_INFINITE or np.isfinite(taken).all(), name
     np.testing.assert_array_equal(history.ok, history.shift.ok & history.fit.ok)
 
 

@@ -1,6 +1,7 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,41 @@ def test_minibatch_chooses_arguments():
     assert (a.shape, b.shape, rest["c"].shape) == ((2,), (3,), (2,))
     with pytest.raises(ValueError, match="share one leading axis"):
         Loss.from_function(fn, np.ones(1), *args, minibatch=Minibatch(2), **kwargs)
+
+
+def test_unconstrain_is_the_inverse_of_constrain():
+    x = jnp.linspace(-1.0, 1.0, 4)
+    loss = Loss.from_model(simplex_model, np.array([3, 5, 2]))
+    # p has two free coordinates of three, and the support of inner depends on upper.
+    np.testing.assert_allclose(loss.unconstrain(loss.constrain(x)), x, atol=1e-5)
+    assert loss.flat_names == ("inner", "p[0]", "p[1]", "upper")
+    sites = loss.constrain(x)
+    _, jacobian = loss.source.unconstrain_with_jacobian(sites, *loss.arguments.tree)
+    densities = [
+        Loss.from_model(simplex_model, np.array([3, 5, 2]), density=d) for d in ("joint", "map")
+    ]
+    values = [each.value(x) for each in densities]
+    np.testing.assert_allclose(values[1] - values[0], jacobian, atol=1e-4)
+    with pytest.raises(ValueError, match=r"missing \['inner'\].*unknown \['outer'\]"):
+        loss.unconstrain({"p": sites["p"], "upper": sites["upper"], "outer": 1.0})
+
+    schools = Loss.from_model(eight_schools, 8, SIGMA, Y)
+    named = schools.constrain(schools.x0 + 0.3)  # "twice", which is deterministic, among them
+    np.testing.assert_allclose(schools.unconstrain(named), schools.x0 + 0.3, atol=1e-5)
+
+    loss = make()
+    np.testing.assert_allclose(loss.unconstrain(loss.constrain(loss.x0 + 1.0)), loss.x0 + 1.0)
+    assert loss.flat_names[:4] == ("a[0]", "a[1]", "a[2]", "b[0,0]")
+    with pytest.raises(ValueError, match="structure"):
+        loss.unconstrain({"a": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"'a' of shape \(3,\)"):
+        loss.unconstrain({"a": jnp.zeros(2), "b": jnp.ones((2, 2))})
+
+
+def test_pickles_with_its_data():
+    loss = make(a=0.5)
+    again = pickle.loads(pickle.dumps(loss))  # noqa: S301
+    assert again.value(again.x0) == loss.value(loss.x0)
 
 
 def test_double_precision(x64):

@@ -506,7 +506,7 @@ BAD = {
         ValueError,
         "a target with a reference",
     ),
-    "start is no Gaussian": (lambda: reverse_kl(KEY, SMALL, init=1.0), TypeError, "init as a"),
+    "start is no Gaussian": (lambda: reverse_kl(KEY, SMALL, init=1.0), TypeError, "init"),
     "start of another size": (
         lambda: reverse_kl(KEY, SMALL, init=Gaussian.isotropic(jnp.zeros(3), 1.0)),
         ValueError,

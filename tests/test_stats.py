@@ -4,6 +4,7 @@
 
 import functools
 import math
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -633,3 +634,13 @@ def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
     stacked = jax.tree.map(lambda *x: np.stack(x), *compiled)
     together = jax.tree.map(lambda x: x[:6], in_float32(batched(function), batch))
     jax.tree.map(assert_close, together, stacked)
+
+
+def test_after_waits_and_changes_nothing():
+    value = jnp.arange(6.0).reshape(2, 3)
+    for first in (0.0, jnp.nan, jnp.inf, -jnp.inf):
+        np.testing.assert_array_equal(_stats.after(jnp.asarray(first), value), value)
+    # What waits must still depend on what it waits for once the compiler is through.
+    program = jax.jit(_stats.after).lower(jnp.zeros(()), value).compile().as_text()
+    root = next(line for line in program.splitlines() if "ROOT" in line and "fusion" in line)
+    assert len(re.findall(r"%[\w.]+", root.split("(", 1)[1])) >= 2, program

@@ -25,7 +25,7 @@ from numpyro_regloss._checks import check_choice
 from numpyro_regloss._control_variates import CONTROLS
 from numpyro_regloss._families import Projection, project, structure_of
 from numpyro_regloss._moments import of_blocks, of_chains
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._pytree import all_finite, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import after
 from numpyro_regloss._typing import Array, Key
@@ -162,7 +162,7 @@ def forward_kl(
         rank: number of factors of `"low_rank"`.
         log_weight: log importance weights, of the samples' leading shape.
         score: gradient of the log density at the samples, of the shape of an array of samples: control
-            variates make the moments up to a hundred times as accurate.
+            variates cut the squared errors of the moments, by much where the density is nearly Gaussian.
         log_density: of the samples, of their leading shape; with scores it finds losses that jump.
         control_variates: see `ForwardKL`.
         shrinkage: see `ForwardKL`.
@@ -238,9 +238,8 @@ def _fit(
         projection = Projection(gaussian, zero, zero[0], false, ~false)
     else:
         projection = project(method, moments, draws, reference)
-    parts = [jnp.isfinite(part).all() for part in projection.gaussian]
     info = ForwardKLInfo(
-        ok=jnp.stack(parts).all() & ~moments.alone,
+        ok=all_finite(projection.gaussian) & ~moments.alone,
         num_loss=jnp.asarray(0),
         num_grad=jnp.asarray(0),
         mean_error=moments.mean_error,

@@ -28,7 +28,7 @@ from numpyro_regloss._base_draws import round_up
 from numpyro_regloss._checks import check_choice, check_count, check_key
 from numpyro_regloss._guide_fit import guide_fit
 from numpyro_regloss._natural_gradient import natural_gradient
-from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
+from numpyro_regloss._pytree import all_finite, pytree_dataclass, static_field, strong
 from numpyro_regloss._sample_average import sample_average
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._variational import (
@@ -45,7 +45,7 @@ from numpyro_regloss._variational import (
 )
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.fit.base import Fit, FitResult, check_family
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["ReverseKL", "ReverseKLInfo", "ReverseKLState", "reverse_kl"]
@@ -220,7 +220,7 @@ class ReverseKL(Fit):
         bound_error = target.temperature * summary.bound_error
         after = self._relative(gaussian, frame)
         info = ReverseKLInfo(
-            ok=_finite((gaussian, after, bound, bound_error)),
+            ok=all_finite((gaussian, after, bound, bound_error)),
             num_loss=jnp.asarray(0),
             num_grad=num_grad,
             bound=bound,
@@ -333,20 +333,8 @@ def reverse_kl(
             "with fit.ForwardKL."
         )
     if init is not None:
-        init = _checked_init(init, target)
+        init = check_gaussian(init, target.dim, "reverse_kl: init")
     return FitResult(*_fit(engine, rng_key, target, init))
-
-
-def _checked_init(init: Any, target: RegularizedLoss) -> AnyGaussian:
-    if not isinstance(init, AnyGaussian):
-        raise TypeError(
-            f"reverse_kl: expected init as a Gaussian, a LowRankGaussian or None, got {type(init).__name__}."
-        )
-    try:
-        # A start is checked like a reference.
-        return RegularizedLoss(target.loss, init).reference
-    except ValueError as error:
-        raise ValueError(str(error).replace("RegularizedLoss", "reverse_kl: init")) from error
 
 
 @jax.jit
@@ -388,7 +376,3 @@ def _first_stage(engine: ReverseKL, target: RegularizedLoss) -> ReverseKL | None
 
 def _select(ok: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-
-
-def _finite(tree: Any) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
