@@ -62,6 +62,7 @@ FLOORS = {
     "guides": 8,
     "two_step": 8,
     "schemes": 9,
+    "record": 9,
     "diagnostics": 9,
     "": 10,
     "__main__": 11,
