@@ -30,7 +30,6 @@ from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field,
 from numpyro_regloss._stats import effective_sample_size, weight_ess
 from numpyro_regloss._tempering import bounded_energy, evidence, next_rung, systematic
 from numpyro_regloss._tempering_moves import MOVES, Particles
-from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.regularized import RegularizedLoss
@@ -178,7 +177,7 @@ class SMC(Shift):
         Returns:
             `()`, draws of shape `(num_islands, num_particles, dim)` and the diagnostics.
         """
-        key_batch, key_start, key_run = random.split(unrolled(rng_key), 3)
+        key_batch, key_start, key_run = random.split(rng_key, 3)
         # One batch for the whole run: weights of different losses cannot be compared.
         target = target.on_batch(key_batch)
         evaluate = partial(self._evaluate, target)
