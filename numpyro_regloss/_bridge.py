@@ -66,7 +66,7 @@ def bridge(
         return log_z + change, change, iteration + 1
 
     start = jnp.median(at_q)
-    log_z, change, _ = lax.while_loop(unfinished, iterate, (start, start + jnp.inf, 0))
+    log_z, change, _ = lax.while_loop(unfinished, iterate, (start, start + jnp.inf, jnp.asarray(0)))
     top, bottom = parts(log_z)
     pairs = ((independent, top), (chains, bottom))
     relative = [series_error(which, v[:, None])[0] / (which.weight @ v) for which, v in pairs]

@@ -3,8 +3,8 @@
 r"""The evidence Z = E exp(-loss / T) under the reference, from a Gaussian that was fitted to q.
 
 Importance sampling takes a defensive mixture: shares of the draws come from the fitted Gaussian N and from the
-reference p, all are weighted by p exp(-loss / T) / (a N + (1 - a) p), at most exp(-least loss / T) / (1 - a), and the
-variance is that of the strata, over antithetic pairs. Bridge sampling adds draws of q.
+reference p, all are weighted by p exp(-loss / T) / (a N + (1 - a) p), at most exp(-least loss / T) / (1 - a),
+and the variance is that of the strata, over antithetic pairs. Bridge sampling adds draws of q.
 
 References: Hesterberg (1995), "Weighted Average Importance Sampling and Defensive Mixture Distributions"; Owen &
 Zhou (2000), "Safe and Effective Importance Sampling"; Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto
@@ -18,7 +18,13 @@ from numpyro_regloss._bridge import bridge
 from numpyro_regloss._control_variates import Chains
 from numpyro_regloss._estimate import BridgeEstimate, GaussianEstimate
 from numpyro_regloss._pareto import pareto_smooth
-from numpyro_regloss._stats import after, effective_sample_size, log_mean_exp, split_rhat, weight_ess
+from numpyro_regloss._stats import (
+    after,
+    effective_sample_size,
+    log_mean_exp,
+    split_rhat,
+    weight_ess,
+)
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.gaussian import AnyGaussian
@@ -148,5 +154,3 @@ def _rounding(*terms: Array) -> Array:
 
 def _or_infinite(error: Array, value: Array) -> Array:
     return jnp.where(jnp.isfinite(value) & jnp.isfinite(error), error, jnp.inf)
-
-

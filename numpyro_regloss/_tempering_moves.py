@@ -26,7 +26,16 @@ from numpyro_regloss._stats import normalize_log_weight
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.gaussian import Gaussian
 
-__all__ = ["MOVES", "Frame", "Particles", "adapt", "crank_nicolson", "first_step_size", "frame_of", "hmc"]
+__all__ = [
+    "MOVES",
+    "Frame",
+    "Particles",
+    "adapt",
+    "crank_nicolson",
+    "first_step_size",
+    "frame_of",
+    "hmc",
+]
 
 MOVES = ("crank_nicolson", "hmc")
 # Fewer particles per dimension than this have no covariance, only variances.
@@ -95,7 +104,9 @@ def frame_of(noise: Array, log_weight: Array) -> Frame:
     variance = weight @ centered**2
     # One particle that carries all weight has no variance.
     usable = variance > jnp.finfo(variance.dtype).eps * jnp.max(variance)
-    sd = jnp.sqrt(jnp.where(usable, variance, jnp.where(jnp.max(variance) > 0, jnp.max(variance), 1.0)))
+    sd = jnp.sqrt(
+        jnp.where(usable, variance, jnp.where(jnp.max(variance) > 0, jnp.max(variance), 1.0))
+    )
     if count < DENSE_FROM * dim:
         return Frame(Gaussian(mean, sd), 1.0 / sd)
     z = centered / sd

@@ -85,8 +85,8 @@ def local_entropy(
         rng_key: a random key.
         target: loss, reference and temperature.
         method: one of these names.
-        num_samples: loss evaluations of importance sampling, particles of SMC over all islands, draws of a bridge, half
-            of them of chains; each rounded up to what its method needs.
+        num_samples: loss evaluations of importance sampling, particles of SMC over all islands, draws of a
+            bridge, half of them of chains; each rounded up to what its method needs.
         chunk_size: evaluations at once, in importance sampling and for the draws of a Gaussian.
 
     Returns:
@@ -258,9 +258,7 @@ def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) ->
 
 
 @jax.jit
-def _by_smc(
-    rng_key: Key, target: RegularizedLoss, engine: SMC
-) -> tuple[SMCEstimate, StoredDraws]:
+def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEstimate, StoredDraws]:
     info: SMCInfo
     _, draws, info = engine.step(rng_key, (), target)
     # As above; and what has not reached q knows no error.
