@@ -4,11 +4,11 @@ r"""The evidence Z = E exp(-loss / T) under the reference, from a Gaussian that 
 
 Importance sampling takes a defensive mixture: shares of the draws come from the fitted Gaussian N and from the
 reference p, all are weighted by p exp(-loss / T) / (a N + (1 - a) p), at most exp(-least loss / T) / (1 - a),
-and the variance is that of the strata, over antithetic pairs. Bridge sampling adds draws of q.
+with N itself as a control variate, and the variance is that of the strata, over antithetic pairs. Bridge sampling
+adds draws of q.
 
 References: Hesterberg (1995), "Weighted Average Importance Sampling and Defensive Mixture Distributions"; Owen &
-Zhou (2000), "Safe and Effective Importance Sampling"; Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto
-Smoothed Importance Sampling"; and those of `_bridge`.
+Zhou (2000), "Safe and Effective Importance Sampling"; and those of `_bridge`.
 """
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax, random
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._control_variates import Chains
 from numpyro_regloss._estimate import BridgeEstimate, GaussianEstimate
-from numpyro_regloss._pareto import pareto_smooth
+from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._stats import (
     after,
     effective_sample_size,
@@ -84,16 +84,26 @@ def by_gaussian(
     log_share = [jnp.log(count / num_samples) for count in counts]
     log_fitted = fitted.log_prob(after(log_reference[0], x))
     log_mixture = jnp.logaddexp(log_share[0] + log_fitted, log_share[1] + log_reference)
-    smoothed, khat = pareto_smooth(log_reference - log_mixture - energy)
-    log_mean = log_mean_exp(smoothed)
-    pair = jnp.mean(jnp.exp(smoothed - log_mean).reshape(-1, 2), 1)
+    log_weight = log_reference - log_mixture - energy
+    log_mean = log_mean_exp(log_weight)
+    weight = jnp.exp(log_weight - log_mean)
+    # The density ratio of N averages to one over the mixture. Subtracting it leaves no variance where q is N, and
+    # no rare draws between N and the reference that an error estimate would miss.
+    control = jnp.exp(log_fitted - log_mixture) - 1.0
+    centered = control - jnp.mean(control)
+    slope = jnp.mean(weight * centered) / jnp.mean(centered**2)
+    corrected = weight - slope * control
+    usable = jnp.mean(corrected) > 0
+    pair = jnp.mean(jnp.where(usable, corrected, weight).reshape(-1, 2), 1)
+    mean = jnp.mean(pair)
     split = counts[0] // 2
     shares = jnp.asarray(counts, pair.dtype) / num_samples
     errors = jnp.stack([pair_error(pair[:split]), pair_error(pair[split:])])
-    rounding = _rounding(log_reference[:split], log_fitted[:split], energy[:split])
-    value = -target.temperature * log_mean
-    error = target.temperature * jnp.sqrt(jnp.sum((shares * errors) ** 2) + rounding**2)
-    return GaussianEstimate(value, _or_infinite(error, value), weight_ess(smoothed), khat)
+    rounding = _rounding(log_reference[: 2 * split], log_fitted[: 2 * split], energy[: 2 * split])
+    relative = jnp.hypot(jnp.sqrt(jnp.sum((shares * errors) ** 2)) / mean, rounding)
+    value = -target.temperature * (log_mean + jnp.log(mean))
+    error = _or_infinite(target.temperature * relative, value)
+    return GaussianEstimate(value, error, weight_ess(log_weight), pareto_khat(log_weight))
 
 
 def by_bridge(

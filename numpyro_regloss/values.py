@@ -46,7 +46,8 @@ SIGMAS = 4.0
 NUM_ISLANDS, NUM_MOVES = 16, 10
 # Particles in an island of the run that the Gaussian is fitted to.
 PILOT_PARTICLES = 100
-NUM_CHAINS, NUM_WARMUP = 8, 300
+# Fewer draws of a chain say little of its agreement with others.
+NUM_CHAINS, NUM_WARMUP, LEAST_HALF = 8, 300, 100
 # Draws per dimension below which a Gaussian is fitted with a diagonal covariance.
 DENSE_FROM = 4
 # Random points at which a loss must show a gradient to be called differentiable.
@@ -288,7 +289,7 @@ def _by_bridge(
 ) -> tuple[BridgeEstimate, Array]:
     # And whether the means of the chains are those of other draws.
     key_chain, key_fit, rng_key = random.split(rng_key, 3)
-    half = max(20, -(-num_samples // (4 * NUM_CHAINS)))
+    half = max(LEAST_HALF, -(-num_samples // (4 * NUM_CHAINS)))
     engine = NUTS(num_warmup=NUM_WARMUP, num_samples=2 * half, num_chains=NUM_CHAINS)
     state = engine.init(key_chain, target)._replace(x=start)
     draws = engine.step(key_chain, state, target)[1]
