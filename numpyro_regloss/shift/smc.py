@@ -283,7 +283,9 @@ class SMC(Shift):
         return jax.tree.map(arrange, states)
 
     def _report(self, target: RegularizedLoss, carry: _Carry) -> tuple[StoredDraws, SMCInfo]:
-        particles, islands = carry.particles, carry.log_evidence
+        particles = carry.particles
+        alive = jnp.isfinite(particles.energy).any()
+        islands = jnp.where(alive, carry.log_evidence, -jnp.inf)
         x = target.reference.unwhiten(particles.noise)
         score = None
         if self.uses_gradient:
