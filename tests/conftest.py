@@ -24,6 +24,7 @@ SHIFTS = {
         num_warmup=200, num_samples=250, num_chains=4, dense_mass=True
     ),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
+    "smc": lambda: shift.SMC(num_particles=300),
 }
 # Where an engine's variants run the same code, the rules are checked on one of them.
 FAMILIES = ("importance_chunked", "nuts", "hmc")
