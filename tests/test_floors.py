@@ -38,6 +38,8 @@ FLOORS = {
     "draws": 4,
     "_whitened_hmc": 5,
     "_moments": 5,
+    "_langevin": 5,
+    "_replicas": 4,
     "_samples": 5,
     "_families": 6,
     "_outer_step": 5,

@@ -7,5 +7,6 @@ from numpyro_regloss.shift.hmc import HMC
 from numpyro_regloss.shift.implicit import Implicit
 from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
+from numpyro_regloss.shift.sgld import SGLD, RMSprop
 
-__all__ = ["HMC", "NUTS", "Implicit", "Importance", "Shift"]
+__all__ = ["HMC", "NUTS", "SGLD", "Implicit", "Importance", "RMSprop", "Shift"]
