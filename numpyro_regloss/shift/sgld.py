@@ -89,14 +89,19 @@ class SGLDInfo(NamedTuple):
     ess: Array
 
 
+class _Batch(NamedTuple):
+    # Running weight, mean, variance and mean loss; of a batch of one draw the variance is None.
+    weight: Array
+    mean: Array
+    spread: Any
+    loss: Array
+
+
 class _Carry(NamedTuple):
     x: Array
     gradient: Array
     moment: Any
-    weight: Array
-    means: Array
-    squares: Any
-    losses: Array
+    batch: _Batch
 
 
 @pytree_dataclass
@@ -229,15 +234,8 @@ class SGLD(Shift):
         loss, gradient = evaluate(0, x)
         moment = self._moment(state.moment, gradient)
         size, count = self._batches(target.dim)
-        carry = _Carry(
-            x,
-            gradient,
-            moment,
-            jnp.zeros((), x.dtype),
-            jnp.zeros((count, *x.shape), x.dtype),
-            jnp.zeros((count, *x.shape), x.dtype) if size > 1 else None,
-            jnp.zeros((count, self.num_chains), x.dtype),
-        )
+        zero = jnp.zeros_like(x)
+        batch = _Batch(zero[0, 0], x, zero if size > 1 else None, loss)
 
         def advance(j: Array, carry: _Carry) -> _Carry:
             step_size = self._step_size(j, x.dtype)
@@ -247,12 +245,21 @@ class SGLD(Shift):
             drift = carry.gradient + pull(carry.x)
             moved = carry.x - step_size * diagonal * drift + jnp.sqrt(variance) * noise
             loss, gradient = evaluate(j + 1, moved)
-            moment = self._moment(carry.moment, gradient)
-            carry = carry._replace(x=moved, gradient=gradient, moment=moment)
-            return self._count(carry, j - self.num_warmup, size, loss)
+            batch = self._count(carry.batch, j - self.num_warmup, size, moved, loss)
+            return _Carry(moved, gradient, self._moment(carry.moment, gradient), batch)
 
-        last = lax.fori_loop(0, self._num_steps, advance, strong(carry))
-        draws = self._draws(last, target.temperature, size)
+        def one_batch(carry: _Carry, b: Array) -> tuple[_Carry, _Batch]:
+            # The first one has the warm-up before it, so that the loop is compiled once.
+            first = jnp.where(b == 0, 0, self.num_warmup + b * size)
+            end = self.num_warmup + jnp.minimum((b + 1) * size, self.num_samples)
+            carry = lax.fori_loop(first, end, advance, carry)
+            return carry, carry.batch
+
+        # Summed up in the loop's own variables: to read and write a row of a buffer takes longer.
+        last, batches = lax.scan(
+            one_batch, strong(_Carry(x, gradient, moment, batch)), jnp.arange(count)
+        )
+        draws = self._draws(batches, target.temperature, size)
         state, stability, spent = self._look(
             state, target, evaluate, x, gradient, self._diagonal(moment)
         )
@@ -315,44 +322,33 @@ class SGLD(Shift):
         size = -(-self.num_samples // min(room, MOST_BATCHES))
         return size, -(-self.num_samples // size)
 
-    def _count(self, carry: _Carry, i: Array, size: int, loss: Array) -> _Carry:
+    def _count(self, batch: _Batch, i: Array, size: int, x: Array, loss: Array) -> _Batch:
+        if batch.spread is None:
+            return batch._replace(mean=x, loss=loss)
         # A batch starts anew with its first draw, and at every step of the warm-up.
-        row = jnp.maximum(i, 0) // size
-        write = partial(lax.dynamic_update_index_in_dim, index=row, axis=0)
-        if carry.squares is None:
-            return carry._replace(
-                means=write(carry.means, carry.x), losses=write(carry.losses, loss)
-            )
         decay = 1.0 if self.averaging_decay is None else self.averaging_decay
-        kept = jnp.where((i <= 0) | (i % size == 0), 0.0, decay * carry.weight)
-        weight = (kept + 1.0).astype(carry.weight.dtype)
-        share, fresh = 1.0 / weight, kept == 0
-        mean, square, mean_loss = (
-            lax.dynamic_index_in_dim(a, row, 0, keepdims=False)
-            for a in (carry.means, carry.squares, carry.losses)
-        )
-        mean, mean_loss = jnp.where(fresh, carry.x, mean), jnp.where(fresh, loss, mean_loss)
-        change = carry.x - mean
-        # Variance of a batch, by Welford's recursion with weights.
-        square = (1.0 - share) * (jnp.where(fresh, 0.0, square) + share * change**2)
-        return carry._replace(
-            weight=weight,
-            means=write(carry.means, mean + share * change),
-            squares=write(carry.squares, square),
-            losses=write(carry.losses, mean_loss + share * (loss - mean_loss)),
-        )
+        fresh = (i <= 0) | (i % size == 0)
+        weight = jnp.where(fresh, 0.0, decay * batch.weight).astype(x.dtype) + 1.0
+        share = 1.0 / weight
+        mean, mean_loss = jnp.where(fresh, x, batch.mean), jnp.where(fresh, loss, batch.loss)
+        change = x - mean
+        # Welford's recursion, with weights.
+        spread = (1.0 - share) * (jnp.where(fresh, 0.0, batch.spread) + share * change**2)
+        return _Batch(weight, mean + share * change, spread, mean_loss + share * (loss - mean_loss))
 
-    def _draws(self, last: _Carry, temperature: Array, size: int) -> StoredDraws | BatchMeans:
-        x, loss = jnp.swapaxes(last.means, 0, 1), last.losses.T
+    def _draws(
+        self, batches: _Batch, temperature: Array, size: int
+    ) -> StoredDraws | BatchMeans:
+        x, loss = jnp.swapaxes(batches.mean, 0, 1), batches.loss.T
         age = jnp.arange(self.num_samples - 1, -1, -1, dtype=x.dtype)
         decay = 1.0 if self.averaging_decay is None else self.averaging_decay
         log_weight = age * jnp.log(jnp.asarray(decay, x.dtype))
         log_weight = jnp.pad(log_weight, (0, -age.size % size), constant_values=-jnp.inf)
         log_weight = jax.nn.logsumexp(log_weight.reshape(-1, size), 1)
         log_weight = jnp.tile(log_weight, (self.num_chains, 1))
-        if last.squares is None:
+        if batches.spread is None:
             return StoredDraws(x, log_weight, loss, temperature)
-        spread = jnp.swapaxes(last.squares, 0, 1)
+        spread = jnp.swapaxes(batches.spread, 0, 1)
         return BatchMeans(x, log_weight, loss, temperature, spread=spread)
 
     def _look(
