@@ -57,8 +57,8 @@ class RMSprop:
         ValueError: if a setting is out of range.
 
     Example:
-        >>> float(RMSprop().decay.round(2))
-        0.99
+        >>> RMSprop(decay=0.5)
+        RMSprop(decay=array(0.5, dtype=float32), damping=array(1.e-05, dtype=float32))
     """
 
     decay: Any = 0.99

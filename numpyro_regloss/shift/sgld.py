@@ -194,9 +194,14 @@ class SGLD(Shift):
             The state.
 
         Raises:
+            TypeError: if the loss returns integers.
             ValueError: if a fixed preconditioner does not fit the parameters.
         """
         mean = target.reference.mean
+        if target.loss.returns_integers:
+            raise TypeError(
+                "SGLD: expected a loss with a gradient, got one that returns integers; use shift.Importance."
+            )
         if np.shape(self.preconditioner) not in ((), mean.shape):
             raise ValueError(
                 f"SGLD: expected a preconditioner with one entry for each of the {mean.size} parameters, "
