@@ -2,16 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much time does SGLD take beyond the gradients, minibatches and random numbers that it must have?
 
-A 784-32-10 network of 25,450 parameters, batches of 128 of 60,000 rows of noise, 1,000 inner steps. The engine, alone
-and with its fit, is timed in turn with bare loops ("floors") of as many gradients of as many batches, with normals
-or without noise. Ratios are medians over rounds of the ratio within a round.
+A 784-32-10 network of 25,450 parameters, batches of 128 of 60,000 rows of noise, 1,000 inner steps. The engine,
+alone and with its fit, is timed in turn with bare loops ("floors") of as many gradients of as many batches, with
+normals or without noise. Ratios are medians over rounds of the ratio within a round.
 """
 
 from functools import partial
 
 import harness
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 from overhead import milliseconds, network
@@ -35,7 +34,7 @@ def digits(rows):
 
 @partial(jax.jit, static_argnames=("num_steps", "noise"))
 def bare(rng_key, target, num_steps, *, noise):
-    """Gradients of fresh batches, each with its normals (or its signs), and a small step."""
+    """Gradients of fresh batches, each with its normals (or without), and a small step."""
 
     def body(i, x):
         key_batch, key_noise = random.split(random.fold_in(rng_key, i))

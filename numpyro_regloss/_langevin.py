@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What a Langevin step is made of: noise, preconditioners, the limit of its step size, averages.
 
-A step z ← z - η P ∇U(z) + sqrt(2 η T P) ξ of a quadratic U with Hessian A is stable if and only if no eigenvalue of
-η P A reaches 2. The largest is found by a power iteration on differences of gradients of one batch.
+A step z ← z - η P ∇U(z) + sqrt(2 η T P) ξ of a quadratic U with Hessian A is stable if and only if no eigenvalue
+of η P A reaches 2. The largest is found by a power iteration on differences of gradients of one batch.
 
 References: Li, Chen, Carlson & Carin (2016), "Preconditioned Stochastic Gradient Langevin Dynamics for Deep Neural
 Networks"; Milstein & Tretyakov (2004), "Stochastic Numerics for Mathematical Physics", on weak schemes with

@@ -111,9 +111,7 @@ def of_chains(
     if of_variances:
         if spread is not None:
             spread = jnp.where(used[:, None], spread.reshape(-1, dim), 0.0) / unit**2
-        covariance, covariance_error = _covariance(
-            chains, of_variances[0], unit, structure, spread
-        )
+        covariance, covariance_error = _covariance(chains, of_variances[0], unit, structure, spread)
         covariance_control = of_variances[0].kind
         if len(of_variances) > 1:
             # A corrected covariance need not be positive; that of the draws always is.

@@ -21,7 +21,7 @@ __all__ = ["Tied", "replicate"]
 
 @pytree_dataclass
 class ReplicaSource:
-    """What turns one flat vector into parameters with a leading axis of replicas, and into the sum of their losses.
+    """Turns one flat vector into parameters with a leading axis of replicas, and into the sum of their losses.
 
     Attributes:
         base: the source of one replica.
@@ -46,7 +46,9 @@ class ReplicaSource:
     @property
     def flat_names(self) -> tuple[str, ...]:
         """One label per flat parameter, with the number of its replica."""
-        return tuple(f"{name}@{a}" for a in range(self.num_replicas) for name in self.base.flat_names)
+        return tuple(
+            f"{name}@{a}" for a in range(self.num_replicas) for name in self.base.flat_names
+        )
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Array:
         """The sum of the losses; of a batch each replica sees its own rows."""
@@ -79,9 +81,7 @@ class ReplicaSource:
 
     def ravel(self, sites: dict[str, Array]) -> Array:
         """Unconstrained sites with a leading axis of replicas as the flat vector."""
-        return jnp.concatenate([
-            self.base.ravel(_pick(sites, a)) for a in range(self.num_replicas)
-        ])
+        return jnp.concatenate([self.base.ravel(_pick(sites, a)) for a in range(self.num_replicas)])
 
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from what one replica takes."""
@@ -118,8 +118,8 @@ def replicate(loss: Loss, num_replicas: int) -> Loss:
         minibatch = minibatch.times(num_replicas)
         if rows < minibatch.batch_size:
             raise ValueError(
-                f"schemes.parle: expected data of num_replicas x batch_size = {minibatch.batch_size} rows at least, "
-                f"got {rows}; use fewer replicas, smaller batches or no minibatch."
+                "schemes.parle: expected num_replicas x batch_size rows of data at least, that is "
+                f"{minibatch.batch_size}, got {rows}; use fewer replicas, smaller batches or no minibatch."
             )
     return replace_fields(
         loss,

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass
+from numpyro_regloss._pytree import pytree_dataclass
 from numpyro_regloss._replicas import Tied, replicate
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor import Optax, Proximal
@@ -29,7 +29,8 @@ from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
 __all__ = ["Scoping", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
 
-# Built once, since a new optimizer is a new program. A rate of one with `direction="displacement"` is the plain step.
+# Built once, since a new optimizer is a new program. A rate of one is the plain step where the optimizer is handed
+# displacements.
 MOMENTUM = optax.sgd(1.0, momentum=0.9, nesterov=True)
 
 
@@ -199,8 +200,8 @@ def parle(
 ) -> TwoStep:
     """Parle: replicas of Entropy-SGD, each with its own centre and batches, that attract each other.
 
-    Minimizes Σ_a [F_tau(x_a) + rho |x_a - mean|² / 2] over the replicas x_a, with rho = coupling T / tau, so that a
-    schedule of tau (`Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
+    Minimizes Σ_a [F_tau(x_a) + rho |x_a - mean|² / 2] over the replicas x_a, with rho = coupling T / tau, so that
+    a schedule of tau (`Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
 
     Parameters have a leading axis of replicas, and losses of the history are summed over them. The replicas'
     mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer.
@@ -210,8 +211,8 @@ def parle(
         tau: T / gamma, in squared units of the parameters; a number, a schedule, or values by group as for one
             replica.
         num_replicas: two at least.
-        coupling: the part of its distance from the mean that a replica gives up per outer step at a rate of one, from
-            0 (not at all) to 1.
+        coupling: the part of its distance from the mean that a replica gives up per outer step at a rate of one,
+            from 0 (not at all) to 1.
         temperature: see `entropy_sgd`.
         step_size: see `entropy_sgd`.
         num_samples: see `entropy_sgd`.
@@ -223,7 +224,7 @@ def parle(
         The optimizer, of the loss of all replicas.
 
     Raises:
-        TypeError: if the loss is none.
+        TypeError: if the loss is none, or the coupling no number.
         ValueError: if the coupling is not between 0 and 1, or data are fewer than the replicas take at once.
 
     Example:
@@ -239,8 +240,10 @@ def parle(
             f"schemes.parle: expected a Loss, got {type(loss).__name__}; wrap it with Loss.from_function."
         )
     check_count(num_replicas, "schemes.parle: num_replicas", 2)
-    if not is_concrete(coupling) or np.shape(coupling) != () or not 0 <= coupling <= 1:
-        raise ValueError(f"schemes.parle: expected a coupling between 0 and 1, got {coupling!r}.")
+    if isinstance(coupling, bool) or not isinstance(coupling, int | float | np.number):
+        raise TypeError(f"schemes.parle: expected coupling as a number, got {coupling!r}.")
+    if not 0 <= coupling <= 1:
+        raise ValueError(f"schemes.parle: expected coupling between 0 and 1, got {coupling}.")
     all_replicas = replicate(loss, num_replicas)
     base = entropy_sgd(
         all_replicas,

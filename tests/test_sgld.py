@@ -171,9 +171,7 @@ def test_batch_means_say_what_the_draws_do():
         )
         assert isinstance(draws, BatchMeans)
         assert draws.x.shape[1] == 32
-        full, part = (
-            project(ForwardKL("diagonal"), target, d) for d in (all_draws, draws)
-        )
+        full, part = (project(ForwardKL("diagonal"), target, d) for d in (all_draws, draws))
         sd = full[0].scale
         np.testing.assert_allclose(part[0].mean, full[0].mean, atol=1e-4)
         # Of a finite chain, the variance about the batch means' mean differs by the error of that mean.
@@ -290,7 +288,9 @@ def test_an_unstable_step_size_is_reported_with_the_limit(keep, times):
     limit = 2.0 / np.linalg.eigvalsh(HESSIAN + 2.0 * np.eye(3))[-1]
     engine = shift.SGLD(times * limit, 200, num_chains=2, keep=keep)
     optimizer = TwoStep(target.loss, 0.25, engine, fit.ForwardKL(), temperature=0.5)
-    with pytest.raises(RejectedError, match="3 of 3 steps were rejected.*step size was unstable") as caught:
+    with pytest.raises(
+        RejectedError, match="3 of 3 steps were rejected.*step size was unstable"
+    ) as caught:
         optimizer.run(random.key(0), 3, progress_bar=False)
     message = str(caught.value)
     suggested = float(message.split("use a step_size below ")[1].split(",")[0])
@@ -299,7 +299,9 @@ def test_an_unstable_step_size_is_reported_with_the_limit(keep, times):
     np.testing.assert_array_equal(result.params, np.zeros(3))
     np.testing.assert_allclose(result.history.shift.stability, 2.0 * times, rtol=0.05)
     assert (result.history.shift.growth > 3).all()
-    smaller = dataclasses.replace(optimizer, shift=dataclasses.replace(engine, step_size=0.5 * suggested))
+    smaller = dataclasses.replace(
+        optimizer, shift=dataclasses.replace(engine, step_size=0.5 * suggested)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert smaller.run(random.key(0), 3, progress_bar=False).history.ok.all()

@@ -5,8 +5,8 @@ r"""An Optax optimizer in place of the plain step: the outer loop of Entropy-SGD
     g = T Σ⁻¹ (x - fitted mean),   x ← x + update(g)
 
 with Σ = tau I the covariance of the reference. With `fit.ForwardKL` g is the gradient of the local entropy F_tau,
-with the heat fits that of the Moreau envelope of the heat-regularized loss. Plain gradient descent of rate tau / T is
-the plain step; other optimizers lose its guarantee that the regularized loss falls.
+with the heat fits that of the Moreau envelope of the heat-regularized loss. Plain gradient descent of rate tau / T
+is the plain step; other optimizers lose its guarantee that the regularized loss falls.
 
 Reference: Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun & Zecchina (2017), "Entropy-SGD:
 Biasing Gradient Descent into Wide Valleys".
@@ -132,7 +132,9 @@ class Optax(Anchor):
         handed = displacement if self.direction == "displacement" else gradient
         update, after = self.optimizer.tree.update(handed, state, x)
         # Numbers of the state too: momentum that is not finite would spoil every later step.
-        floats = [a for a in jax.tree.leaves(after) if jnp.issubdtype(jnp.result_type(a), jnp.inexact)]
+        floats = [
+            a for a in jax.tree.leaves(after) if jnp.issubdtype(jnp.result_type(a), jnp.inexact)
+        ]
         plain = ~all_finite((update, floats)) & self.safeguard
         update = jnp.where(plain, -displacement, update).astype(x.dtype)
         after = jax.tree.map(lambda old, new: jnp.where(plain, old, new), state, after)

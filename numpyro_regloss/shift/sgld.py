@@ -5,19 +5,19 @@ r"""Stochastic gradient Langevin dynamics on the shifted density.
     z ← z - η P [g + T Σ⁻¹ (z - centre)] + sqrt(2 η T P) ξ
 
 with g the gradient of the loss of a fresh minibatch, Σ the covariance of the reference (tau I) and P a diagonal
-preconditioner. For a loss with Hessian H and full batches the chain's own law is Gaussian, with the exact mean and, for
-A = H + T Σ⁻¹ and P = I, the covariance T A⁻¹ (I - η A / 2)⁻¹ instead of T A⁻¹; it is stable if and only if the
-eigenvalues of η A stay below 2. In general averages are biased at first order in η, by the discretization and by
-the noise of the batches, as long as P is fixed.
+preconditioner. For a quadratic loss with Hessian H and full batches the chain's own law is Gaussian, with the exact
+mean and, for A = H + T Σ⁻¹ and P = I, the covariance T A⁻¹ (I - η A / 2)⁻¹ instead of T A⁻¹; it is stable if and
+only if the eigenvalues of η A stay below 2. In general averages are biased at first order in η, by the
+discretization and by the noise of the batches, as long as P is fixed.
 
-Draws carry no scores. The gradient of a batch is not that of log q, and the identities behind control variates hold
-for draws of q, not of the law of the chain, which is another at first order in η.
+Draws carry no scores. The gradient of a batch is not that of log q, and the identities behind control variates
+hold for draws of q, not of the law of the chain, which is another at first order in η.
 
-References: Welling & Teh (2011), "Bayesian Learning via Stochastic Gradient Langevin Dynamics"; Li, Chen, Carlson &
-Carin (2016), "Preconditioned Stochastic Gradient Langevin Dynamics for Deep Neural Networks"; Vollmer, Zygalakis &
-Teh (2016), "Exploration of the (Non-)Asymptotic Bias and Variance of Stochastic Gradient Langevin Dynamics"; García
-Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat Regularization in Deep
-Learning".
+References: Welling & Teh (2011), "Bayesian Learning via Stochastic Gradient Langevin Dynamics"; Li, Chen, Carlson
+& Carin (2016), "Preconditioned Stochastic Gradient Langevin Dynamics for Deep Neural Networks"; Vollmer, Zygalakis
+& Teh (2016), "Exploration of the (Non-)Asymptotic Bias and Variance of Stochastic Gradient Langevin Dynamics";
+García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
+Regularization in Deep Learning".
 """
 
 from collections.abc import Callable
@@ -109,8 +109,8 @@ class SGLD(Shift):
     """Langevin dynamics with minibatches.
 
     Directions in which the loss is flat relax within about tau / (T step_size) inner steps. Shorter chains that
-    start at the centre give a mean between it and that of q, that is a shorter outer step; `info.mean_error` of the
-    fit does not count this, nor the bias by the step size.
+    start at the centre give a mean between it and that of q, that is a shorter outer step. The fit's `mean_error`
+    does not count this, nor the bias by the step size.
 
     Args:
         step_size: η > 0, in squared units of the parameters per unit of the loss; a number, or a schedule of the
@@ -285,10 +285,17 @@ class SGLD(Shift):
         Returns:
             A sentence, or nothing.
         """
-        stability = np.nan_to_num(info.stability, posinf=np.inf)
+        stability = np.nan_to_num(info.stability, posinf=0.0)
         unstable = stability >= LIMIT
         if np.median(stability) < LIMIT and not (unstable & ~ok).any():
-            return ""
+            lost = np.sum(np.isinf(info.growth))
+            if not lost:
+                return ""
+            return (
+                f"SGLD: in {lost} of {ok.size} steps chains became infinite or NaN though the step size is stable "
+                "where they start: use a smaller step_size, since the loss is steeper where they went, or look for "
+                "NaN among the data."
+            )
         worst = np.argmax(stability)
         limit = info.step_size[worst] * LIMIT / stability[worst]
         return (
@@ -341,9 +348,7 @@ class SGLD(Shift):
         spread = (1.0 - share) * (jnp.where(fresh, 0.0, batch.spread) + share * change**2)
         return _Batch(weight, mean + share * change, spread, mean_loss + share * (loss - mean_loss))
 
-    def _draws(
-        self, batches: _Batch, temperature: Array, size: int
-    ) -> StoredDraws | BatchMeans:
+    def _draws(self, batches: _Batch, temperature: Array, size: int) -> StoredDraws | BatchMeans:
         x, loss = jnp.swapaxes(batches.mean, 0, 1), batches.loss.T
         age = jnp.arange(self.num_samples - 1, -1, -1, dtype=x.dtype)
         decay = 1.0 if self.averaging_decay is None else self.averaging_decay
@@ -402,9 +407,7 @@ class SGLD(Shift):
         )
 
 
-def _evaluate(
-    target: RegularizedLoss, keys: Key, j: Array | int, x: Array
-) -> tuple[Array, Array]:
+def _evaluate(target: RegularizedLoss, keys: Key, j: Array | int, x: Array) -> tuple[Array, Array]:
     # Losses and gradients of the chains, each on the batch of its inner step j.
     def single(rng_key: Key, x: Array) -> tuple[Array, Array]:
         batch = target.on_batch(random.fold_in(rng_key, j))
