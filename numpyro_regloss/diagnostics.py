@@ -30,6 +30,7 @@ from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import normalize_log_weight, weight_ess
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import BatchMeans
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.values import Estimate
@@ -118,7 +119,7 @@ def gaussian_fit(
 
     Raises:
         TypeError: if the Gaussian or the target is of another kind, or the key is missing.
-        ValueError: if dimensions do not fit, or draws are not finite.
+        ValueError: if dimensions do not fit, or draws are not finite or means of batches.
 
     Example:
         >>> from jax import random
@@ -130,6 +131,11 @@ def gaussian_fit(
     if not isinstance(target, RegularizedLoss | None):
         raise TypeError(
             f"gaussian_fit: expected target as a RegularizedLoss or None, got {type(target).__name__}."
+        )
+    if isinstance(draws, BatchMeans):
+        raise ValueError(
+            "gaussian_fit: expected draws, got means of batches of them, whose distribution is another; use "
+            'shift.SGLD(keep="draws").'
         )
     cloud, names, _ = as_draws(
         draws,

@@ -21,6 +21,7 @@ from numpyro_regloss import (
     RegularizedLoss,
     RejectedError,
     TwoStep,
+    diagnostics,
     fit,
     shift,
 )
@@ -187,6 +188,8 @@ def test_batch_means_say_what_the_draws_do():
         np.testing.assert_allclose(*losses, rtol=1e-4)
     with pytest.raises(ValueError, match='keep="draws"'):
         ForwardKL("dense").step(random.key(0), (), target, draws)
+    with pytest.raises(ValueError, match='keep="draws"'):
+        diagnostics.gaussian_fit(draws, part[0])
 
 
 def test_long_chains_of_many_parameters_are_not_stored():
@@ -280,13 +283,15 @@ def test_rmsprop_lets_a_stiff_direction_and_a_flat_one_move_together():
     assert not one_shift(plain, random.key(1), plain.init(random.key(0), target), target)[2].ok
 
 
-@pytest.mark.parametrize("keep", ["draws", "batch_means"])
 @pytest.mark.parametrize("times", [1.05, 1.5])
-def test_an_unstable_step_size_is_reported_with_the_limit(keep, times):
+def test_an_unstable_step_size_is_reported_with_the_limit(times):
     # Just above the limit chains are finite after 200 steps, further above they overflow.
     target = target_at(np.zeros(3), 0.5)
     limit = 2.0 / np.linalg.eigvalsh(HESSIAN + 2.0 * np.eye(3))[-1]
-    engine = shift.SGLD(times * limit, 200, num_chains=2, keep=keep)
+    engine = shift.SGLD(times * limit, 200, num_chains=2)
+    short = dataclasses.replace(engine, keep="batch_means")
+    state = short.init(random.key(0), target)
+    assert not one_shift(short, random.key(1), state, target)[2].ok
     optimizer = TwoStep(target.loss, 0.25, engine, fit.ForwardKL(), temperature=0.5)
     with pytest.raises(
         RejectedError, match="3 of 3 steps were rejected.*step size was unstable"
@@ -316,6 +321,34 @@ def test_a_step_size_at_the_limit_is_warned_of_though_short_chains_stay_finite()
         result = optimizer.run(random.key(0), 8, progress_bar=False)
     assert len(caught) == 1
     assert result.history.ok.all()
+
+
+def test_chains_that_meet_nan_are_told_apart_from_unstable_ones():
+    loss = Loss.from_function(lambda x, s: s * jnp.sum(x**2), np.ones(2), 1.0)
+    optimizer = TwoStep(loss, 0.5, shift.SGLD(0.1, 10), fit.ForwardKL())
+    state = optimizer.init(random.key(0))
+    with pytest.raises(RejectedError, match="in 2 of 2 steps chains became .* NaN among the data"):
+        optimizer.run(random.key(0), 2, np.nan, init_state=state, progress_bar=False)
+
+
+def test_double_precision(x64):
+    loss = Loss.from_function(lambda x: 0.5 * jnp.sum((x - 1.0) ** 2), np.zeros(3))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+    engine = shift.SGLD(
+        optax.constant_schedule(0.1),
+        40,
+        start="last",
+        preconditioner=shift.RMSprop(),
+        keep="batch_means",
+        averaging_decay=0.9,
+        noise="two_point",
+    )
+    state = engine.init(random.key(0), target)
+    after, draws, info = one_shift(engine, random.key(1), state, target)
+    assert info.ok
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+    for number in (draws.x, draws.spread, draws.loss, info.stability, info.growth, info.ess):
+        assert number.dtype == jnp.float64
 
 
 def test_minibatches_are_fresh_at_every_inner_step_and_in_every_chain():

@@ -5,9 +5,9 @@ r"""Stochastic gradient Langevin dynamics on the shifted density.
     z ← z - η P [g + T Σ⁻¹ (z - centre)] + sqrt(2 η T P) ξ
 
 with g the gradient of the loss of a fresh minibatch, Σ the covariance of the reference (tau I) and P a diagonal
-preconditioner. For a quadratic loss with Hessian H and full batches the chain's own law is Gaussian, with the exact
-mean and, for A = H + T Σ⁻¹ and P = I, the covariance T A⁻¹ (I - η A / 2)⁻¹ instead of T A⁻¹; it is stable if and
-only if the eigenvalues of η A stay below 2. In general averages are biased at first order in η, by the
+preconditioner. For a quadratic loss with Hessian H and full batches the chain's own law is Gaussian, with the
+exact mean and, for A = H + T Σ⁻¹ and P = I, the covariance T A⁻¹ (I - η A / 2)⁻¹ instead of T A⁻¹; it is stable if
+and only if the eigenvalues of η A stay below 2. In general averages are biased at first order in η, by the
 discretization and by the noise of the batches, as long as P is fixed.
 
 Draws carry no scores. The gradient of a batch is not that of log q, and the identities behind control variates
@@ -121,7 +121,8 @@ class SGLD(Shift):
         preconditioner: None, a fixed diagonal P > 0 of shape `(dim,)` in the order of `loss.flat_names`, or
             `RMSprop()`, for which the bias does not vanish with the step size.
         averaging_decay: None for plain averages, otherwise weights decay^(age of the draw), between 0 and 1:
-            Entropy-SGD has 0.75. They are normalized: no weight is left on the start.
+            Entropy-SGD has 0.75. They are normalized: no weight is left on the start. Errors of such averages
+            rest on few and correlated draws and are too small, for 0.75 by a factor of up to about two.
         start: `"center"` (the paper) or `"last"`, where the chains stopped in the last outer step.
         noise: `"normal"`, or `"two_point"`: ±1, cheaper, of the same mean and covariance, so that averages have
             the same order of accuracy in the step size.
@@ -293,7 +294,7 @@ class SGLD(Shift):
                 return ""
             return (
                 f"SGLD: in {lost} of {ok.size} steps chains became infinite or NaN though the step size is stable "
-                "where they start: use a smaller step_size, since the loss is steeper where they went, or look for "
+                "where they start: use a smaller step_size if the loss is steeper where they went, or look for "
                 "NaN among the data."
             )
         worst = np.argmax(stability)
@@ -371,7 +372,7 @@ class SGLD(Shift):
         diagonal: Array | float,
     ) -> tuple[SGLDState, Array, Array]:
         # Differences over one reference scale, on the first batch of the first chain, at its start: where a chain
-        # that diverged has gone there is nothing to be learnt.
+        # that diverged has gone nothing is to be learnt.
         root = jnp.sqrt(diagonal)
         scale = jnp.sqrt(jnp.mean(target.reference.variance))
         pull = _pull(target.reference, target.temperature)
