@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax, random
 
@@ -21,8 +22,22 @@ from numpyro_regloss._checks import check_positive
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass
 from numpyro_regloss._stats import normalize_log_weight
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["NOISES", "RMSprop", "SecondMoment", "draw_noise", "growth", "series_ess", "steepest"]
+__all__ = [
+    "NOISES",
+    "BatchSums",
+    "RMSprop",
+    "SecondMoment",
+    "decaying_weights",
+    "draw_noise",
+    "gradients",
+    "growth",
+    "pull",
+    "series_ess",
+    "steepest",
+]
 
 NOISES = ("normal", "two_point")
 # Batches whose means tell how fast a chain mixes.
@@ -88,6 +103,91 @@ class RMSprop:
         """The preconditioner, `(dim,)`."""
         weight = jnp.where(moment.weight > 0, moment.weight, 1.0)
         return 1.0 / (self.damping + jnp.sqrt(moment.sum / weight))
+
+
+class BatchSums(NamedTuple):
+    """Running sums of one batch of consecutive draws.
+
+    Attributes:
+        weight: of the batch, relative to its last draw.
+        mean: `(chain, dim)`.
+        spread: variance within the batch, `(chain, dim)`; None for batches of one draw.
+        loss: mean loss, `(chain,)`.
+    """
+
+    weight: Array
+    mean: Array
+    spread: Any
+    loss: Array
+
+    @classmethod
+    def zero(cls, x: Array, loss: Array, *, single: bool) -> "BatchSums":
+        """Sums of these types, for batches of a single draw or of several."""
+        return cls(jnp.zeros((), x.dtype), x, None if single else jnp.zeros_like(x), loss)
+
+    def add(self, x: Array, loss: Array, fresh: Array, decay: Array | float) -> "BatchSums":
+        """The sums with one more draw.
+
+        Args:
+            x: `(chain, dim)`.
+            loss: `(chain,)`.
+            fresh: whether it is the first of its batch.
+            decay: weight of a draw relative to the next one.
+
+        Returns:
+            The sums.
+        """
+        if self.spread is None:
+            return self._replace(mean=x, loss=loss)
+        weight = jnp.where(fresh, 0.0, decay * self.weight).astype(x.dtype) + 1.0
+        share = 1.0 / weight
+        mean, mean_loss = jnp.where(fresh, x, self.mean), jnp.where(fresh, loss, self.loss)
+        change = x - mean
+        # Welford's recursion, with weights.
+        spread = (1.0 - share) * (jnp.where(fresh, 0.0, self.spread) + share * change**2)
+        return BatchSums(
+            weight, mean + share * change, spread, mean_loss + share * (loss - mean_loss)
+        )
+
+
+def decaying_weights(num_samples: int, size: int, decay: Array | float) -> Array:
+    """Log weights decay^age of draws, of their batches of `size`, `(batch,)`."""
+    age = jnp.arange(num_samples - 1, -1, -1)
+    log_weight = age * jnp.log(jnp.asarray(decay, float))
+    log_weight = jnp.pad(log_weight, (0, -num_samples % size), constant_values=-jnp.inf)
+    return jax.nn.logsumexp(log_weight.reshape(-1, size), 1)
+
+
+def gradients(target: RegularizedLoss, keys: Key, j: Array | int, x: Array) -> tuple[Array, Array]:
+    """Losses and gradients of the chains, each on a batch of its own.
+
+    Args:
+        target: the target.
+        keys: of the chains; more than there are rows of `x` are passed over.
+        j: which of their batches.
+        x: `(chain, dim)`.
+
+    Returns:
+        `(chain,)` and `(chain, dim)`.
+    """
+
+    def single(rng_key: Key, x: Array) -> tuple[Array, Array]:
+        batch = target.on_batch(random.fold_in(rng_key, j))
+        return jax.value_and_grad(batch.value)(x)
+
+    if len(x) == 1:
+        # Without a batch axis, which makes other and often slower products of matrices.
+        return jax.tree.map(lambda a: a[None], single(keys[0], x[0]))
+    return jax.vmap(single)(keys, x)
+
+
+def pull(reference: AnyGaussian, temperature: Array | float) -> Callable[[Array], Array]:
+    """The gradient T Σ⁻¹ (x - mean) of the regularizer, as a function of `(chain, dim)`."""
+    if isinstance(reference, Gaussian) and reference.structure != "dense":
+        # One product instead of two divisions.
+        precision = temperature * reference.precision_diagonal
+        return lambda x: precision * (x - reference.mean)
+    return lambda x: temperature * reference.unscale_transpose(reference.whiten(x))
 
 
 def draw_noise(kind: str, rng_key: Key, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -118,8 +118,8 @@ def gaussian_fit(
         The numbers and one sentence per finding; prints as these.
 
     Raises:
-        TypeError: if the Gaussian or the target is of another kind, or the key is missing.
-        ValueError: if dimensions do not fit, or draws are not finite or means of batches.
+        TypeError: if the Gaussian, the target or the draws are of another kind, or the key is missing.
+        ValueError: if dimensions do not fit, or draws are not finite.
 
     Example:
         >>> from jax import random
@@ -133,7 +133,7 @@ def gaussian_fit(
             f"gaussian_fit: expected target as a RegularizedLoss or None, got {type(target).__name__}."
         )
     if isinstance(draws, BatchMeans):
-        raise ValueError(
+        raise TypeError(
             "gaussian_fit: expected draws, got means of batches of them, whose distribution is another; use "
             'shift.SGLD(keep="draws").'
         )

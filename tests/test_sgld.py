@@ -188,7 +188,7 @@ def test_batch_means_say_what_the_draws_do():
         np.testing.assert_allclose(*losses, rtol=1e-4)
     with pytest.raises(ValueError, match='keep="draws"'):
         ForwardKL("dense").step(random.key(0), (), target, draws)
-    with pytest.raises(ValueError, match='keep="draws"'):
+    with pytest.raises(TypeError, match='keep="draws"'):
         diagnostics.gaussian_fit(draws, part[0])
 
 

@@ -31,11 +31,10 @@ from jax import lax, random
 
 from numpyro_regloss import _langevin as langevin
 from numpyro_regloss._checks import check_choice, check_count, check_positive, check_schedule
-from numpyro_regloss._langevin import RMSprop
+from numpyro_regloss._langevin import BatchSums, RMSprop
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field, strong
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import BatchMeans, StoredDraws
-from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
@@ -89,19 +88,11 @@ class SGLDInfo(NamedTuple):
     ess: Array
 
 
-class _Batch(NamedTuple):
-    # Running weight, mean, variance and mean loss; of a batch of one draw the variance is None.
-    weight: Array
-    mean: Array
-    spread: Any
-    loss: Array
-
-
 class _Carry(NamedTuple):
     x: Array
     gradient: Array
     moment: Any
-    batch: _Batch
+    batch: BatchSums
 
 
 @pytree_dataclass
@@ -232,16 +223,15 @@ class SGLD(Shift):
             diagnostics.
         """
         key_batch, key_noise = random.split(rng_key)
-        evaluate = partial(_evaluate, target, random.split(key_batch, self.num_chains))
-        pull = _pull(target.reference, target.temperature)
+        evaluate = partial(langevin.gradients, target, random.split(key_batch, self.num_chains))
+        pull = langevin.pull(target.reference, target.temperature)
         x = state.x
         if x is None:
             x = jnp.tile(target.reference.mean, (self.num_chains, 1))
         loss, gradient = evaluate(0, x)
         moment = self._moment(state.moment, gradient)
         size, count = self._batches(target.dim)
-        zero = jnp.zeros_like(x)
-        batch = _Batch(zero[0, 0], x, zero if size > 1 else None, loss)
+        batch = BatchSums.zero(x, loss, single=size == 1)
 
         def advance(j: Array, carry: _Carry) -> _Carry:
             step_size = self._step_size(j, x.dtype)
@@ -251,10 +241,13 @@ class SGLD(Shift):
             drift = carry.gradient + pull(carry.x)
             moved = carry.x - step_size * diagonal * drift + jnp.sqrt(variance) * noise
             loss, gradient = evaluate(j + 1, moved)
-            batch = self._count(carry.batch, j - self.num_warmup, size, moved, loss)
+            # A batch starts anew with its first draw, and at every step of the warm-up.
+            i = j - self.num_warmup
+            fresh = (i <= 0) | (i % size == 0)
+            batch = carry.batch.add(moved, loss, fresh, self._decay)
             return _Carry(moved, gradient, self._moment(carry.moment, gradient), batch)
 
-        def one_batch(carry: _Carry, b: Array) -> tuple[_Carry, _Batch]:
+        def one_batch(carry: _Carry, b: Array) -> tuple[_Carry, BatchSums]:
             # The first one has the warm-up before it, so that the loop is compiled once.
             first = jnp.where(b == 0, 0, self.num_warmup + b * size)
             end = self.num_warmup + jnp.minimum((b + 1) * size, self.num_samples)
@@ -309,6 +302,10 @@ class SGLD(Shift):
     def _num_steps(self) -> int:
         return self.num_warmup + self.num_samples
 
+    @property
+    def _decay(self) -> Array | float:
+        return 1.0 if self.averaging_decay is None else self.averaging_decay
+
     def _step_size(self, j: Array, dtype: Any) -> Array:
         step_size = self.step_size(j) if callable(self.step_size) else self.step_size
         return jnp.asarray(step_size, dtype)
@@ -335,27 +332,9 @@ class SGLD(Shift):
         size = -(-self.num_samples // min(room, MOST_BATCHES))
         return size, -(-self.num_samples // size)
 
-    def _count(self, batch: _Batch, i: Array, size: int, x: Array, loss: Array) -> _Batch:
-        if batch.spread is None:
-            return batch._replace(mean=x, loss=loss)
-        # A batch starts anew with its first draw, and at every step of the warm-up.
-        decay = 1.0 if self.averaging_decay is None else self.averaging_decay
-        fresh = (i <= 0) | (i % size == 0)
-        weight = jnp.where(fresh, 0.0, decay * batch.weight).astype(x.dtype) + 1.0
-        share = 1.0 / weight
-        mean, mean_loss = jnp.where(fresh, x, batch.mean), jnp.where(fresh, loss, batch.loss)
-        change = x - mean
-        # Welford's recursion, with weights.
-        spread = (1.0 - share) * (jnp.where(fresh, 0.0, batch.spread) + share * change**2)
-        return _Batch(weight, mean + share * change, spread, mean_loss + share * (loss - mean_loss))
-
-    def _draws(self, batches: _Batch, temperature: Array, size: int) -> StoredDraws | BatchMeans:
+    def _draws(self, batches: BatchSums, temperature: Array, size: int) -> StoredDraws | BatchMeans:
         x, loss = jnp.swapaxes(batches.mean, 0, 1), batches.loss.T
-        age = jnp.arange(self.num_samples - 1, -1, -1, dtype=x.dtype)
-        decay = 1.0 if self.averaging_decay is None else self.averaging_decay
-        log_weight = age * jnp.log(jnp.asarray(decay, x.dtype))
-        log_weight = jnp.pad(log_weight, (0, -age.size % size), constant_values=-jnp.inf)
-        log_weight = jax.nn.logsumexp(log_weight.reshape(-1, size), 1)
+        log_weight = langevin.decaying_weights(self.num_samples, size, self._decay).astype(x.dtype)
         log_weight = jnp.tile(log_weight, (self.num_chains, 1))
         if batches.spread is None:
             return StoredDraws(x, log_weight, loss, temperature)
@@ -375,7 +354,7 @@ class SGLD(Shift):
         # that diverged has gone nothing is to be learnt.
         root = jnp.sqrt(diagonal)
         scale = jnp.sqrt(jnp.mean(target.reference.variance))
-        pull = _pull(target.reference, target.temperature)
+        pull = langevin.pull(target.reference, target.temperature)
         at_centre = pull(x[:1])
 
         def multiply(direction: Array) -> Array:
@@ -406,23 +385,3 @@ class SGLD(Shift):
             growth=grown,
             ess=langevin.series_ess(draws.x, draws.log_weight, getattr(draws, "spread", None)),
         )
-
-
-def _evaluate(target: RegularizedLoss, keys: Key, j: Array | int, x: Array) -> tuple[Array, Array]:
-    # Losses and gradients of the chains, each on the batch of its inner step j.
-    def single(rng_key: Key, x: Array) -> tuple[Array, Array]:
-        batch = target.on_batch(random.fold_in(rng_key, j))
-        return jax.value_and_grad(batch.value)(x)
-
-    if len(x) == 1:
-        # Without a batch axis, which makes other and often slower products of matrices.
-        return jax.tree.map(lambda a: a[None], single(keys[0], x[0]))
-    return jax.vmap(single)(keys, x)
-
-
-def _pull(reference: AnyGaussian, temperature: Array | float) -> Callable[[Array], Array]:
-    # T Σ⁻¹ (x - centre); for a diagonal Σ by one product instead of two divisions.
-    if isinstance(reference, Gaussian) and reference.structure != "dense":
-        precision = temperature * reference.precision_diagonal
-        return lambda x: precision * (x - reference.mean)
-    return lambda x: temperature * reference.unscale_transpose(reference.whiten(x))
