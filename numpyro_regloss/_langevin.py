@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._checks import check_positive
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass, strong
 from numpyro_regloss._stats import normalize_log_weight
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian
@@ -28,15 +28,17 @@ from numpyro_regloss.regularized import RegularizedLoss
 __all__ = [
     "NOISES",
     "BatchSums",
+    "Chains",
     "RMSprop",
     "SecondMoment",
     "decaying_weights",
+    "diagnose",
     "draw_noise",
     "gradients",
-    "growth",
     "pull",
-    "series_ess",
     "steepest",
+    "store",
+    "sum_up",
 ]
 
 NOISES = ("normal", "two_point")
@@ -105,25 +107,41 @@ class RMSprop:
         return 1.0 / (self.damping + jnp.sqrt(moment.sum / weight))
 
 
+class Chains(NamedTuple):
+    """Where chains stand.
+
+    Attributes:
+        x: `(chain, dim)`.
+        gradient: of the loss, `(chain, dim)`.
+        loss: `(chain,)`.
+        moment: of the gradients so far, for `RMSprop`, or None.
+    """
+
+    x: Array
+    gradient: Array
+    loss: Array
+    moment: Any
+
+
 class BatchSums(NamedTuple):
     """Running sums of one batch of consecutive draws.
 
     Attributes:
         weight: of the batch, relative to its last draw.
         mean: `(chain, dim)`.
-        spread: variance within the batch, `(chain, dim)`; None for batches of one draw.
+        spread: variance within the batch, `(chain, dim)`.
         loss: mean loss, `(chain,)`.
     """
 
     weight: Array
     mean: Array
-    spread: Any
+    spread: Array
     loss: Array
 
     @classmethod
-    def zero(cls, x: Array, loss: Array, *, single: bool) -> "BatchSums":
-        """Sums of these types, for batches of a single draw or of several."""
-        return cls(jnp.zeros((), x.dtype), x, None if single else jnp.zeros_like(x), loss)
+    def zero(cls, x: Array, loss: Array) -> "BatchSums":
+        """Sums of these types and shapes."""
+        return cls(jnp.zeros((), x.dtype), x, jnp.zeros_like(x), loss)
 
     def add(self, x: Array, loss: Array, fresh: Array, decay: Array | float) -> "BatchSums":
         """The sums with one more draw.
@@ -137,8 +155,6 @@ class BatchSums(NamedTuple):
         Returns:
             The sums.
         """
-        if self.spread is None:
-            return self._replace(mean=x, loss=loss)
         weight = jnp.where(fresh, 0.0, decay * self.weight).astype(x.dtype) + 1.0
         share = 1.0 / weight
         mean, mean_loss = jnp.where(fresh, x, self.mean), jnp.where(fresh, loss, self.loss)
@@ -148,6 +164,80 @@ class BatchSums(NamedTuple):
         return BatchSums(
             weight, mean + share * change, spread, mean_loss + share * (loss - mean_loss)
         )
+
+
+Advance = Callable[[Array, Chains], Chains]
+Now = tuple[Chains, BatchSums]
+
+
+def store(
+    advance: Advance, chains: Chains, num_warmup: int, num_samples: int
+) -> tuple[Chains, Array, Array]:
+    """Advances chains and stores their draws.
+
+    Args:
+        advance: the step of a number, from zero.
+        chains: where they start.
+        num_warmup: steps that are thrown away.
+        num_samples: steps after them.
+
+    Returns:
+        Where the chains are, their draws `(chain, draw, dim)` and losses `(chain, draw)`.
+    """
+
+    def body(j: Array, now: tuple[Chains, Array, Array]) -> tuple[Chains, Array, Array]:
+        chains, x, loss = advance(j, now[0]), now[1], now[2]
+        row = jnp.maximum(j - num_warmup, 0)
+        return chains, x.at[row].set(chains.x), loss.at[row].set(chains.loss)
+
+    rows = (jnp.zeros((num_samples, *a.shape), a.dtype) for a in (chains.x, chains.loss))
+    last, x, loss = lax.fori_loop(0, num_warmup + num_samples, body, (chains, *rows))
+    return last, jnp.swapaxes(x, 0, 1), loss.T
+
+
+def sum_up(
+    advance: Advance,
+    chains: Chains,
+    num_warmup: int,
+    num_samples: int,
+    size: int,
+    count: int,
+    decay: Array | float,
+) -> tuple[Chains, BatchSums]:
+    """Advances chains and keeps sums of batches of their draws.
+
+    Args:
+        advance: the step of a number, from zero.
+        chains: where they start.
+        num_warmup: steps that are thrown away.
+        num_samples: steps after them.
+        size: draws per batch.
+        count: number of batches, of which the last may be shorter.
+        decay: weight of a draw relative to the next one.
+
+    Returns:
+        Where the chains are, and the sums with axes `(chain, batch, ...)`.
+    """
+
+    def body(j: Array, now: Now) -> Now:
+        chains = advance(j, now[0])
+        # A batch starts anew with its first draw, and at every step of the warm-up.
+        i = j - num_warmup
+        fresh = (i <= 0) | (i % size == 0)
+        return chains, now[1].add(chains.x, chains.loss, fresh, decay)
+
+    def one_batch(now: Now, b: Array) -> tuple[Now, BatchSums]:
+        # The first one has the warm-up before it, so that the loop is compiled once.
+        first = jnp.where(b == 0, 0, num_warmup + b * size)
+        end = num_warmup + jnp.minimum((b + 1) * size, num_samples)
+        now = lax.fori_loop(first, end, body, now)
+        return now, now[1]
+
+    # Summed up in the loop's own variables: to read and write a row of a buffer takes longer.
+    now = (chains, strong(BatchSums.zero(chains.x, chains.loss)))
+    (last, _), sums = lax.scan(one_batch, now, jnp.arange(count))
+    swapped = (jnp.swapaxes(a, 0, 1) for a in (sums.mean, sums.spread, sums.loss))
+    return last, BatchSums(sums.weight, *swapped)
 
 
 def decaying_weights(num_samples: int, size: int, decay: Array | float) -> Array:
@@ -234,25 +324,8 @@ def steepest(
     return lax.fori_loop(0, num_iterations, iterate, (direction, jnp.zeros((), direction.dtype)))
 
 
-def growth(x: Array) -> Array:
-    """How much longer the moves of chains are in their second half than in the first.
-
-    Args:
-        x: draws or means of successive ones, `(chain, draw, dim)`.
-
-    Returns:
-        The ratio of root mean squares; one for fewer than four moves, infinite where a draw is not finite.
-    """
-    square = jnp.mean(jnp.diff(x, axis=1) ** 2, (0, 2))
-    if square.size < 4:
-        return jnp.where(jnp.isfinite(x).all(), 1.0, jnp.inf).astype(x.dtype)
-    first, second = jnp.mean(square[: square.size // 2]), jnp.mean(square[square.size // 2 :])
-    ratio = jnp.sqrt(second / jnp.where(first > 0, first, 1.0))
-    return jnp.where(jnp.isfinite(ratio), jnp.where(first > 0, ratio, 1.0), jnp.inf)
-
-
-def series_ess(x: Array, log_weight: Array, spread: Array | None) -> Array:
-    """Effective sample size of the weighted mean, by batch means, over all coordinates together.
+def diagnose(x: Array, log_weight: Array, spread: Array | None) -> tuple[Array, Array]:
+    """How fast chains mix and whether they diverge, from means of a few dozen batches of their draws.
 
     Args:
         x: draws or means of successive ones, `(chain, draw, dim)`.
@@ -260,18 +333,38 @@ def series_ess(x: Array, log_weight: Array, spread: Array | None) -> Array:
         spread: variances within what the means are of, like `x`, or None.
 
     Returns:
-        Total variance over total squared error of the mean; zero where a draw is not finite.
+        The effective sample size of the weighted mean over all coordinates together, total variance over total
+        squared error; zero where a draw is not finite. And how much longer the moves of the means are in the
+        second half than in the first, as a ratio of root mean squares; one for fewer than four moves, infinite
+        where a draw is not finite.
     """
-    weight = normalize_log_weight(log_weight)[..., None]
-    deviation = x - jnp.sum(weight * x, (0, 1))
-    variance = jnp.sum(weight * (deviation**2 + (0.0 if spread is None else spread)))
     size = -(-x.shape[1] // NUM_BATCHES)
 
     def batched(values: Array) -> Array:
         values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % size), (0, 0)))
         return jnp.sum(values.reshape(len(values), -1, size, values.shape[-1]), 2)
 
-    share = jnp.sum(batched(weight) ** 2)
-    error = jnp.sum(batched(weight * deviation) ** 2) / jnp.maximum(1.0 - share, 1e-3)
+    weight = normalize_log_weight(log_weight)
+    center = x[0, 0]
+    offset = x - center
+    square = weight.reshape(-1) @ (offset**2).reshape(-1, x.shape[-1])
+    if spread is not None:
+        square = square + weight.reshape(-1) @ spread.reshape(-1, x.shape[-1])
+    share, first = batched(weight[..., None]), batched(weight[..., None] * offset)
+    mean = jnp.sum(first, (0, 1))
+    variance = jnp.sum(square - mean**2)
+    error = jnp.sum((first - share * mean) ** 2)
+    error = error / jnp.maximum(1.0 - jnp.sum(share**2), 1e-3)
     ess = variance / jnp.where(error > 0, error, 1.0)
-    return jnp.where(jnp.isfinite(ess), ess, 0.0)
+    # Without weights, which may be zero, and without a last batch that is shorter.
+    means = batched(offset)[:, : x.shape[1] // size] if size > 1 else offset
+    return jnp.where(jnp.isfinite(ess), ess, 0.0), _growth(means)
+
+
+def _growth(x: Array) -> Array:
+    square = jnp.mean(jnp.diff(x, axis=1) ** 2, (0, 2))
+    if square.size < 4:
+        return jnp.where(jnp.isfinite(x).all(), 1.0, jnp.inf).astype(x.dtype)
+    first, second = jnp.mean(square[: square.size // 2]), jnp.mean(square[square.size // 2 :])
+    ratio = jnp.sqrt(second / jnp.where(first > 0, first, 1.0))
+    return jnp.where(jnp.isfinite(ratio), jnp.where(first > 0, ratio, 1.0), jnp.inf)

@@ -202,6 +202,10 @@ def test_long_chains_of_many_parameters_are_not_stored():
     )
     numbers = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert numbers < 0.1 * 1000 * 25_450
+    # The memory of a short chain is no matter, but the time of its fit.
+    short = dataclasses.replace(engine, num_samples=20)
+    assert short._batches(25_450) == (4, 5)  # noqa: SLF001
+    assert short._batches(1000) == (1, 20)  # noqa: SLF001
 
 
 @pytest.mark.once

@@ -27,11 +27,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, random
+from jax import random
 
 from numpyro_regloss import _langevin as langevin
 from numpyro_regloss._checks import check_choice, check_count, check_positive, check_schedule
-from numpyro_regloss._langevin import BatchSums, RMSprop
+from numpyro_regloss._langevin import Chains, RMSprop
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field, strong
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import BatchMeans, StoredDraws
@@ -40,8 +40,9 @@ from numpyro_regloss.shift.base import Shift
 
 __all__ = ["SGLD", "RMSprop", "SGLDInfo", "SGLDState"]
 
-# Draws of up to four megabytes are stored; of longer chains means of batches are, as many as tell their errors.
-KEPT_ELEMENTS = 2**20
+# Draws of up to four megabytes are stored where a dense covariance may be wanted; else means of batches are, as
+# many as tell their errors and cost little beside the chain.
+KEPT_ELEMENTS, KEPT_DIM = 2**20, 1_000
 MOST_BATCHES, LEAST_BATCHES = langevin.NUM_BATCHES, 4
 # Power iterations at the first step; later steps refine the direction by one each.
 FIRST_ITERATIONS = 10
@@ -88,13 +89,6 @@ class SGLDInfo(NamedTuple):
     ess: Array
 
 
-class _Carry(NamedTuple):
-    x: Array
-    gradient: Array
-    moment: Any
-    batch: BatchSums
-
-
 @pytree_dataclass
 class SGLD(Shift):
     """Langevin dynamics with minibatches.
@@ -119,7 +113,7 @@ class SGLD(Shift):
             the same order of accuracy in the step size.
         keep: what the fit gets: `"draws"`; `"batch_means"` of a few dozen batches of consecutive draws, with the
             variances within, which give the mean, variances and their errors in the memory of a few dozen draws;
-            `"auto"` stores draws up to a million numbers.
+            `"auto"` stores draws of up to 1,000 parameters and a million numbers.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -230,44 +224,26 @@ class SGLD(Shift):
             x = jnp.tile(target.reference.mean, (self.num_chains, 1))
         loss, gradient = evaluate(0, x)
         moment = self._moment(state.moment, gradient)
-        size, count = self._batches(target.dim)
-        batch = BatchSums.zero(x, loss, single=size == 1)
+        chains = strong(Chains(x, gradient, loss, moment))
 
-        def advance(j: Array, carry: _Carry) -> _Carry:
-            step_size = self._step_size(j, x.dtype)
-            diagonal = self._diagonal(carry.moment)
-            noise = langevin.draw_noise(self.noise, random.fold_in(key_noise, j), x.shape, x.dtype)
+        def advance(j: Array, now: Chains) -> Chains:
+            step_size = self._step_size(j, now.x.dtype)
+            diagonal = self._diagonal(now.moment)
+            key = random.fold_in(key_noise, j)
+            noise = langevin.draw_noise(self.noise, key, now.x.shape, now.x.dtype)
             variance = 2.0 * step_size * target.temperature * diagonal
-            drift = carry.gradient + pull(carry.x)
-            moved = carry.x - step_size * diagonal * drift + jnp.sqrt(variance) * noise
-            loss, gradient = evaluate(j + 1, moved)
-            # A batch starts anew with its first draw, and at every step of the warm-up.
-            i = j - self.num_warmup
-            fresh = (i <= 0) | (i % size == 0)
-            batch = carry.batch.add(moved, loss, fresh, self._decay)
-            return _Carry(moved, gradient, self._moment(carry.moment, gradient), batch)
+            drift = now.gradient + pull(now.x)
+            x = now.x - step_size * diagonal * drift + jnp.sqrt(variance) * noise
+            loss, gradient = evaluate(j + 1, x)
+            return strong(Chains(x, gradient, loss, self._moment(now.moment, gradient)))
 
-        def one_batch(carry: _Carry, b: Array) -> tuple[_Carry, BatchSums]:
-            # The first one has the warm-up before it, so that the loop is compiled once.
-            first = jnp.where(b == 0, 0, self.num_warmup + b * size)
-            end = self.num_warmup + jnp.minimum((b + 1) * size, self.num_samples)
-            carry = lax.fori_loop(first, end, advance, carry)
-            return carry, carry.batch
-
-        # Summed up in the loop's own variables: to read and write a row of a buffer takes longer.
-        last, batches = lax.scan(
-            one_batch, strong(_Carry(x, gradient, moment, batch)), jnp.arange(count)
-        )
-        draws = self._draws(batches, target.temperature, size)
+        last, draws = self._sample(advance, chains, target.temperature)
         state, stability, spent = self._look(
             state, target, evaluate, x, gradient, self._diagonal(moment)
         )
-        state = state._replace(
-            x=last.x if self.start == "last" else None,
-            moment=last.moment,
-        )
-        info = self._info(draws, last, stability, spent)
-        return state, draws, info
+        x = last.x if self.start == "last" else None
+        state = state._replace(x=x, moment=last.moment)
+        return state, draws, self._info(draws, last, stability, spent)
 
     def remedy(self, info: SGLDInfo, ok: Array) -> str:
         """What to do about chains that diverged, or whose step size is at the limit of stability.
@@ -302,10 +278,6 @@ class SGLD(Shift):
     def _num_steps(self) -> int:
         return self.num_warmup + self.num_samples
 
-    @property
-    def _decay(self) -> Array | float:
-        return 1.0 if self.averaging_decay is None else self.averaging_decay
-
     def _step_size(self, j: Array, dtype: Any) -> Array:
         step_size = self.step_size(j) if callable(self.step_size) else self.step_size
         return jnp.asarray(step_size, dtype)
@@ -326,20 +298,28 @@ class SGLD(Shift):
 
     def _batches(self, dim: int) -> tuple[int, int]:
         # Draws per batch and number of batches.
-        room = max(KEPT_ELEMENTS // (self.num_chains * dim), LEAST_BATCHES)
-        if self.keep == "draws" or (self.keep == "auto" and self.num_samples <= room):
+        numbers = self.num_samples * self.num_chains * dim
+        few = dim <= KEPT_DIM and numbers <= KEPT_ELEMENTS
+        if self.keep == "draws" or (self.keep == "auto" and few):
             return 1, self.num_samples
-        size = -(-self.num_samples // min(room, MOST_BATCHES))
+        room = min(KEPT_ELEMENTS // (self.num_chains * dim), self.num_samples // 4, MOST_BATCHES)
+        size = -(-self.num_samples // max(room, LEAST_BATCHES))
         return size, -(-self.num_samples // size)
 
-    def _draws(self, batches: BatchSums, temperature: Array, size: int) -> StoredDraws | BatchMeans:
-        x, loss = jnp.swapaxes(batches.mean, 0, 1), batches.loss.T
-        log_weight = langevin.decaying_weights(self.num_samples, size, self._decay).astype(x.dtype)
-        log_weight = jnp.tile(log_weight, (self.num_chains, 1))
-        if batches.spread is None:
-            return StoredDraws(x, log_weight, loss, temperature)
-        spread = jnp.swapaxes(batches.spread, 0, 1)
-        return BatchMeans(x, log_weight, loss, temperature, spread=spread)
+    def _sample(
+        self, advance: Callable, chains: Chains, temperature: Array
+    ) -> tuple[Chains, StoredDraws | BatchMeans]:
+        size, count = self._batches(chains.x.shape[-1])
+        decay = 1.0 if self.averaging_decay is None else self.averaging_decay
+        log_weight = langevin.decaying_weights(self.num_samples, size, decay)
+        log_weight = jnp.tile(log_weight.astype(chains.x.dtype), (self.num_chains, 1))
+        lengths = (self.num_warmup, self.num_samples)
+        if size == 1:
+            last, x, loss = langevin.store(advance, chains, *lengths)
+            return last, StoredDraws(x, log_weight, loss, temperature)
+        last, sums = langevin.sum_up(advance, chains, *lengths, size, count, decay)
+        draws = BatchMeans(sums.mean, log_weight, sums.loss, temperature, spread=sums.spread)
+        return last, draws
 
     def _look(
         self,
@@ -370,9 +350,10 @@ class SGLD(Shift):
         return state, self._largest_step_size(x.dtype) * curvature, iterations
 
     def _info(
-        self, draws: StoredDraws | BatchMeans, last: _Carry, stability: Array, spent: Array
+        self, draws: StoredDraws | BatchMeans, last: Chains, stability: Array, spent: Array
     ) -> SGLDInfo:
-        grown = langevin.growth(draws.x)
+        spread = getattr(draws, "spread", None)
+        ess, grown = langevin.diagnose(draws.x, draws.log_weight, spread)
         finite = jnp.isfinite(draws.x).all() & jnp.isfinite(draws.loss).all()
         finite = finite & jnp.isfinite(last.x).all() & jnp.isfinite(last.gradient).all()
         diverged = (stability >= LIMIT) & (grown > EXPLODED)
@@ -383,5 +364,5 @@ class SGLD(Shift):
             step_size=self._largest_step_size(draws.x.dtype),
             stability=stability,
             growth=grown,
-            ess=langevin.series_ess(draws.x, draws.log_weight, getattr(draws, "spread", None)),
+            ess=ess,
         )
