@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 1: engines that draw from the shifted density q ∝ exp(-loss / T) N(reference)."""
 
+from numpyro_regloss.shift.adaptive import Adaptive
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.hmc import HMC
 from numpyro_regloss.shift.implicit import Implicit
@@ -9,4 +10,13 @@ from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
 from numpyro_regloss.shift.sgld import SGLD, RMSprop
 
-__all__ = ["HMC", "NUTS", "SGLD", "Implicit", "Importance", "RMSprop", "Shift"]
+__all__ = [
+    "HMC",
+    "NUTS",
+    "SGLD",
+    "Adaptive",
+    "Implicit",
+    "Importance",
+    "RMSprop",
+    "Shift",
+]
