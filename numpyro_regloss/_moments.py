@@ -73,6 +73,7 @@ def of_chains(
     *,
     structure: str | None,
     control: str,
+    spread: Array | None = None,
 ) -> Moments:
     """Moments of Markov chains.
 
@@ -83,6 +84,8 @@ def of_chains(
         log_density: of the draws up to a constant, `(chain, draw)`, or None; only to check the scores.
         structure: `"dense"`, `"diagonal"`, `"isotropic"`, or None for the mean alone.
         control: `"auto"`, or one of `_control_variates.CONTROLS`.
+        spread: where `x` are means of draws, the variances within, like `x`; without scores, and not for a
+            dense covariance.
 
     Returns:
         The moments.
@@ -108,7 +111,9 @@ def of_chains(
     covariance = covariance_error = None
     covariance_control = jnp.asarray(0)
     if of_variances:
-        covariance, covariance_error = _covariance(chains, of_variances[0], unit, structure)
+        if spread is not None:
+            spread = jnp.where(used[:, None], spread.reshape(-1, dim), 0.0) / unit**2
+        covariance, covariance_error = _covariance(chains, of_variances[0], unit, structure, spread)
         covariance_control = of_variances[0].kind
         if len(of_variances) > 1:
             # A corrected covariance need not be positive; that of the draws always is.
@@ -163,7 +168,11 @@ def _with_rounding(error: Array, mean: Array, unit: Array | float) -> Array:
 
 
 def _covariance(
-    chains: Chains, control: Control, unit: Array, structure: str | None
+    chains: Chains,
+    control: Control,
+    unit: Array,
+    structure: str | None,
+    spread: Array | None = None,
 ) -> tuple[Array, Array]:
     weight, z, residual = chains.weight, chains.z, control.residual
     # 1 / (1 - Σ w²) is n / (n - 1) for equal weights: the covariance is about its own mean.
@@ -172,9 +181,14 @@ def _covariance(
         a = control.coefficient
         a = jnp.diagonal(a) if a.ndim == 2 else a
         variance = (weight @ (residual * z)) * about_mean - a
+        values, error = control.left_out * z, control.error
+        if spread is not None:
+            variance = variance + weight @ spread
+            values = values + spread
+            error = series_error(chains, values) if structure == "diagonal" else error
         if structure == "diagonal":
-            return unit**2 * variance, unit**2 * control.error
-        values = jnp.mean(unit**2 * control.left_out * z, -1, keepdims=True)
+            return unit**2 * variance, unit**2 * error
+        values = jnp.mean(unit**2 * values, -1, keepdims=True)
         return jnp.mean(unit**2 * variance), series_error(chains, values)[0]
     a = control.coefficient
     a = _symmetric(a) if a.ndim == 2 else jnp.diag(a)

@@ -25,9 +25,11 @@ SHIFTS = {
     ),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
     "smc": lambda: shift.SMC(num_particles=300),
+    # Steps so small that the bias is a fraction of the error.
+    "sgld": lambda: shift.SGLD(0.02, num_samples=4000, num_warmup=400, num_chains=4),
 }
 # Where an engine's variants run the same code, the rules are checked on one of them.
-FAMILIES = ("importance_chunked", "nuts", "hmc")
+FAMILIES = ("importance_chunked", "nuts", "hmc", "sgld")
 HEAT_FITS = {
     "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
     "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),

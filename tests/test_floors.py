@@ -39,6 +39,8 @@ FLOORS = {
     "draws": 4,
     "_whitened_hmc": 5,
     "_moments": 5,
+    "_langevin": 5,
+    "_replicas": 4,
     "_descent": 5,
     "_tempering": 5,
     "_tempering_moves": 5,

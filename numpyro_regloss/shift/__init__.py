@@ -8,6 +8,7 @@ from numpyro_regloss.shift.hmc import HMC
 from numpyro_regloss.shift.implicit import Implicit
 from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
+from numpyro_regloss.shift.sgld import SGLD, RMSprop
 from numpyro_regloss.shift.smc import SMC
 
-__all__ = ["Adaptive", "HMC", "Implicit", "Importance", "NUTS", "SMC", "Shift"]
+__all__ = ["Adaptive", "HMC", "Implicit", "Importance", "NUTS", "RMSprop", "SGLD", "SMC", "Shift"]
