@@ -19,6 +19,7 @@ SHIFTS = {
     "importance": lambda: shift.Importance(num_samples=4000),
     "importance_iid": lambda: shift.Importance(num_samples=4000, antithetic=False),
     "importance_chunked": lambda: shift.Importance(num_samples=3999, chunk_size=512),
+    "importance_sobol": lambda: shift.Importance(num_samples=8000, noise="sobol"),
     "nuts": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4),
     "nuts_dense": lambda: shift.NUTS(
         num_warmup=200, num_samples=250, num_chains=4, dense_mass=True
