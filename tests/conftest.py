@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from numpyro.infer import AIES, BarkerMH
 
 from numpyro_regloss import fit, shift
 
@@ -24,6 +25,8 @@ SHIFTS = {
     "nuts_dense": lambda: shift.NUTS(
         num_warmup=200, num_samples=250, num_chains=4, dense_mass=True
     ),
+    "kernel": lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500),
+    "kernel_ensemble": lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
 }
 # Where an engine's variants run the same code, the rules are checked on one of them.

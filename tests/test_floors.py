@@ -25,6 +25,7 @@ FLOORS = {
     "_chunks": 1,
     "_base_draws": 1,
     "_scrambled_sobol": 1,
+    "_batch_means": 1,
     "_quasi_newton": 1,
     "problems.base": 1,
     "problems.quadrature": 2,

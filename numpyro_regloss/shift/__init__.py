@@ -6,6 +6,7 @@ from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.hmc import HMC
 from numpyro_regloss.shift.implicit import Implicit
 from numpyro_regloss.shift.importance import Importance
+from numpyro_regloss.shift.kernel import Kernel
 from numpyro_regloss.shift.nuts import NUTS
 
-__all__ = ["HMC", "NUTS", "Implicit", "Importance", "Shift"]
+__all__ = ["HMC", "NUTS", "Implicit", "Importance", "Kernel", "Shift"]
