@@ -6,14 +6,19 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from numpyro.infer import AIES, BarkerMH
+from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_regloss import fit, shift
 
 # Monte Carlo tests allow this many standard errors. With the fixed seeds of this suite they pass or fail for
 # good; a new seed would fail a single comparison once in 16,000.
 SIGMAS = 4.0
+
+# Built once, as users should: another one would be another program.
+ADAM = optax.adam(0.03)
 
 # One row per engine: a new engine is one new line here.
 SHIFTS = {
@@ -27,6 +32,9 @@ SHIFTS = {
     ),
     "kernel": lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500),
     "kernel_ensemble": lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40),
+    "svi": lambda: shift.SVI(
+        AutoMultivariateNormal, ADAM, num_steps=50, num_samples=2000, num_warmup=1000
+    ),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
 }
 # Where an engine's variants run the same code, the rules are checked on one of them.

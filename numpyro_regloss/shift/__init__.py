@@ -8,5 +8,6 @@ from numpyro_regloss.shift.implicit import Implicit
 from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.kernel import Kernel
 from numpyro_regloss.shift.nuts import NUTS
+from numpyro_regloss.shift.svi import SVI
 
-__all__ = ["HMC", "NUTS", "Implicit", "Importance", "Kernel", "Shift"]
+__all__ = ["HMC", "NUTS", "SVI", "Implicit", "Importance", "Kernel", "Shift"]
