@@ -30,6 +30,7 @@ def local_entropy(
     fit: Any = None,
     anchor: Any = None,
     temperature: Any = 1.0,
+    record: Any = None,
 ) -> TwoStep:
     """Minimizes F_tau(x) = -T log E exp(-loss(x') / T), x' ~ N(x, tau I), by moment matching.
 
@@ -41,6 +42,7 @@ def local_entropy(
         fit: default `ForwardKL()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss.
+        record: a `Record`, for verdicts and values in the history.
 
     Returns:
         The optimizer.
@@ -58,6 +60,7 @@ def local_entropy(
         fit=ForwardKL() if fit is None else fit,
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,
+        record=record,
     )
 
 
@@ -67,6 +70,7 @@ def heat(
     fit: Any = None,
     anchor: Any = None,
     temperature: Any = 1.0,
+    record: Any = None,
 ) -> TwoStep:
     """Minimizes F^H_tau(x) = E loss(x'), x' ~ N(x, tau I), by proximal steps.
 
@@ -76,6 +80,7 @@ def heat(
         fit: solver of the implicit equation; default `RobbinsMonro()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss; only tau / T matters for the size of a step.
+        record: a `Record`, for verdicts and values in the history.
 
     Returns:
         The optimizer.
@@ -93,6 +98,7 @@ def heat(
         fit=RobbinsMonro() if fit is None else fit,
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,
+        record=record,
     )
 
 
