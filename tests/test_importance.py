@@ -12,7 +12,17 @@ from conftest import SIGMAS, Counter
 from jax import random
 from scipy.stats import norm, qmc
 
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, _cloud, fit, problems, shift
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    RegularizedLoss,
+    TwoStep,
+    _cloud,
+    fit,
+    problems,
+    schemes,
+    shift,
+)
 from numpyro_regloss._pareto import pareto_smooth
 from numpyro_regloss._scrambled_sobol import MAX_DIM, _direction_numbers, sobol_normal
 from numpyro_regloss._stats import weight_ess
@@ -237,6 +247,15 @@ def test_steps_go_on_where_fixed_weights_degenerate():
     assert np.all(history.shift.temperature > 100.0)
 
 
+LOSS = Loss.from_function(jnp.sum, np.zeros(2))
+
+
+def test_annealing_narrows_the_cloud_as_told():
+    optimizer = schemes.anneal(LOSS, width=2.0, num_steps=5, last_width=0.02, num_samples=10)
+    widths = [float(jnp.sqrt(optimizer.tau_at(jnp.asarray(k)))) for k in (0, 2, 4, 9)]
+    np.testing.assert_allclose(widths, [2.0, 0.2, 0.02, 0.02], rtol=1e-5)
+
+
 BAD = {
     "noise": (lambda: shift.Importance(100, noise="halton"), ValueError, "one of"),
     "few scrambles": (
@@ -258,6 +277,21 @@ BAD = {
     "ess as a number of draws": (lambda: shift.Importance(100, ess=50), ValueError, "below 1"),
     "ess of one draw": (lambda: shift.Importance(100, ess=0.01), ValueError, "above one draw"),
     "ess negative": (lambda: shift.Importance(100, ess=-0.5), ValueError, "positive"),
+    "cloud that widens": (
+        lambda: schemes.anneal(LOSS, width=1.0, num_steps=10, last_width=2.0),
+        ValueError,
+        "last_width <= width",
+    ),
+    "cloud without width": (
+        lambda: schemes.anneal(LOSS, width=0.0, num_steps=10),
+        ValueError,
+        "schemes.anneal: width",
+    ),
+    "annealing in no steps": (
+        lambda: schemes.anneal(LOSS, width=1.0, num_steps=0),
+        ValueError,
+        "num_steps",
+    ),
     "ess a word": (lambda: shift.Importance(100, ess="half"), TypeError, "positive number"),
 }
 
