@@ -16,8 +16,8 @@ ever evaluated, which is to their advantage:
   alpha also widens the cloud, without end on functions that grow like these; here the width stays, and samples
   are weighted anew at no cost. Once with a fixed width, once annealed like ours, so that only the rule for the
   temperature differs;
-- CBXpy's consensus-based optimization with its scheduler of the effective sample size on, with isotropic and with
-  anisotropic noise;
+- CBXpy's consensus-based optimization of 200 particles with its scheduler of the effective sample size on, at 0.1,
+  with isotropic and with anisotropic noise (which knows the axes);
 - CMA-ES of pycma with restarts of doubled population (IPOP) until the budget is spent or the minimum is found, and
   without restarts.
 
@@ -150,21 +150,21 @@ def cbx(case, budget, *, noise):
     num_steps = budget // num_particles
     np.random.seed(3)  # noqa: NPY002  (the package draws from NumPy's global generator)
     spread = np.random.uniform(-1.0, 1.0, (case.num_seeds, num_particles, case.dim)) * case.box
-    # Isotropic noise of this size diffuses faster than the drift contracts in more dimensions.
-    sigma = 5.1 if noise == "anisotropic" else 5.1 / case.dim**0.5
+    # Of the settings tried these are the best; with isotropic noise the drift must win in every dimension.
+    sigma, dt = (5.1, 0.01) if noise == "anisotropic" else ((1.5 / case.dim) ** 0.5, 0.1)
     dynamics = CBO(
         batched(case),
         f_dim="3D",
         x=spread,
         noise=noise,
-        dt=0.01,
+        dt=dt,
         sigma=sigma,
         max_it=num_steps,
         verbosity=0,
         check_f_dims=False,
     )
     with np.errstate(all="ignore"):
-        dynamics.optimize(sched=scheduler([effective_sample_size()]))
+        dynamics.optimize(sched=scheduler([effective_sample_size(eta=0.1)]))
     return case.excess(dynamics.best_energy), num_steps * num_particles
 
 
