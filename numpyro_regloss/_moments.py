@@ -21,6 +21,8 @@ __all__ = ["DOMINANT_WEIGHT", "Moments", "of_blocks", "of_chains", "standardized
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
 LEAST_DRAWS = 4
+# Of larger blocks covariance errors follow from a matrix per block, of smaller ones from products of members.
+MEMBERS = 2
 # Rounding of a sum in units of the last digit of its largest term: a floor of errors.
 ROUNDING = 8.0
 
@@ -297,13 +299,19 @@ def _covariance_of_blocks(
         z = (chunk.x - mean) / unit
         if structure == "dense":
             first = (weight[:, None] * z).T @ z
-            # (Σ w z_i z_j)² over a block is a sum over pairs of its members of products of i and of j.
-            members = z.reshape(-1, size, dim)
-            products = (members[:, :, None] * members[:, None]).reshape(-1, dim)
-            share = weight.reshape(-1, size)
-            share = factor[:, None, None] * share[:, :, None] * share[:, None]
-            square = (share.reshape(-1, 1) * products).T @ products
             cross = (jnp.repeat(factor * block, size)[:, None] * weight[:, None] * z).T @ z
+            if size > MEMBERS:
+                members = z.reshape(-1, size, dim)
+                share = weight.reshape(-1, size, 1)
+                total = jnp.einsum("bsi,bsj->bij", share * members, members)
+                square = jnp.einsum("b,bij->ij", factor, total**2)
+            else:
+                # (Σ w z_i z_j)² over a block is a sum over pairs of its members of products of i and of j.
+                members = z.reshape(-1, size, dim)
+                products = (members[:, :, None] * members[:, None]).reshape(-1, dim)
+                share = weight.reshape(-1, size)
+                share = factor[:, None, None] * share[:, :, None] * share[:, None]
+                square = (share.reshape(-1, 1) * products).T @ products
         else:
             values = z**2
             if structure == "isotropic":

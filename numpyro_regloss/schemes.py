@@ -24,10 +24,10 @@ from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.minibatch import Minibatch
-from numpyro_regloss.shift import NUTS, SGLD, Implicit
+from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
-__all__ = ["Scoping", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
+__all__ = ["Scoping", "anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
 
 # Built once, since a new optimizer is a new program. A rate of one is the plain step where the optimizer is handed
 # displacements.
@@ -263,6 +263,65 @@ def parle(
     )
     tied = Tied(base.anchor.optimizer, np.asarray(coupling, all_replicas.x0.dtype), num_replicas)
     return dataclasses.replace(base, anchor=Optax(tied, direction="displacement"))
+
+
+def anneal(
+    loss: Loss,
+    width: float,
+    num_steps: int,
+    *,
+    last_width: float | None = None,
+    num_samples: int = 1000,
+    ess: float = 0.4,
+) -> TwoStep:
+    """Looks for the global minimum of a loss with many local ones, without gradients.
+
+    Importance clouds whose temperature the effective sample size sets, moment matching, and a tau that
+    falls geometrically from `width`² to `last_width`² over `num_steps` steps. While the cloud is wider than the
+    ripples of a loss, the step follows what is left when they are averaged out. What decides is how slowly
+    the cloud narrows and how well its mean is known: `num_steps` and `num_samples`; a larger `ess` is slower and
+    surer. There is no theorem that the minimum is found, and no F_tau that falls at every step.
+
+    Args:
+        loss: the loss.
+        width: standard deviation of the first cloud, in units of the parameters: half of the half-width of the
+            box in which the minimum is expected.
+        num_steps: steps until the cloud has its last width, which it keeps.
+        last_width: standard deviation of the last cloud: about the precision wanted of the minimizer times
+            sqrt(num_samples); default: `width` / 10,000.
+        num_samples: loss evaluations per step, one for the centre aside: some tens per parameter.
+        ess: effective sample size as a share of the cloud.
+
+    Returns:
+        The optimizer, to be run for `num_steps` steps.
+
+    Raises:
+        ValueError: if a width is not positive, or the last is above the first.
+
+    Example:
+        >>> from jax import random
+        >>> from numpyro_regloss import problems
+        >>> problem = problems.rastrigin(5).transformed(shift=1.5)  # about 10^5 local minima in its box
+        >>> optimizer = anneal(Loss.from_function(problem.loss, problem.start), width=2.5, num_steps=100)
+        >>> result = optimizer.run(random.key(0), 100, progress_bar=False)
+        >>> bool(abs(result.params - 1.5).max() < 0.01)
+        True
+    """
+    check_count(num_steps, "schemes.anneal: num_steps")
+    last_width = width / 1e4 if last_width is None else last_width
+    for name, value in {"width": width, "last_width": last_width}.items():
+        check_positive(value, f"schemes.anneal: {name}")
+    if last_width > width:
+        raise ValueError(
+            f"schemes.anneal: expected last_width <= width, got {last_width} > {width}; the cloud narrows."
+        )
+    tau = optax.exponential_decay(
+        float(width) ** 2,
+        max(num_steps - 1, 1),
+        (float(last_width) / float(width)) ** 2,
+        end_value=float(last_width) ** 2,
+    )
+    return TwoStep(loss, tau, shift=Importance(num_samples, ess=ess), fit=ForwardKL())
 
 
 def minimize(
