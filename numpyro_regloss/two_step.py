@@ -113,6 +113,8 @@ class TwoStep:
                 f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "
                 'has none; use shift.Importance with fit.ForwardKL, or fit.RobbinsMonro(gradient="score").'
             )
+        if hasattr(self.anchor, "check_fit"):
+            self.anchor.check_fit(self.fit)
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
         )

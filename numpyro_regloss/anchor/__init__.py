@@ -3,6 +3,7 @@
 """Step 3: how the fitted Gaussian becomes the next reference."""
 
 from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.anchor.newton import Newton
 from numpyro_regloss.anchor.proximal import Proximal
 
-__all__ = ["Anchor", "Proximal"]
+__all__ = ["Anchor", "Newton", "Proximal"]
