@@ -5,8 +5,9 @@ r"""Whether to go farther than the plain step, before and after.
 The plain step, from the centre x to the mean m of q, never increases F_tau but for sampling errors. Going farther has no
 such guarantee, so it is judged twice, in units of the reference and of T, with p the step, e = m - x and C = Cov_q:
 
-    - before, as one half of the draws would go and the other half sees it, both ways: by
-      log E_q[φ_{x + p} / φ_x] where the draws tell that, else to second order, p·e - pᵀ(I - C)p / 2;
+    - before, as one half of the draws would go and the other half sees it, both ways: by log E_q[φ_{x + p} / φ_x]
+      where the draws tell that (the variance pᵀC p of its logarithm is below half the logarithm of their number), else
+      to second order, p·e - pᵀ(I - C)p / 2;
     - after, by the trapezoid rule between the gradients at both ends: (e_before + e_after)·p / 2. Where F_tau rose
       by more than the error of this, the centre goes back, to where the plain step would have led.
 
@@ -20,10 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._descent import half_masks, decrease, masked
+from numpyro_regloss._descent import half_masks, masked
+from numpyro_regloss._pytree import replace_fields
+from numpyro_regloss._score_regression import Regression, mean_of
+from numpyro_regloss._stats import after, weight_ess
 from numpyro_regloss._typing import Array
 from numpyro_regloss.anchor.base import REASONS, AcceleratedInfo
-from numpyro_regloss.draws import Draws
+from numpyro_regloss.draws import Chunk, Draws
 from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
@@ -32,14 +36,13 @@ __all__ = [
     "check_uses_draws",
     "compare",
     "first",
+    "in_order",
     "remember",
     "report",
     "rise",
     "whitened_error",
 ]
 
-# Variance of log φ_{x + p} / φ_x up to which a hundred draws tell the mean of its exponential.
-MOST_VARIANCE = 2.0
 # Standard errors by which F_tau must have risen for the centre to go back.
 SIGNIFICANT = 2.0
 
@@ -60,6 +63,25 @@ class Last(NamedTuple):
     error: Array
     plain: Array
     accelerated: Array
+
+
+def in_order(
+    target: RegularizedLoss, fitted: AnyGaussian
+) -> tuple[AnyGaussian, RegularizedLoss, Array]:
+    """The plain step, and references to whiten with: LAPACK calls come one after another.
+
+    Args:
+        target: the target of this step.
+        fitted: the fitted Gaussian.
+
+    Returns:
+        The reference, once the fit is done; the target, once the plain step is known; the plain step, whitened.
+    """
+    done = jnp.stack([part.reshape(-1)[-1] for part in fitted])
+    reference = target.reference._replace(mean=after(jnp.sum(done), target.reference.mean))
+    plain = reference.whiten(fitted.mean)
+    then = reference._replace(mean=after(plain[-1], reference.mean))
+    return reference, replace_fields(target, reference=then), plain
 
 
 def first(target: RegularizedLoss) -> Last:
@@ -127,41 +149,65 @@ def check_uses_draws(fit: Any, what: str, remedy: str) -> None:
 def compare(
     target: RegularizedLoss,
     draws: Draws,
-    mean_of: Callable[[Draws], Array],
+    regression: Regression,
     steps: Callable[[Array], Array],
-    covariance: Callable[[Array], Array],
-    scores: Array,
 ) -> Array:
     """Decreases of F_tau by several steps, cross-fitted, in the units of the loss.
 
     Args:
         target: the target of the draws.
         draws: from q, with weights.
-        mean_of: the whitened mean of draws, some of them without weight.
-        steps: the whitened steps that follow from such a mean, `(dim,)` -> `(step, dim)`.
-        covariance: the product of the whitened covariance of q with a vector.
-        scores: whether scores, if there are any, may be used.
+        regression: with the control variate of their mean.
+        steps: the whitened steps that follow from the mean of half of the draws, `(dim,)` -> `(step, dim)`.
 
     Returns:
         One decrease per step, `(step,)`; -infinity where it is not finite.
     """
     masks = half_masks(draws)
-    means = jax.vmap(lambda mask: mean_of(masked(draws, mask)))(masks)
+    reference, coefficient = target.reference, regression.coefficient
+    masks = half_masks(draws)
+    most = 0.5 * jnp.log(jnp.maximum(weight_ess(draws.log_weight), 1.0))
 
-    def judge(step: Array, mean: Array, mask: Array) -> Array:
-        spread = covariance(step)
-        variance = step @ spread
-        model = target.temperature * (step @ mean - 0.5 * (step @ step - variance))
-        judges, others = masked(draws, ~mask), masked(draws, mask)
-        there = target.reference.unwhiten(step)
-        seen = decrease(target, judges, there, regress_on=others, scores=scores).value
-        value = jnp.where(variance < MOST_VARIANCE, seen, model)
-        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+    def proposed(mask: Array) -> tuple[Array, Array]:
+        mean = mean_of(masked(draws, mask), reference, coefficient)
+        return mean, steps(mean)
 
-    def of_half(mean: Array, other: Array, mask: Array) -> Array:
-        return jax.vmap(lambda step: judge(step, other, mask))(steps(mean))
+    def judged(mask: Array, mean: Array, step: Array) -> Array:
+        along = step @ mean
+        variance, rest = _moments(masked(draws, mask), reference, coefficient, step, along)
+        seen = jnp.log1p(0.5 * variance + rest)
+        log_ratio = along - 0.5 * step @ step + jnp.where(variance < most, seen, 0.5 * variance)
+        return jnp.where(jnp.isfinite(log_ratio), target.temperature * log_ratio, -jnp.inf)
 
-    return jnp.mean(jax.vmap(of_half)(means, means[::-1], masks), 0)
+    means, both = jax.vmap(proposed)(masks)
+    of_steps = jax.vmap(judged, (None, None, 0))
+    return jnp.mean(jax.vmap(of_steps)(masks[::-1], means[::-1], both), 0)
+
+
+def _moments(
+    draws: Draws, reference: AnyGaussian, coefficient: Any, step: Array, along: Array
+) -> tuple[Array, Array]:
+    # Of u = p·ε - p·e: the variance, Stein-corrected, and E[exp(u) - 1 - u - u²/2].
+    log_total = jax.nn.logsumexp(draws.log_weight)
+    log_total = jnp.where(jnp.isfinite(log_total), log_total, 0.0)
+    corrected = jnp.zeros_like(step)
+    if coefficient is not None:
+        diagonal = coefficient.ndim == 1
+        corrected = coefficient * step if diagonal else coefficient.T @ step
+
+    def add(sums: tuple[Array, Array], chunk: Chunk) -> tuple[Array, Array]:
+        weight = jnp.exp(chunk.log_weight - log_total)
+        u = jnp.where(weight > 0, reference.whiten(chunk.x) @ step - along, 0.0)
+        residual = u
+        if chunk.score is not None:
+            control = reference.scaled_transpose(chunk.score) @ corrected
+            residual = u - jnp.where(weight > 0, control, 0.0)
+        rest = jnp.exp(u) - 1.0 - u - 0.5 * u**2
+        return sums[0] + weight @ (residual * u), sums[1] + weight @ rest
+
+    zero = jnp.zeros_like(along)
+    second, rest = draws.fold(add, (zero, zero))
+    return second - corrected @ step, rest
 
 
 def whitened_error(target: RegularizedLoss, fit_info: Any) -> Array:

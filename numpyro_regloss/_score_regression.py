@@ -139,9 +139,7 @@ def _full(weight: Array, z: Array, score: Array) -> Array:
     ridge = RIDGE * jnp.trace(moments) / dim + jnp.finfo(z.dtype).tiny
     lower = jnp.linalg.cholesky(moments + ridge * jnp.eye(dim, dtype=z.dtype))
     half = lax.linalg.triangular_solve(lower, weighted.T @ z, left_side=True, lower=True)
-    return lax.linalg.triangular_solve(
-        lower, half, left_side=True, lower=True, transpose_a=True
-    ).T
+    return lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True).T
 
 
 def _spread(count: Array, dim: float) -> Array:

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from numpyro_regloss import _safeguard
 from numpyro_regloss._checks import check_choice, check_positive
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass, replace_fields, static_field
-from numpyro_regloss._score_regression import Regression, mean_of, regress
-from numpyro_regloss._stats import after, normalize_log_weight
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._score_regression import Regression, regress
+from numpyro_regloss._stats import normalize_log_weight
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor.base import REASONS, AcceleratedInfo, Anchor
 from numpyro_regloss.draws import Draws
@@ -107,9 +107,7 @@ class Newton(Anchor):
 
     def init(self, target: RegularizedLoss) -> NewtonState:
         """Nothing to judge yet, and steps as long as they may be."""
-        return NewtonState(
-            _safeguard.first(target), jnp.ones_like(target.reference.mean, shape=())
-        )
+        return NewtonState(_safeguard.first(target), jnp.ones_like(target.reference.mean, shape=()))
 
     def step(
         self,
@@ -137,21 +135,15 @@ class Newton(Anchor):
             ValueError: if there are too few draws for a full curvature.
         """
         del rng_key
-        reference = target.reference
         if self.curvature == "full" and draws.log_weight.size < LEAST_DRAWS * target.dim:
             raise ValueError(
                 f"Newton: expected at least {LEAST_DRAWS * target.dim} draws for the curvature in {target.dim} "
-                f"parameters, got {draws.log_weight.size}; draw more, or use Newton(curvature=\"diagonal\") or "
+                f'parameters, got {draws.log_weight.size}; draw more, or use Newton(curvature="diagonal") or '
                 "anchor.Anderson()."
             )
         control = getattr(fit_info, "control_variate", jnp.asarray(0))
         compatible = getattr(fit_info, "score_compatible", jnp.asarray(True))
-        # LAPACK calls come one after another: the fit's, then the whitening of the mean, then that of the draws.
-        reference = reference._replace(mean=after(_last_of(fitted), reference.mean))
-        plain = reference.whiten(fitted.mean)
-        here = replace_fields(
-            target, reference=reference._replace(mean=after(plain[0], reference.mean))
-        )
+        reference, here, plain = _safeguard.in_order(target, fitted)
         regression = regress(
             here, draws, control, compatible=compatible, diagonal=self.curvature == "diagonal"
         )
@@ -161,14 +153,7 @@ class Newton(Anchor):
             # Half of the draws have twice the variance.
             return jnp.stack([step, step + stretch(step, 2.0)])
 
-        decreases = _safeguard.compare(
-            here,
-            draws,
-            lambda part: mean_of(part, here.reference, regression.coefficient),
-            steps,
-            lambda step: _product(regression.covariance, step),
-            compatible,
-        )
+        decreases = _safeguard.compare(here, draws, regression, steps)
         error = _safeguard.whitened_error(here, fit_info)
         _, back = _safeguard.rise(state.last, reference, plain, error)
         step = plain + stretch(plain, 1.0)
@@ -203,7 +188,9 @@ class Newton(Anchor):
             variance = weight**2 @ (regression.residual @ vector) ** 2
             total = jnp.sum(variance)
             # Independent draws would have this variance; the fit knows how correlated they are.
-            variance = variance * jnp.where(total > 0, error / jnp.where(total > 0, total, 1.0), 0.0)
+            variance = variance * jnp.where(
+                total > 0, error / jnp.where(total > 0, total, 1.0), 0.0
+            )
         floor = jnp.maximum(self.floor, jnp.minimum(regression.noise, 1.0))
         factor = 1.0 / jnp.clip(jnp.abs(eigenvalue), floor, 1.0) - 1.0
 
@@ -218,12 +205,3 @@ class Newton(Anchor):
             return beyond * jnp.minimum(1.0, longest / jnp.where(length > 0, length, 1.0))
 
         return stretch
-
-
-def _last_of(fitted: AnyGaussian) -> Array:
-    # Depends on all that was computed for the fit.
-    return sum(part.reshape(-1)[-1] for part in fitted)
-
-
-def _product(covariance: Array, step: Array) -> Array:
-    return covariance * step if covariance.ndim == 1 else covariance @ step
