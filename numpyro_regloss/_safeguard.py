@@ -2,14 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Whether to go farther than the plain step, before and after.
 
-The plain step, from the centre x to the mean m of q, never increases F_tau but for sampling errors. Going farther has no
-such guarantee, so it is judged twice, in units of the reference and of T, with p the step, e = m - x and C = Cov_q:
+The plain step, from the centre x to the mean m of q, never increases F_tau but for sampling errors. Going
+farther has no such guarantee, so it is judged twice. In units of the reference and of T, with p the step,
+e = m - x, u = p·(X - m) and C = Cov_q:
 
-    - before, as one half of the draws would go and the other half sees it, both ways: by log E_q[φ_{x + p} / φ_x]
-      where the draws tell that (the variance pᵀC p of its logarithm is below half the logarithm of their number), else
-      to second order, p·e - pᵀ(I - C)p / 2;
-    - after, by the trapezoid rule between the gradients at both ends: (e_before + e_after)·p / 2. Where F_tau rose
-      by more than the error of this, the centre goes back, to where the plain step would have led.
+    - before, as one half of the draws would go and the other half sees it, both ways, by
+
+          log E_q[φ_{x + p} / φ_x] = p·e - p·p / 2 + log(1 + pᵀC p / 2 + E_q[exp(u) - 1 - u - u² / 2])
+
+      with e and C Stein-corrected, or to second order, p·e - pᵀ(I - C)p / 2, where pᵀC p exceeds half the
+      logarithm of the number of draws, so that these cannot tell the expectation;
+    - after, by the trapezoid rule between the gradients at both ends, (e_before + e_after)·p / 2. Where F_tau
+      rose by more than the error of this, the centre goes back, to where the plain step would have led.
 
 References: Caffo, Jank & Jones (2005), "Ascent-Based Monte Carlo Expectation-Maximization"; Conn, Gould & Toint
 (2000), "Trust-Region Methods".
@@ -21,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._descent import half_masks, masked
+from numpyro_regloss._descent import masked
 from numpyro_regloss._pytree import replace_fields
 from numpyro_regloss._score_regression import Regression, mean_of
 from numpyro_regloss._stats import after, weight_ess
@@ -163,9 +167,9 @@ def compare(
     Returns:
         One decrease per step, `(step,)`; -infinity where it is not finite.
     """
-    masks = half_masks(draws)
+    masks = _halves(draws)
     reference, coefficient = target.reference, regression.coefficient
-    masks = half_masks(draws)
+    masks = _halves(draws)
     most = 0.5 * jnp.log(jnp.maximum(weight_ess(draws.log_weight), 1.0))
 
     def proposed(mask: Array) -> tuple[Array, Array]:
@@ -182,6 +186,23 @@ def compare(
     means, both = jax.vmap(proposed)(masks)
     of_steps = jax.vmap(judged, (None, None, 0))
     return jnp.mean(jax.vmap(of_steps)(masks[::-1], means[::-1], both), 0)
+
+
+def _halves(draws: Draws) -> Array:
+    # Of the draws that have weight, since they may be half of the draws already: whole chains, whole blocks, or the
+    # two ends of one chain.
+    used = draws.log_weight > -jnp.inf
+    if draws.block_size is not None:
+        flat = used.reshape(-1)
+        blocks = jnp.pad(flat, (0, -flat.size % draws.block_size)).reshape(-1, draws.block_size)
+        rank = jnp.cumsum(jnp.any(blocks, 1)) - 1
+        index = jnp.repeat(rank, draws.block_size)[: flat.size].reshape(used.shape)
+    else:
+        by_chain = jnp.cumsum(jnp.any(used, 1)) - 1
+        by_time = 2 * jnp.arange(used.shape[1]) // used.shape[1]
+        index = jnp.where(by_chain[-1] > 0, by_chain[:, None], by_time)
+    first = index % 2 == 0
+    return jnp.stack([first, ~first])
 
 
 def _moments(

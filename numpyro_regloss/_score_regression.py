@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_regloss._stats import after, normalize_log_weight, weight_ess
+from numpyro_regloss._stats import normalize_log_weight, weight_ess
 from numpyro_regloss._typing import Array
 from numpyro_regloss.draws import Chunk, Draws
 from numpyro_regloss.gaussian import AnyGaussian

@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Anderson's acceleration of the fixed-point iteration of the two-step scheme.
 
-With the centres x_j of the last steps, the means m_j that were fitted there and e_j = m_j - x_j, the next centre is
+With the centres x_j of the last steps, the means m_j fitted there and e_j = m_j - x_j, the next centre is
 
     Σ_j a_j m_j,   a = argmin_{Σ a = 1} |Σ_j a_j e_j|² + Σ_j a_j² s_j²
 
-in units of the reference, s_j the standard error of e_j: what sampling leaves of an average of e_j counts as much as
-what is seen of it, so that differences below the noise are not divided by. On a linear map without noise it ends after one
-step per dimension more, since it is then the method of conjugate residuals.
+in units of the reference, s_j the standard error of e_j: the sampling variance of an average counts as much
+as what is seen of it, so that there is no dividing by differences below the noise. On a linear map without noise
+it is essentially GMRES, which ends after as many steps as there are dimensions.
 
-References: Anderson (1965), "Iterative Procedures for Nonlinear Integral Equations"; Walker & Ni (2011), "Anderson
-Acceleration for Fixed-Point Iterations"; Henderson & Varadhan (2019), "Damped Anderson Acceleration With Restarts and
-Monotonicity Control for Accelerating EM and EM-like Algorithms".
+References: Anderson (1965), "Iterative Procedures for Nonlinear Integral Equations"; Walker & Ni (2011),
+"Anderson Acceleration for Fixed-Point Iterations"; Henderson & Varadhan (2019), "Damped Anderson Acceleration
+With Restarts and Monotonicity Control for Accelerating EM and EM-like Algorithms".
 """
 
 from collections.abc import Callable
@@ -215,7 +215,7 @@ def _steps(pairs: AndersonState, reference: AnyGaussian) -> Array:
 
 
 def _weights(pairs: AndersonState, reference: AnyGaussian, place: Array) -> Array:
-    # The minimizer is K⁻¹ 1 up to a factor, K the Gram matrix plus the noise; unused rows are far too long to count.
+    # The minimizer is K⁻¹ 1 up to a factor, K the Gram matrix plus the noise, here of steps of length one.
     steps = _steps(pairs, reference)
     square = jnp.sum(steps**2, -1)
     usable = pairs.used & (square > 0) & jnp.isfinite(pairs.noise)

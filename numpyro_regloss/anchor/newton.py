@@ -2,19 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Newton's step on F_tau, with the curvature that the draws show.
 
-The plain step moves the centre x to m = E_q[X], which is gradient descent with the step tau / T, and the Jacobian of
-this map is Cov_q / tau. So
+The plain step moves the centre x to m = E_q[X], which is gradient descent with the step tau / T, and the
+Jacobian of this map is Cov_q / tau. So
 
     x ← x + (I - C / tau)⁻¹ (m - x),   C = (E_q[g gᵀ])⁻¹ ⪯ Cov_q with the scores g = ∇ log q, else C = Cov_q.
 
-Eigenvalues λ of I - C / tau are replaced by |λ|, since a negative one is a direction in which to leave a saddle, and
-kept between `floor` and one, so that no step is shorter than the plain one. A component of m - x goes farther only as far
-as it stands out of its sampling error s: by the factor 1 + (1/λ - 1) (1 - s² / |m - x|²)₊.
+Eigenvalues λ of I - C / tau are replaced by |λ|, since a negative one is a direction in which to leave a
+saddle, and kept between `floor` and one, so that no step is shorter than the plain one. A component e of m - x
+with the standard error s is lengthened only as it stands out of that: by the factor
+1 + (1/λ - 1) (1 - 2 s² / e²)₊. Without scores the floor is at least what chance adds to the largest eigenvalue.
 
-References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
-Regularization in Deep Learning"; Jamshidian & Jennrich (1997), "Acceleration of the EM Algorithm by Using Quasi-Newton
-Methods"; Dauphin et al. (2014), "Identifying and Attacking the Saddle Point Problem in High-Dimensional Non-Convex
-Optimization".
+References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and
+Heat Regularization in Deep Learning"; Jamshidian & Jennrich (1997), "Acceleration of the EM Algorithm by Using
+Quasi-Newton Methods"; Dauphin et al. (2014), "Identifying and Attacking the Saddle Point Problem in
+High-Dimensional Non-Convex Optimization".
 """
 
 from collections.abc import Callable
@@ -57,13 +58,16 @@ class NewtonState(NamedTuple):
 
 @pytree_dataclass
 class Newton(Anchor):
-    """N(x + (I - C / tau)⁻¹ (m - x), tau I), for `fit.ForwardKL`; the plain step where that decreases F_tau by more.
+    """N(x + (I - C / tau)⁻¹ (m - x), tau I); the plain step, N(m, tau I), where that decreases F_tau by more.
+
+    The fit must match moments, as `fit.ForwardKL` does. The curvature C is that of the scores of the draws, which
+    NUTS and HMC have, or their covariance.
 
     Args:
         floor: least eigenvalue of I - C / tau: no direction is lengthened by more than 1 / floor.
         max_step: longest distance beyond the plain step, in units of sqrt(tau dim).
-        curvature: `"full"`, which needs twice as many draws as parameters, or `"diagonal"`, for more parameters than
-            that and little correlation among them.
+        curvature: `"full"`, which needs twice as many draws as parameters, or `"diagonal"`, for more parameters
+            than that and little correlation among them.
 
     Raises:
         TypeError: if a number is none.
