@@ -38,6 +38,7 @@ FLOORS = {
     "draws": 4,
     "_whitened_hmc": 5,
     "_moments": 5,
+    "_descent": 5,
     "_samples": 5,
     "_families": 6,
     "_outer_step": 5,
