@@ -189,8 +189,8 @@ def compare(
 
 
 def _halves(draws: Draws) -> Array:
-    # Of the draws that have weight, since they may be half of the draws already: whole chains, whole blocks, or the
-    # two ends of one chain.
+    # Of the draws that have weight, since they may be half of the draws already: whole chains, whole blocks, or
+    # the two ends of one chain.
     used = draws.log_weight > -jnp.inf
     if draws.block_size is not None:
         flat = used.reshape(-1)

@@ -4,11 +4,11 @@ r"""Anderson's acceleration of the fixed-point iteration of the two-step scheme.
 
 With the centres x_j of the last steps, the means m_j fitted there and e_j = m_j - x_j, the next centre is
 
-    Σ_j a_j m_j,   a = argmin_{Σ a = 1} |Σ_j a_j e_j|² + Σ_j a_j² s_j²
+    Σ_j a_j m_j,   a = argmin_{Σ a = 1} |Σ_j a_j e_j|²
 
-in units of the reference, s_j the standard error of e_j: the sampling variance of an average counts as much
-as what is seen of it, so that there is no dividing by differences below the noise. On a linear map without noise
-it is essentially GMRES, which ends after as many steps as there are dimensions.
+in units of the reference. Regularized with the known standard errors of the e_j, so that what cannot be told from
+noise leads to the plain step. On a linear map without noise it is essentially GMRES, which ends after as many
+steps as there are dimensions.
 
 References: Anderson (1965), "Iterative Procedures for Nonlinear Integral Equations"; Walker & Ni (2011),
 "Anderson Acceleration for Fixed-Point Iterations"; Henderson & Varadhan (2019), "Damped Anderson Acceleration
@@ -34,7 +34,7 @@ from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["Anderson", "AndersonState"]
 
-# Of the largest eigenvalue of the unit-diagonal Gram matrix, in units of the last digit.
+# Of the unit diagonal of a Gram matrix, in units of the last digit.
 RIDGE = 10.0
 # Halves of fewer draws say nothing.
 LEAST_DRAWS = 8
@@ -131,6 +131,9 @@ class Anderson(Anchor):
         reference, here, plain = _safeguard.in_order(target, fitted)
         error = _safeguard.whitened_error(here, fit_info)
         _, back = _safeguard.rise(state.last, reference, plain, error)
+        # The least residual need not have the least F_tau, but one of them falls.
+        before = reference.scaled_transpose(state.last.gradient)
+        back &= plain @ plain > before @ before
         pairs = _remember(state, reference, plain, error)
         weight = _weights(pairs, reference, state.place)
         rest = jnp.where(jnp.arange(self.memory) == state.place, 0.0, weight)
@@ -215,18 +218,24 @@ def _steps(pairs: AndersonState, reference: AnyGaussian) -> Array:
 
 
 def _weights(pairs: AndersonState, reference: AnyGaussian, place: Array) -> Array:
-    # The minimizer is K⁻¹ 1 up to a factor, K the Gram matrix plus the noise, here of steps of length one.
+    # In terms of D_j = e_j - e_k, with k the present pair: (DᵀD + N) a = -(Dᵀ e_k + s_k²) for the weights of the
+    # others, N the covariance of the noise of D, and -s_k² what the noise of e_k adds to the product on average.
+    # So noise alone gives the plain step, where the least residual would be that of an average over the memory.
     steps = _steps(pairs, reference)
+    present = jnp.arange(len(steps)) == place
     square = jnp.sum(steps**2, -1)
-    usable = pairs.used & (square > 0) & jnp.isfinite(pairs.noise)
-    length = jnp.sqrt(jnp.where(usable, square, 1.0))
-    unit = jnp.where(usable[:, None], steps, 0.0) / length[:, None]
-    eps = jnp.finfo(steps.dtype).eps
-    extra = jnp.where(usable, RIDGE * eps + jnp.where(usable, pairs.noise, 0.0), 1.0)
-    lower = jnp.linalg.cholesky(unit @ unit.T + jnp.diag(extra))
-    ones = jnp.where(usable, 1.0 / length, 0.0)
-    solution = jax.scipy.linalg.cho_solve((lower, True), ones) * ones
-    total = jnp.sum(solution)
-    weight = solution / jnp.where(total > 0, total, 1.0)
-    alone = jnp.arange(len(weight)) == place
-    return jnp.where(jnp.isfinite(weight).all() & (total > 0), weight, alone.astype(weight.dtype))
+    usable = pairs.used & ~present & jnp.isfinite(pairs.noise) & jnp.isfinite(pairs.noise[place])
+    noise = jnp.where(usable | present, pairs.noise * square, 0.0)
+    here = jnp.where(jnp.isfinite(noise[place]), noise[place], 0.0)
+    gap = jnp.where(usable[:, None], steps - steps[place], 0.0)
+    length = jnp.sqrt(jnp.sum(gap**2, -1))
+    length = jnp.where(length > 0, length, 1.0)
+    unit = gap / length[:, None]
+    penalty = (jnp.diag(noise) + here) / length[:, None] / length
+    ridge = jnp.where(usable, RIDGE * jnp.finfo(steps.dtype).eps, 1.0)
+    penalty = jnp.where(usable[:, None] & usable, penalty, 0.0) + jnp.diag(ridge)
+    lower = jnp.linalg.cholesky(unit @ unit.T + penalty)
+    right = jnp.where(usable, -(unit @ steps[place]) - here / length, 0.0)
+    others = jax.scipy.linalg.cho_solve((lower, True), right) / length
+    others = jnp.where(jnp.isfinite(others).all(), others, 0.0)
+    return jnp.where(present, 1.0 - jnp.sum(others), others)
