@@ -11,6 +11,7 @@ from numpyro_regloss.guides import from_guide, to_guide
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
+from numpyro_regloss.record import Record, RecordInfo
 from numpyro_regloss.regularized import RegularizedLoss, model
 from numpyro_regloss.two_step import (
     RejectedError,
@@ -25,6 +26,8 @@ __all__ = [
     "Loss",
     "LowRankGaussian",
     "Minibatch",
+    "Record",
+    "RecordInfo",
     "RegularizedLoss",
     "RejectedError",
     "TwoStep",

@@ -26,7 +26,7 @@ from numpyro_regloss._typing import Array
 from numpyro_regloss.draws import Chunk, Draws
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["Change", "cross_fitted", "decrease", "half_masks", "masked"]
+__all__ = ["Change", "CrossFitted", "cross_fitted", "decrease", "half_masks", "masked"]
 
 # A regression on more scores than these has small gains left; each iteration is two passes over the draws.
 CG_ITERATIONS = 30
@@ -46,6 +46,20 @@ class Change(NamedTuple):
 
     value: Array
     error: Array
+
+
+class CrossFitted(NamedTuple):
+    """A decrease of F_tau that was judged by other draws, in the units of the loss.
+
+    Attributes:
+        value: the decrease that a centre from half of the draws brings.
+        error: its standard error.
+        noise: how far F_tau can have risen, on average, by the Monte Carlo error of such a centre alone.
+    """
+
+    value: Array
+    error: Array
+    noise: Array
 
 
 def half_masks(draws: Draws) -> Array:
@@ -69,10 +83,8 @@ def masked(draws: Draws, mask: Array) -> Draws:
 def cross_fitted(
     target: RegularizedLoss,
     draws: Draws,
-    propose: Callable[[Draws], Array],
-    *,
-    scores: Array | bool = True,
-) -> Change:
+    propose: Callable[[Draws], tuple[Array, Array]],
+) -> CrossFitted:
     """The decrease that a centre from half of the draws brings.
 
     A lower bound, on average, of what the same rule brings on all draws, since half of them are noisier. The two
@@ -81,21 +93,24 @@ def cross_fitted(
     Args:
         target: the target of the draws.
         draws: from q, with weights.
-        propose: makes the centre `(dim,)` of draws; others have weight zero.
-        scores: whether scores, if there are any, may be used as control variates.
+        propose: makes the centre `(dim,)` of draws, others having weight zero, and says whether it used their
+            scores: a decrease that is known better than the centre would call its noise progress.
 
     Returns:
-        The decrease and its standard error.
+        The decrease, its standard error and the noise of the centre.
     """
     masks = half_masks(draws)
-    means = jax.vmap(lambda mask: propose(masked(draws, mask)))(masks)
+    means, scores = jax.vmap(lambda mask: propose(masked(draws, mask)))(masks)
 
     def judge(mean: Array, mask: Array) -> Change:
         judges, others = masked(draws, ~mask), masked(draws, mask)
-        return decrease(target, judges, mean, regress_on=others, scores=scores)
+        return decrease(target, judges, mean, regress_on=others, scores=jnp.all(scores))
 
     both = jax.vmap(judge)(means, masks)
-    return Change(jnp.mean(both.value), jnp.mean(both.error))
+    # The Hessian of F_tau is at most T / tau, and the two centres differ by twice the variance of each.
+    apart = target.reference._replace(mean=means[1])
+    noise = 0.25 * draws.temperature * jnp.sum(apart.whiten(means[0]) ** 2)
+    return CrossFitted(jnp.mean(both.value), jnp.mean(both.error), noise)
 
 
 def decrease(

@@ -97,7 +97,9 @@ def of_chains(
         flat = after(log_density[0], flat)
     mean, unit, z = standardized(flat, weight)
     if score is not None:
-        score = jnp.where(used[:, None], score.reshape(-1, dim), 0.0) * unit
+        # Copies of the heaviest draw, as its x and its density are: no jump is seen on the way to them.
+        score = score.reshape(-1, dim)
+        score = jnp.where(used[:, None], score, score[jnp.argmax(weight)]) * unit
     chains = Chains(x.shape[0], weight, z, score, log_density)
     of_mean, of_variances = choose(chains, control, variances=structure is not None)
     mean = mean - unit * of_mean.shift

@@ -56,6 +56,7 @@ class TwoStepInfo(NamedTuple):
         anchor: the anchor's info.
         num_loss: loss evaluations of the step.
         num_grad: gradient evaluations of the step.
+        record: what the optimizer's `record` wrote down, or None.
     """
 
     ok: Array
@@ -68,6 +69,7 @@ class TwoStepInfo(NamedTuple):
     anchor: Any
     num_loss: Array
     num_grad: Array
+    record: Any = None
 
 
 def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> RegularizedLoss:
@@ -127,7 +129,7 @@ def step(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
     """Reference → draws → fitted Gaussian → next reference; a rejected step keeps what was before."""
-    keys = random.split(random.fold_in(state.rng_key, state.step), 4)
+    keys = random.split(random.fold_in(state.rng_key, state.step), 5)
     tau = optimizer.tau_at(state.step)
     here = _rescaled(optimizer, state.reference, tau)
     target = _target(optimizer, here, arguments)
@@ -144,6 +146,19 @@ def step(
     keep = partial(_select, ok)
     reference = keep(reference, old_reference)
     reference = _rescaled(optimizer, reference, optimizer.tau_at(state.step + 1))
+    record = None
+    if optimizer.record is not None:
+
+        def propose(some: Draws) -> tuple[Array, Array]:
+            _, fitted, info = optimizer.fit.step(keys[1], state.fit, target, some)
+            _, after, _ = optimizer.anchor.step(keys[2], state.anchor, target, some, fitted, info)
+            return after.mean, jnp.asarray(getattr(info, "control_variate", 0)) > 0
+
+        used = draws if getattr(optimizer.fit, "uses_draws", True) else None
+        record = optimizer.record.step(
+            keys[4], state.step, target, used, propose, reference, fit_info, ok
+        )
+        infos = (*infos, record)
     info = TwoStepInfo(
         ok=ok,
         loss=target.on_batch(keys[3]).value(here.mean),
@@ -155,6 +170,7 @@ def step(
         anchor=anchor_info,
         num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(1)),
         num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
+        record=record,
     )
     state = TwoStepState(
         step=state.step + 1,

@@ -27,6 +27,7 @@ def local_entropy(
     fit: Any = None,
     anchor: Any = None,
     temperature: Any = 1.0,
+    record: Any = None,
 ) -> TwoStep:
     """Minimizes F_tau(x) = -T log E exp(-loss(x') / T), x' ~ N(x, tau I), by moment matching.
 
@@ -38,6 +39,7 @@ def local_entropy(
         fit: default `ForwardKL()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss.
+        record: a `Record`, for verdicts and values in the history.
 
     Returns:
         The optimizer.
@@ -55,6 +57,7 @@ def local_entropy(
         fit=ForwardKL() if fit is None else fit,
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,
+        record=record,
     )
 
 
@@ -64,6 +67,7 @@ def heat(
     fit: Any = None,
     anchor: Any = None,
     temperature: Any = 1.0,
+    record: Any = None,
 ) -> TwoStep:
     """Minimizes F^H_tau(x) = E loss(x'), x' ~ N(x, tau I), by proximal steps.
 
@@ -73,6 +77,7 @@ def heat(
         fit: solver of the implicit equation; default `RobbinsMonro()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss; only tau / T matters for the size of a step.
+        record: a `Record`, for verdicts and values in the history.
 
     Returns:
         The optimizer.
@@ -90,6 +95,7 @@ def heat(
         fit=RobbinsMonro() if fit is None else fit,
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,
+        record=record,
     )
 
 

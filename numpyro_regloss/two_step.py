@@ -54,6 +54,7 @@ class TwoStep:
         fit: step 2, from `numpyro_regloss.fit`.
         anchor: step 3, from `numpyro_regloss.anchor`.
         temperature: T > 0, in the units of the loss.
+        record: a `Record` for verdicts and values in the history, or None.
 
     Raises:
         TypeError: if a part is of the wrong kind.
@@ -80,6 +81,7 @@ class TwoStep:
     fit: Any
     anchor: Any = Proximal()  # noqa: RUF009
     temperature: Any = 1.0
+    record: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
@@ -115,6 +117,10 @@ class TwoStep:
             )
         if hasattr(self.anchor, "check_fit"):
             self.anchor.check_fit(self.fit)
+        if self.record is not None and not callable(getattr(self.record, "step", None)):
+            raise TypeError(
+                f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
+            )
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
         )

@@ -348,9 +348,9 @@ def test_rules_of_the_driver(name):
         other.run(random.key(1), 9, progress_bar=False)
     assert (COUNTER.count, compiled) == (count, [])
 
+    again = partial(optimizer.run, init_state=result.state, progress_bar=False)
     with pytest.raises(RejectedError) as caught:
-        data = np.full(3, np.nan)
-        optimizer.run(KEY, 1, data, init_state=result.state, progress_bar=False)
+        again(KEY, 1, np.full(3, np.nan))
     lost = caught.value.result.state
     kept, before = (s.anchor for s in (lost, result.state))
     if name == "adapt_tau":

@@ -65,6 +65,7 @@ FLOORS = {
     "two_step": 8,
     "schedules": 2,
     "schemes": 9,
+    "record": 9,
     "diagnostics": 9,
     "": 10,
     "__main__": 11,
