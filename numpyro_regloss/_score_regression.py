@@ -27,6 +27,8 @@ __all__ = ["Regression", "mean_of", "regress"]
 
 # Of the mean eigenvalue of the scores' second moments: enough for float32, of no effect otherwise.
 RIDGE = 1e-6
+# Effective draws per coefficient; a regression of fewer is no better than a sample covariance of as many.
+LEAST_DRAWS = 1.2
 # The fit's control variates, by their indices.
 DIAGONAL, FULL = 1, 2
 
@@ -39,7 +41,7 @@ class Regression(NamedTuple):
         coefficient: A of the fit's control variate, to be subtracted from the draws times the scores; like
             `covariance`, or None without scores.
         residual: of the draws, about their mean, `(draw, dim)`; None for a diagonal of draws without scores.
-        noise: what chance may add to an eigenvalue of the covariance.
+        noise: what chance may add to an eigenvalue of the covariance; zero of a regression.
     """
 
     covariance: Array
@@ -104,7 +106,7 @@ def regress(
         jnp.where(compatible, fitted, covariance),
         jnp.where(compatible, of_fit, 0.0),
         jnp.where(compatible, residual, z),
-        jnp.where(compatible, 0.0, chance),
+        jnp.where(compatible & (count >= LEAST_DRAWS * (1 if diagonal else dim)), 0.0, chance),
     )
 
 
