@@ -84,6 +84,13 @@ def _rescaled(optimizer: Any, reference: AnyGaussian, tau: Array) -> AnyGaussian
     return new._replace(scale=jnp.where(_usable(tau), new.scale, reference[1]))
 
 
+def _tau_in_force(optimizer: Any, reference: AnyGaussian, tau: Array) -> Array:
+    # Of a dense reference the marginal variances.
+    if not getattr(optimizer.anchor, "owns_scale", False):
+        return tau
+    return reference[1] ** 2 if reference[1].ndim == 0 else reference.variance
+
+
 def _usable(tau: Array) -> Array:
     # Of a schedule that may fall to zero or turn NaN under way.
     return jnp.all((tau > 0) & jnp.isfinite(tau))
@@ -97,6 +104,7 @@ def init_state(
     key_run, key_shift, key_fit = random.split(rng_key, 3)
     x0 = optimizer.loss.x0
     reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
+    reference = getattr(optimizer.anchor, "first_reference", lambda first: first)(reference)
     target = _target(optimizer, reference, arguments)
     state = TwoStepState(
         step=jnp.asarray(0, jnp.int32),
@@ -133,8 +141,11 @@ def step(
     infos = (shift_info, fit_info, anchor_info)
     ok = all_finite(reference) & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
+    recover_anchor = getattr(optimizer.anchor, "after_rejection", lambda *old: old)
+    old_anchor, old_reference = recover_anchor(state.anchor, here)
     keep = partial(_select, ok)
-    reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))
+    reference = keep(reference, old_reference)
+    reference = _rescaled(optimizer, reference, optimizer.tau_at(state.step + 1))
     record = None
     if optimizer.record is not None:
 
@@ -153,7 +164,7 @@ def step(
         loss=target.on_batch(keys[3]).value(here.mean),
         reference=here,
         fitted=fitted,
-        tau=tau,
+        tau=_tau_in_force(optimizer, here, tau),
         shift=shift_info,
         fit=fit_info,
         anchor=anchor_info,
@@ -167,7 +178,7 @@ def step(
         reference=reference,
         shift=keep(shift, recover(state.shift, shift)),
         fit=keep(fit, state.fit),
-        anchor=keep(anchor, state.anchor),
+        anchor=keep(anchor, old_anchor),
     )
     return state, info
 

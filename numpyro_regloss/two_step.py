@@ -115,6 +115,8 @@ class TwoStep:
                 f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "
                 'has none; use shift.Importance with fit.ForwardKL, or fit.RobbinsMonro(gradient="score").'
             )
+        if hasattr(self.anchor, "check_fit"):
+            self.anchor.check_fit(self.fit)
         if self.record is not None and not callable(getattr(self.record, "step", None)):
             raise TypeError(
                 f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."

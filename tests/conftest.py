@@ -11,7 +11,7 @@ import pytest
 from numpyro.infer import AIES, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
-from numpyro_regloss import fit, shift
+from numpyro_regloss import anchor, fit, shift
 
 # Monte Carlo tests allow this many standard errors. With the fixed seeds of this suite they pass or fail for
 # good; a new seed would fail a single comparison once in 16,000.
@@ -47,6 +47,15 @@ HEAT_FITS = {
     "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),
     "robbins_monro_score": lambda: fit.RobbinsMonro(2000, gradient="score", num_pairs=8),
     "reverse_kl": fit.ReverseKL,
+}
+# Each with the fit that goes with it.
+ANCHORS = {
+    "proximal": lambda: (anchor.Proximal(), fit.ForwardKL()),
+    "newton": lambda: (anchor.Newton(), fit.ForwardKL()),
+    "newton_diagonal": lambda: (anchor.Newton(curvature="diagonal"), fit.ForwardKL()),
+    "anderson": lambda: (anchor.Anderson(memory=3), fit.ForwardKL()),
+    "keep_covariance": lambda: (anchor.KeepCovariance("dense"), fit.ForwardKL("dense")),
+    "adapt_tau": lambda: (anchor.AdaptTau(anchor.Proximal()), fit.ForwardKL()),
 }
 
 
