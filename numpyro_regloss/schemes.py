@@ -12,18 +12,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._pytree import pytree_dataclass
 from numpyro_regloss._replicas import Tied, replicate
-from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._typing import Key
 from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.minibatch import Minibatch
+from numpyro_regloss.schedules import Scoping
 from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
@@ -111,38 +110,6 @@ def heat(
         temperature=temperature,
         record=record,
     )
-
-
-@pytree_dataclass
-class Scoping:
-    """The schedule tau / (1 + rate)^step: gamma = T / tau grows by `rate` per outer step, as in Entropy-SGD.
-
-    Its numbers are traced: new ones do not recompile.
-
-    Args:
-        tau: the first variance.
-        rate: > 0.
-
-    Raises:
-        TypeError: if one of them is no number.
-        ValueError: if one of them is not positive.
-
-    Example:
-        >>> round(float(Scoping(1e-4, 1e-3)(1000)), 7)
-        3.68e-05
-    """
-
-    tau: Any
-    rate: Any
-
-    def __post_init__(self) -> None:
-        for name in ("tau", "rate"):
-            number = check_positive(getattr(self, name), f"schemes.Scoping: {name}")
-            object.__setattr__(self, name, number)
-
-    def __call__(self, step: Array | int) -> Array:
-        """Tau at an outer step."""
-        return self.tau * jnp.exp(-jnp.log1p(self.rate) * step)
 
 
 def entropy_sgd(
