@@ -72,7 +72,7 @@ def value_and_grad(
         )
     if isinstance(loss.source, ModelSource):
         raise TypeError(
-            f"{what}: expected a loss from Loss.from_function; the sites of a model are constrained, gradients are "
+            f"{what}: expected a loss from Loss.from_function; sites of a model are constrained, gradients are "
             "not: use Loss.from_function(loss.value, loss.x0)."
         )
     check_choice(kind, f"{what}: kind", ("local_entropy", "heat"))
