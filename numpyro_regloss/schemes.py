@@ -26,7 +26,7 @@ from numpyro_regloss.schedules import Scoping
 from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
-__all__ = ["Scoping", "anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
+__all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
 
 # Built once, since a new optimizer is a new program. A rate of one is the plain step where the optimizer is handed
 # displacements.
@@ -126,13 +126,14 @@ def entropy_sgd(
     """Entropy-SGD: short cold Langevin chains, exponential averages, and an optimizer for the outer steps.
 
     In the words of Chaudhari et al.: gamma = T / tau is the strength of the pull to the centre, sqrt(T) the noise,
-    `num_samples` their L, `step_size` their inner rate. `Scoping(tau, rate)` lets gamma grow. Their average
+    `num_samples` their L, `step_size` their inner rate. `schedules.Scoping` lets gamma grow. Their average
     leaves the weight 0.75^L on the centre, which is a factor of the outer rate; here there is none. The outer
     step is handed the displacement x - E_q[x], without the factor gamma, as in their code.
 
     Args:
         loss: averaged over its rows, with a `Minibatch`, of which a fresh one is drawn at every inner step.
-        tau: T / gamma, in squared units of the parameters; a number or a schedule such as `Scoping`.
+        tau: T / gamma, in squared units of the parameters; a number or a schedule such as
+            `schedules.Scoping`.
         temperature: T, in the units of the loss.
         step_size: of the inner steps, see `shift.SGLD`.
         num_samples: inner steps per outer step.
@@ -148,7 +149,8 @@ def entropy_sgd(
         >>> import jax.numpy as jnp
         >>> from jax import random
         >>> loss = Loss.from_function(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(2))
-        >>> optimizer = entropy_sgd(loss, tau=Scoping(1e-6, 1e-3))
+        >>> from numpyro_regloss.schedules import Scoping
+        >>> optimizer = entropy_sgd(loss, tau=Scoping(1e-6, rate=1e-3, least=1e-9))
         >>> result = optimizer.run(random.key(0), 50, progress_bar=False)
         >>> bool(jnp.all(jnp.abs(result.params - 2.0) < 0.01))
         True
@@ -174,7 +176,7 @@ def parle(
     """Parle: replicas of Entropy-SGD, each with its own centre and batches, that attract each other.
 
     Minimizes Σ_a [F_tau(x_a) + rho |x_a - mean|² / 2] over the replicas x_a, with rho = coupling T / tau, so that
-    a schedule of tau (`Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
+    a schedule of tau (`schedules.Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
 
     Parameters have a leading axis of replicas, and losses of the history are summed over them. The replicas'
     mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer.
