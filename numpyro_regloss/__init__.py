@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
-from numpyro_regloss import anchor, diagnostics, fit, schemes, shift, values
+from numpyro_regloss import anchor, diagnostics, fit, plots, schedules, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
@@ -11,6 +11,7 @@ from numpyro_regloss.guides import from_guide, to_guide
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
+from numpyro_regloss.record import Record, RecordInfo
 from numpyro_regloss.regularized import RegularizedLoss, model
 from numpyro_regloss.two_step import (
     RejectedError,
@@ -25,6 +26,8 @@ __all__ = [
     "Loss",
     "LowRankGaussian",
     "Minibatch",
+    "Record",
+    "RecordInfo",
     "RegularizedLoss",
     "RejectedError",
     "TwoStep",
@@ -39,7 +42,9 @@ __all__ = [
     "from_guide",
     "kl_divergence",
     "model",
+    "plots",
     "reverse_kl",
+    "schedules",
     "schemes",
     "shift",
     "to_guide",

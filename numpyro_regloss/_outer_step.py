@@ -56,6 +56,7 @@ class TwoStepInfo(NamedTuple):
         anchor: the anchor's info.
         num_loss: loss evaluations of the step.
         num_grad: gradient evaluations of the step.
+        record: what the optimizer's `record` wrote down, or None.
     """
 
     ok: Array
@@ -68,6 +69,7 @@ class TwoStepInfo(NamedTuple):
     anchor: Any
     num_loss: Array
     num_grad: Array
+    record: Any = None
 
 
 def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> RegularizedLoss:
@@ -80,6 +82,13 @@ def _rescaled(optimizer: Any, reference: AnyGaussian, tau: Array) -> AnyGaussian
         return reference
     new = Gaussian.isotropic(reference.mean, tau)
     return new._replace(scale=jnp.where(_usable(tau), new.scale, reference[1]))
+
+
+def _tau_in_force(optimizer: Any, reference: AnyGaussian, tau: Array) -> Array:
+    # Of a dense reference the marginal variances.
+    if not getattr(optimizer.anchor, "owns_scale", False):
+        return tau
+    return reference[1] ** 2 if reference[1].ndim == 0 else reference.variance
 
 
 def _usable(tau: Array) -> Array:
@@ -95,6 +104,7 @@ def init_state(
     key_run, key_shift, key_fit = random.split(rng_key, 3)
     x0 = optimizer.loss.x0
     reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
+    reference = getattr(optimizer.anchor, "first_reference", lambda first: first)(reference)
     target = _target(optimizer, reference, arguments)
     state = TwoStepState(
         step=jnp.asarray(0, jnp.int32),
@@ -119,7 +129,7 @@ def step(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
     """Reference → draws → fitted Gaussian → next reference; a rejected step keeps what was before."""
-    keys = random.split(random.fold_in(state.rng_key, state.step), 4)
+    keys = random.split(random.fold_in(state.rng_key, state.step), 5)
     tau = optimizer.tau_at(state.step)
     here = _rescaled(optimizer, state.reference, tau)
     target = _target(optimizer, here, arguments)
@@ -131,19 +141,36 @@ def step(
     infos = (shift_info, fit_info, anchor_info)
     ok = all_finite(reference) & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
+    recover_anchor = getattr(optimizer.anchor, "after_rejection", lambda *old: old)
+    old_anchor, old_reference = recover_anchor(state.anchor, here)
     keep = partial(_select, ok)
-    reference = _rescaled(optimizer, keep(reference, here), optimizer.tau_at(state.step + 1))
+    reference = keep(reference, old_reference)
+    reference = _rescaled(optimizer, reference, optimizer.tau_at(state.step + 1))
+    record = None
+    if optimizer.record is not None:
+
+        def propose(some: Draws) -> tuple[Array, Array]:
+            _, fitted, info = optimizer.fit.step(keys[1], state.fit, target, some)
+            _, after, _ = optimizer.anchor.step(keys[2], state.anchor, target, some, fitted, info)
+            return after.mean, jnp.asarray(getattr(info, "control_variate", 0)) > 0
+
+        used = draws if getattr(optimizer.fit, "uses_draws", True) else None
+        record = optimizer.record.step(
+            keys[4], state.step, target, used, propose, reference, fit_info, ok
+        )
+        infos = (*infos, record)
     info = TwoStepInfo(
         ok=ok,
         loss=target.on_batch(keys[3]).value(here.mean),
         reference=here,
         fitted=fitted,
-        tau=tau,
+        tau=_tau_in_force(optimizer, here, tau),
         shift=shift_info,
         fit=fit_info,
         anchor=anchor_info,
         num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(1)),
         num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
+        record=record,
     )
     state = TwoStepState(
         step=state.step + 1,
@@ -151,7 +178,7 @@ def step(
         reference=reference,
         shift=keep(shift, recover(state.shift, shift)),
         fit=keep(fit, state.fit),
-        anchor=keep(anchor, state.anchor),
+        anchor=keep(anchor, old_anchor),
     )
     return state, info
 

@@ -26,14 +26,15 @@ from jax import lax
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._control_variates import Chains, series_error
+from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import normalize_log_weight, weight_ess
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import BatchMeans
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
-from numpyro_regloss.values import Estimate
 
 __all__ = ["GaussianFit", "gaussian_fit"]
 
@@ -116,7 +117,7 @@ def gaussian_fit(
         The numbers and one sentence per finding; prints as these.
 
     Raises:
-        TypeError: if the Gaussian or the target is of another kind, or the key is missing.
+        TypeError: if the Gaussian, the target or the draws are of another kind, or the key is missing.
         ValueError: if dimensions do not fit, or draws are not finite.
 
     Example:
@@ -129,6 +130,11 @@ def gaussian_fit(
     if not isinstance(target, RegularizedLoss | None):
         raise TypeError(
             f"gaussian_fit: expected target as a RegularizedLoss or None, got {type(target).__name__}."
+        )
+    if isinstance(draws, BatchMeans):
+        raise TypeError(
+            "gaussian_fit: expected draws, got means of batches of them, whose distribution is another; use "
+            'shift.SGLD(keep="draws").'
         )
     cloud, names, _ = as_draws(
         draws,

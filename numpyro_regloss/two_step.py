@@ -19,7 +19,7 @@ from numpyro_regloss._result import (
     TwoStepResult,
     headline,
     report_interruption,
-    report_rejections,
+    report_trouble,
 )
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor import Anchor, Proximal
@@ -54,6 +54,7 @@ class TwoStep:
         fit: step 2, from `numpyro_regloss.fit`.
         anchor: step 3, from `numpyro_regloss.anchor`.
         temperature: T > 0, in the units of the loss.
+        record: a `Record` for verdicts and values in the history, or None.
 
     Raises:
         TypeError: if a part is of the wrong kind.
@@ -80,6 +81,7 @@ class TwoStep:
     fit: Any
     anchor: Any = Proximal()  # noqa: RUF009
     temperature: Any = 1.0
+    record: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
@@ -112,6 +114,12 @@ class TwoStep:
             raise TypeError(
                 f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "
                 'has none; use shift.Importance with fit.ForwardKL, or fit.RobbinsMonro(gradient="score").'
+            )
+        if hasattr(self.anchor, "check_fit"):
+            self.anchor.check_fit(self.fit)
+        if self.record is not None and not callable(getattr(self.record, "step", None)):
+            raise TypeError(
+                f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
             )
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
@@ -251,7 +259,7 @@ class TwoStep:
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         result = TwoStepResult(params, state, history)
         report_interruption(trouble, result, num_steps)
-        report_rejections(result)
+        report_trouble(result, self)
         return result
 
     def draw(self, rng_key: Key, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:

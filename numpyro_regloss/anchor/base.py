@@ -6,10 +6,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["Anchor", "AnchorInfo"]
+__all__ = ["REASONS", "AcceleratedInfo", "Anchor", "AnchorInfo"]
+
+# Why an accelerated anchor took the plain step, or went back to where the last plain step would have led since the
+# regularized loss had risen; the first means that it did neither.
+REASONS = ("accelerated", "no history", "no further decrease", "went back")
 
 
 class AnchorInfo(NamedTuple):
@@ -26,6 +30,31 @@ class AnchorInfo(NamedTuple):
     num_grad: Array
 
 
+class AcceleratedInfo(NamedTuple):
+    """What anchors that go farther than the fitted mean report.
+
+    Attributes:
+        ok: the next reference may be used.
+        num_loss: loss evaluations.
+        num_grad: gradient evaluations.
+        accelerated: whether the reference went farther; else it moved to the fitted mean, as `Proximal` does.
+        reason: index into `REASONS`.
+        decrease: of F_tau by the accelerated step, cross-fitted, in the units of the loss; NaN where there
+            are no draws to tell it from.
+        plain_decrease: the same by the plain step.
+        lengthening: length of the step that was proposed over that of the plain one, in units of the reference.
+    """
+
+    ok: Array
+    num_loss: Array
+    num_grad: Array
+    accelerated: Array
+    reason: Array
+    decrease: Array
+    plain_decrease: Array
+    lengthening: Array
+
+
 @runtime_checkable
 class Anchor(Protocol):
     """Turns the fitted Gaussian into the next reference, at the tau of this step.
@@ -36,6 +65,37 @@ class Anchor(Protocol):
     """
 
     owns_scale: ClassVar[bool] = False
+
+    def check_fit(self, fit: Any) -> None:
+        """Refuses fits that this anchor cannot work with.
+
+        Args:
+            fit: of the optimizer under construction.
+        """
+        del fit
+
+    def first_reference(self, reference: Gaussian) -> Gaussian:
+        """The reference of the first step, of the structure that all later ones have.
+
+        Args:
+            reference: N(start, tau I), or with one variance per parameter.
+
+        Returns:
+            The same Gaussian, of another structure where the scale is the anchor's.
+        """
+        return reference
+
+    def after_rejection(self, state: Any, reference: AnyGaussian) -> tuple[Any, AnyGaussian]:
+        """What to go on with after a rejected step: state and reference as they were, unless tau must fall.
+
+        Args:
+            state: before the step.
+            reference: of the step.
+
+        Returns:
+            State and reference of the next step.
+        """
+        return state, reference
 
     def init(self, target: RegularizedLoss) -> Any:
         """The anchor's state before the first step.

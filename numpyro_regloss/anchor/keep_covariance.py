@@ -1,0 +1,216 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+r"""The fitted covariance, not only the mean, makes the next reference.
+
+Left alone the covariance collapses: C_k⁻¹ = C_0⁻¹ + k H for a loss / T with Hessian H. Inflated by a factor c at
+every step it settles at (c - 1) H⁻¹ where H is positive definite, so that steps are those of a damped Newton
+method, and grows where H is not; a floor and a ceiling bound it. The regularizer changes from step to step, and
+with it what is minimized.
+
+Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and
+Heat Regularization in Deep Learning".
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+
+from numpyro_regloss._checks import check_choice, check_positive
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._stats import after
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.regularized import RegularizedLoss
+
+__all__ = ["KeepCovariance", "KeepCovarianceInfo"]
+
+STRUCTURES = ("isotropic", "diagonal", "dense")
+# Relative standard error of a variance from which on the covariance is not worth keeping.
+MOST_ERROR = 0.5
+
+
+class KeepCovarianceInfo(NamedTuple):
+    """What became of the fitted covariance.
+
+    Attributes:
+        ok: the next reference may be used.
+        num_loss: loss evaluations.
+        num_grad: gradient evaluations.
+        kept: whether it is the next reference's; else, when a variance is known to 50 % at best, the scale stays
+            and the reference moves to the fitted mean, as with `Proximal`.
+        num_floored: eigenvalues that were raised.
+        num_capped: eigenvalues that were lowered.
+    """
+
+    ok: Array
+    num_loss: Array
+    num_grad: Array
+    kept: Array
+    num_floored: Array
+    num_capped: Array
+
+
+@pytree_dataclass
+class KeepCovariance(Anchor):
+    """N(fitted mean, inflation times the fitted covariance), its eigenvalues between floor and ceiling.
+
+    The tau of the optimizer is that of the first reference only; the history has the marginal variances in force.
+
+    Args:
+        covariance: the structure, that of the fit: `"isotropic"`, `"diagonal"` or `"dense"`.
+        inflation: c ≥ 1; one lets the covariance collapse to the floor.
+        floor: least eigenvalue, in units of the first tau; zero for none.
+        ceiling: largest eigenvalue, in units of the first tau.
+
+    Raises:
+        TypeError: if a number is none.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_regloss import Loss, fit, schemes, shift
+        >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(jnp.array([1.0, 100.0]) * x**2), jnp.ones(2))
+        >>> optimizer = schemes.local_entropy(
+        ...     loss, 1.0, shift.NUTS(100, 50), fit.ForwardKL("diagonal"), KeepCovariance("diagonal", 2.0)
+        ... )
+        >>> scale = optimizer.run(random.key(0), 15, progress_bar=False).state.reference.scale
+        >>> bool(jnp.all(jnp.abs(scale - jnp.array([1.0, 0.1])) < 0.01))  # of H⁻¹ = diag(1, 0.01)
+        True
+    """
+
+    covariance: str = static_field(default="dense")
+    inflation: Any = 1.5
+    floor: Any = 0.01
+    ceiling: Any = 1.0
+
+    owns_scale: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.covariance, "KeepCovariance: covariance", STRUCTURES)
+        for name in ("inflation", "floor", "ceiling"):
+            value, what = getattr(self, name), f"KeepCovariance: {name}"
+            number = jnp.zeros(()) if _is_zero(value, name) else check_positive(value, what)
+            object.__setattr__(self, name, number)
+        if not is_concrete((self.inflation, self.floor, self.ceiling)):
+            return
+        if self.inflation < 1:
+            raise ValueError(f"KeepCovariance: expected inflation >= 1, got {self.inflation}.")
+        if self.floor > self.ceiling:
+            raise ValueError(
+                f"KeepCovariance: expected floor <= ceiling, got {self.floor} and {self.ceiling}."
+            )
+
+    def check_fit(self, fit: Any) -> None:
+        """Refuses fits of another covariance.
+
+        Args:
+            fit: of the optimizer under construction.
+
+        Raises:
+            ValueError: if it fits no covariance, or one of another structure.
+        """
+        family = getattr(fit, "covariance", None if hasattr(fit, "uses_draws") else self.covariance)
+        if family != self.covariance:
+            raise ValueError(
+                f'KeepCovariance: expected a fit with covariance="{self.covariance}", such as '
+                f'fit.ForwardKL("{self.covariance}"), got {fit!r}; or give KeepCovariance the structure that '
+                "the fit has."
+            )
+
+    def first_reference(self, reference: Gaussian) -> Gaussian:
+        """The first reference, in the structure of all later ones.
+
+        Args:
+            reference: isotropic, or diagonal where tau has one value per parameter.
+
+        Returns:
+            The same Gaussian.
+
+        Raises:
+            ValueError: if the structure is isotropic and tau is not.
+        """
+        if self.covariance == "isotropic":
+            if reference.scale.ndim:
+                raise ValueError(
+                    "KeepCovariance: expected one tau for all parameters with an isotropic covariance, got one "
+                    'for each; use covariance="diagonal".'
+                )
+            return reference
+        scale = jnp.broadcast_to(reference.scale, reference.mean.shape)
+        return reference._replace(scale=jnp.diag(scale) if self.covariance == "dense" else scale)
+
+    def init(self, target: RegularizedLoss) -> Array:
+        """The first standard deviations, `()` or `(dim,)`."""
+        scale = target.reference[1]
+        return jnp.diagonal(scale) if scale.ndim == 2 else scale
+
+    def step(
+        self,
+        rng_key: Key,
+        state: Array,
+        target: RegularizedLoss,
+        draws: Draws,
+        fitted: AnyGaussian,
+        fit_info: Any,
+    ) -> tuple[Array, AnyGaussian, KeepCovarianceInfo]:
+        """Moves the reference and reshapes it.
+
+        Args:
+            rng_key: unused.
+            state: the first standard deviations.
+            target: the target of this step.
+            draws: unused.
+            fitted: the fitted Gaussian.
+            fit_info: from the fit.
+
+        Returns:
+            The state, the next reference and the info.
+
+        Raises:
+            ValueError: if the fitted covariance has another structure.
+        """
+        del rng_key, draws
+        if fitted.structure != self.covariance:
+            raise ValueError(
+                f"KeepCovariance: expected a fitted covariance of structure {self.covariance!r}, got "
+                f"{fitted.structure!r}."
+            )
+        # Singular values, of which a factor has the square roots of the eigenvalues.
+        if self.covariance == "dense":
+            lower = after(fitted.mean[0], fitted[1]) / state[:, None]
+            vector, value, _ = jnp.linalg.svd(lower, full_matrices=False)
+        else:
+            vector, value = None, fitted[1] / state
+        value = jnp.sqrt(self.inflation) * value
+        least, most = jnp.sqrt(self.floor), jnp.sqrt(self.ceiling)
+        bounded = jnp.clip(value, least, most)
+        scale = bounded * state
+        if vector is not None:
+            root = jnp.linalg.qr((vector * bounded).T * state, mode="r").T
+            scale = root * jnp.where(jnp.diagonal(root) < 0, -1.0, 1.0)
+        kept = jnp.isfinite(scale).all() & (_relative_error(fitted, fit_info) < MOST_ERROR)
+        reference = Gaussian(fitted.mean, jnp.where(kept, scale, target.reference[1]))
+        info = KeepCovarianceInfo(
+            ok=jnp.asarray(True),
+            num_loss=jnp.asarray(0),
+            num_grad=jnp.asarray(0),
+            kept=kept,
+            num_floored=jnp.sum(value < least),
+            num_capped=jnp.sum(value > most),
+        )
+        return state, reference, info
+
+
+def _relative_error(fitted: AnyGaussian, fit_info: Any) -> Array:
+    error = getattr(fit_info, "covariance_error", None)
+    if error is None:
+        return jnp.zeros_like(fitted.mean[0])
+    error = jnp.diagonal(error) if error.ndim == 2 else error
+    return jnp.max(error / fitted.variance)
+
+
+def _is_zero(value: Any, name: str) -> bool:
+    return name == "floor" and isinstance(value, int | float) and value == 0

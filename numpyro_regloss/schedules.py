@@ -1,0 +1,64 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules of tau whose numbers are values: new ones do not recompile, unlike those of a rebuilt function."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from numpyro_regloss._checks import check_positive
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass
+from numpyro_regloss._typing import Array
+
+__all__ = ["Scoping"]
+
+
+@pytree_dataclass
+class Scoping:
+    """Geometric scoping: tau_t = max(tau / (1 + rate)^t, least).
+
+    Entropy-SGD's γ_t = γ_0 (1 + rate)^t with γ = T / tau: the loss is regularized less and less.
+
+    Args:
+        tau: the first one, in squared units of the parameters; a number, or one for each parameter `(dim,)`.
+        rate: > 0, per outer step.
+        least: the last one, > 0, in the units of `tau`; by default there is none to speak of.
+
+    Raises:
+        TypeError: if a number is none.
+        ValueError: if it is not positive, or `least` exceeds `tau`.
+
+    References:
+        Chaudhari et al. (2017), "Entropy-SGD: Biasing Gradient Descent Into Wide Valleys".
+
+    Example:
+        >>> schedule = Scoping(tau=0.4, rate=1.0, least=0.1)
+        >>> [round(float(schedule(t)), 2) for t in range(4)]
+        [0.4, 0.2, 0.1, 0.1]
+    """
+
+    tau: Any
+    rate: Any
+    least: Any = 1e-30
+
+    def __post_init__(self) -> None:
+        shape = jnp.shape(self.tau)
+        for name, shapes in (("tau", ((), shape[:1])), ("rate", ((),)), ("least", ((),))):
+            number = check_positive(getattr(self, name), f"Scoping: {name}", shapes)
+            object.__setattr__(self, name, number)
+        if is_concrete((self.tau, self.least)) and (self.least > self.tau).any():
+            raise ValueError(
+                f"Scoping: expected least <= tau, got {self.least} and {self.tau}; tau falls to least."
+            )
+
+    def __call__(self, step: Array | int) -> Array:
+        """Tau at a step.
+
+        Args:
+            step: outer steps done.
+
+        Returns:
+            A scalar, or `(dim,)`.
+        """
+        # By the logarithm, since a power of many steps would overflow.
+        return jnp.maximum(self.tau * jnp.exp(-step * jnp.log1p(self.rate)), self.least)
