@@ -26,6 +26,7 @@ from jax import lax
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._control_variates import Chains, series_error
+from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._samples import as_draws
@@ -34,7 +35,6 @@ from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import BatchMeans
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
-from numpyro_regloss.values import Estimate
 
 __all__ = ["GaussianFit", "gaussian_fit"]
 

@@ -12,14 +12,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._pytree import pytree_dataclass
 from numpyro_regloss._replicas import Tied, replicate
-from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._typing import Key
 from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
 from numpyro_regloss.loss import Loss
@@ -27,7 +25,7 @@ from numpyro_regloss.minibatch import Minibatch
 from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
-__all__ = ["Scoping", "anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
+__all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
 
 # Built once, since a new optimizer is a new program. A rate of one is the plain step where the optimizer is handed
 # displacements.
@@ -113,38 +111,6 @@ def heat(
     )
 
 
-@pytree_dataclass
-class Scoping:
-    """The schedule tau / (1 + rate)^step: gamma = T / tau grows by `rate` per outer step, as in Entropy-SGD.
-
-    Its numbers are traced: new ones do not recompile.
-
-    Args:
-        tau: the first variance.
-        rate: > 0.
-
-    Raises:
-        TypeError: if one of them is no number.
-        ValueError: if one of them is not positive.
-
-    Example:
-        >>> round(float(Scoping(1e-4, 1e-3)(1000)), 7)
-        3.68e-05
-    """
-
-    tau: Any
-    rate: Any
-
-    def __post_init__(self) -> None:
-        for name in ("tau", "rate"):
-            number = check_positive(getattr(self, name), f"schemes.Scoping: {name}")
-            object.__setattr__(self, name, number)
-
-    def __call__(self, step: Array | int) -> Array:
-        """Tau at an outer step."""
-        return self.tau * jnp.exp(-jnp.log1p(self.rate) * step)
-
-
 def entropy_sgd(
     loss: Loss,
     tau: Any,
@@ -159,13 +125,14 @@ def entropy_sgd(
     """Entropy-SGD: short cold Langevin chains, exponential averages, and an optimizer for the outer steps.
 
     In the words of Chaudhari et al.: gamma = T / tau is the strength of the pull to the centre, sqrt(T) the noise,
-    `num_samples` their L, `step_size` their inner rate. `Scoping(tau, rate)` lets gamma grow. Their average
+    `num_samples` their L, `step_size` their inner rate. `schedules.Scoping` lets gamma grow. Their average
     leaves the weight 0.75^L on the centre, which is a factor of the outer rate; here there is none. The outer
     step is handed the displacement x - E_q[x], without the factor gamma, as in their code.
 
     Args:
         loss: averaged over its rows, with a `Minibatch`, of which a fresh one is drawn at every inner step.
-        tau: T / gamma, in squared units of the parameters; a number or a schedule such as `Scoping`.
+        tau: T / gamma, in squared units of the parameters; a number or a schedule such as
+            `schedules.Scoping`.
         temperature: T, in the units of the loss.
         step_size: of the inner steps, see `shift.SGLD`.
         num_samples: inner steps per outer step.
@@ -181,7 +148,8 @@ def entropy_sgd(
         >>> import jax.numpy as jnp
         >>> from jax import random
         >>> loss = Loss.from_function(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(2))
-        >>> optimizer = entropy_sgd(loss, tau=Scoping(1e-6, 1e-3))
+        >>> from numpyro_regloss.schedules import Scoping
+        >>> optimizer = entropy_sgd(loss, tau=Scoping(1e-6, rate=1e-3, least=1e-9))
         >>> result = optimizer.run(random.key(0), 50, progress_bar=False)
         >>> bool(jnp.all(jnp.abs(result.params - 2.0) < 0.01))
         True
@@ -207,7 +175,7 @@ def parle(
     """Parle: replicas of Entropy-SGD, each with its own centre and batches, that attract each other.
 
     Minimizes Σ_a [F_tau(x_a) + rho |x_a - mean|² / 2] over the replicas x_a, with rho = coupling T / tau, so that
-    a schedule of tau (`Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
+    a schedule of tau (`schedules.Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
 
     Parameters have a leading axis of replicas, and losses of the history are summed over them. The replicas'
     mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer.

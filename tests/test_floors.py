@@ -70,15 +70,19 @@ FLOORS = {
     "shift": 7,
     "fit": 7,
     "anchor": 7,
-    "values": 8,
+    "_values": 8,
+    "_profile": 9,
+    "_gradient": 9,
+    "values": 10,
+    "plots": 10,
     "guides": 8,
     "two_step": 8,
     "schedules": 2,
     "schemes": 9,
     "record": 9,
     "diagnostics": 9,
-    "": 10,
-    "__main__": 11,
+    "": 11,
+    "__main__": 12,
 }
 ENGINES = ("shift", "fit", "anchor")  # one file, one algorithm: none imports another
 MODULES = sorted(ROOT.rglob("*.py"))
