@@ -49,7 +49,7 @@ BOXES = {
     "drop_wave": 5.12,
 }
 BUDGET_PER_DIM = 20_000
-# Of `schemes.anneal`, by dimension: the one thing that was tuned, on other seeds.
+# Of `schemes.anneal`, by dimension; these and the widths were tuned on these functions, with other seeds.
 NUM_STEPS = {2: 100, 10: 200, 20: 400}
 ESS = {2: 0.5}
 FIRST_WIDTH, LAST_WIDTH = 0.5, 5e-5
