@@ -226,7 +226,7 @@ def table(case, budget, contestants):
             excess, spent = CONTESTANTS[label](case, budget)
         except ModuleNotFoundError as error:
             print(
-                f"{label}: left out, since {error.name} is not installed (it is in the bench extra)"
+                f"{label}: left out, since {error.name} is not installed (it is in the rivals extra)"
             )
             continue
         rows.append({
