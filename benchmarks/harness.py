@@ -16,7 +16,17 @@ from pathlib import Path
 
 import jax
 
-PACKAGES = ("numpyro_regloss", "numpyro", "jax", "jaxlib", "blackjax", "optax", "scikit-learn")
+PACKAGES = (
+    "numpyro_regloss",
+    "numpyro",
+    "jax",
+    "jaxlib",
+    "blackjax",
+    "optax",
+    "scikit-learn",
+    "cbx",
+    "cma",
+)
 
 
 def environment():

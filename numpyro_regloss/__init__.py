@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
-from numpyro_regloss import anchor, diagnostics, fit, schemes, shift, values
+from numpyro_regloss import anchor, diagnostics, fit, plots, schedules, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
@@ -42,7 +42,9 @@ __all__ = [
     "from_guide",
     "kl_divergence",
     "model",
+    "plots",
     "reverse_kl",
+    "schedules",
     "schemes",
     "shift",
     "to_guide",

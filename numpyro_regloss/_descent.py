@@ -64,14 +64,19 @@ class CrossFitted(NamedTuple):
 
 def half_masks(draws: Draws) -> Array:
     """Two halves, `(2, chain, draw)` booleans: whole chains, whole blocks, or the two ends of one chain."""
-    chains, count = draws.log_weight.shape
+    # Of the draws that have weight, since they may be half of the draws already.
+    used = draws.log_weight > -jnp.inf
     if draws.block_size is not None:
-        index = jnp.arange(chains * count).reshape(chains, count) // draws.block_size
-    elif chains > 1:
-        index = jnp.broadcast_to(jnp.arange(chains)[:, None], (chains, count))
+        flat = used.reshape(-1)
+        blocks = jnp.pad(flat, (0, -flat.size % draws.block_size)).reshape(-1, draws.block_size)
+        rank = jnp.cumsum(jnp.any(blocks, 1)) - 1
+        index = jnp.repeat(rank, draws.block_size)[: flat.size].reshape(used.shape)
     else:
-        index = 2 * jnp.arange(count)[None] // count
-    first = index % 2 == 0
+        by_chain = jnp.cumsum(jnp.any(used, 1)) - 1
+        order = jnp.cumsum(used, 1) - 1
+        by_time = 2 * order // jnp.maximum(jnp.sum(used, 1, keepdims=True), 1)
+        index = jnp.where(by_chain[-1] > 0, by_chain[:, None], by_time)
+    first = jnp.broadcast_to(index % 2 == 0, used.shape)
     return jnp.stack([first, ~first])
 
 

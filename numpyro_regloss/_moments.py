@@ -21,6 +21,8 @@ __all__ = ["DOMINANT_WEIGHT", "Moments", "of_blocks", "of_chains", "standardized
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
 LEAST_DRAWS = 4
+# Of larger blocks covariance errors follow from a matrix per block, of smaller ones from products of members.
+MEMBERS = 2
 # Rounding of a sum in units of the last digit of its largest term: a floor of errors.
 ROUNDING = 8.0
 
@@ -73,6 +75,7 @@ def of_chains(
     *,
     structure: str | None,
     control: str,
+    spread: Array | None = None,
 ) -> Moments:
     """Moments of Markov chains.
 
@@ -83,6 +86,8 @@ def of_chains(
         log_density: of the draws up to a constant, `(chain, draw)`, or None; only to check the scores.
         structure: `"dense"`, `"diagonal"`, `"isotropic"`, or None for the mean alone.
         control: `"auto"`, or one of `_control_variates.CONTROLS`.
+        spread: where `x` are means of draws, the variances within, like `x`; without scores, and not for a
+            dense covariance.
 
     Returns:
         The moments.
@@ -108,7 +113,9 @@ def of_chains(
     covariance = covariance_error = None
     covariance_control = jnp.asarray(0)
     if of_variances:
-        covariance, covariance_error = _covariance(chains, of_variances[0], unit, structure)
+        if spread is not None:
+            spread = jnp.where(used[:, None], spread.reshape(-1, dim), 0.0) / unit**2
+        covariance, covariance_error = _covariance(chains, of_variances[0], unit, structure, spread)
         covariance_control = of_variances[0].kind
         if len(of_variances) > 1:
             # A corrected covariance need not be positive; that of the draws always is.
@@ -163,7 +170,11 @@ def _with_rounding(error: Array, mean: Array, unit: Array | float) -> Array:
 
 
 def _covariance(
-    chains: Chains, control: Control, unit: Array, structure: str | None
+    chains: Chains,
+    control: Control,
+    unit: Array,
+    structure: str | None,
+    spread: Array | None = None,
 ) -> tuple[Array, Array]:
     weight, z, residual = chains.weight, chains.z, control.residual
     # 1 / (1 - Σ w²) is n / (n - 1) for equal weights: the covariance is about its own mean.
@@ -172,9 +183,14 @@ def _covariance(
         a = control.coefficient
         a = jnp.diagonal(a) if a.ndim == 2 else a
         variance = (weight @ (residual * z)) * about_mean - a
+        values, error = control.left_out * z, control.error
+        if spread is not None:
+            variance = variance + weight @ spread
+            values = values + spread
+            error = series_error(chains, values) if structure == "diagonal" else error
         if structure == "diagonal":
-            return unit**2 * variance, unit**2 * control.error
-        values = jnp.mean(unit**2 * control.left_out * z, -1, keepdims=True)
+            return unit**2 * variance, unit**2 * error
+        values = jnp.mean(unit**2 * values, -1, keepdims=True)
         return jnp.mean(unit**2 * variance), series_error(chains, values)[0]
     a = control.coefficient
     a = _symmetric(a) if a.ndim == 2 else jnp.diag(a)
@@ -283,13 +299,19 @@ def _covariance_of_blocks(
         z = (chunk.x - mean) / unit
         if structure == "dense":
             first = (weight[:, None] * z).T @ z
-            # (Σ w z_i z_j)² over a block is a sum over pairs of its members of products of i and of j.
-            members = z.reshape(-1, size, dim)
-            products = (members[:, :, None] * members[:, None]).reshape(-1, dim)
-            share = weight.reshape(-1, size)
-            share = factor[:, None, None] * share[:, :, None] * share[:, None]
-            square = (share.reshape(-1, 1) * products).T @ products
             cross = (jnp.repeat(factor * block, size)[:, None] * weight[:, None] * z).T @ z
+            if size > MEMBERS:
+                members = z.reshape(-1, size, dim)
+                share = weight.reshape(-1, size, 1)
+                total = jnp.einsum("bsi,bsj->bij", share * members, members)
+                square = jnp.einsum("b,bij->ij", factor, total**2)
+            else:
+                # (Σ w z_i z_j)² over a block is a sum over pairs of its members of products of i and of j.
+                members = z.reshape(-1, size, dim)
+                products = (members[:, :, None] * members[:, None]).reshape(-1, dim)
+                share = weight.reshape(-1, size)
+                share = factor[:, None, None] * share[:, :, None] * share[:, None]
+                square = (share.reshape(-1, 1) * products).T @ products
         else:
             values = z**2
             if structure == "isotropic":

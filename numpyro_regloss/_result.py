@@ -14,7 +14,7 @@ __all__ = [
     "TwoStepResult",
     "headline",
     "report_interruption",
-    "report_rejections",
+    "report_trouble",
 ]
 
 
@@ -77,23 +77,29 @@ def report_interruption(
     raise trouble
 
 
-def report_rejections(result: TwoStepResult) -> None:
-    """Warns once of rejected steps.
+def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
+    """Warns once of rejected steps and of what the engines themselves have to say of the run.
 
     Args:
         result: of the run.
+        optimizer: whose `shift`, `fit` and `anchor` may have a method `remedy`.
 
     Raises:
         RejectedError: if every step was rejected.
     """
-    ok = result.history.ok
-    if ok.all():
-        return
-    message = (
-        f"TwoStep.run: {np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, all weight "
-        "on one draw, or a sampler that did not move) and kept their reference; look at "
-        "history.shift and history.fit, and use a smaller tau, more draws or another start."
-    )
+    history, messages = result.history, []
+    ok = history.ok
+    if not ok.all():
+        messages.append(
+            f"TwoStep.run: {np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, all weight "
+            "on one draw, or a sampler that did not move) and kept their reference; look at "
+            "history.shift and history.fit, and use a smaller tau, more draws or another start."
+        )
+    for part in ("shift", "fit", "anchor"):
+        remedy = getattr(getattr(optimizer, part), "remedy", None)
+        messages.append(remedy(getattr(history, part), ok) if remedy is not None else "")
+    message = " ".join(filter(None, messages))
     if not ok.any():
         raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
-    warnings.warn(message, stacklevel=3)
+    if message:
+        warnings.warn(message, stacklevel=3)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._descent import masked
+from numpyro_regloss._descent import half_masks, masked
 from numpyro_regloss._pytree import replace_fields
 from numpyro_regloss._score_regression import Regression, mean_of
 from numpyro_regloss._stats import after, weight_ess
@@ -167,9 +167,8 @@ def compare(
     Returns:
         One decrease per step, `(step,)`; -infinity where it is not finite.
     """
-    masks = _halves(draws)
+    masks = half_masks(draws)
     reference, coefficient = target.reference, regression.coefficient
-    masks = _halves(draws)
     most = 0.5 * jnp.log(jnp.maximum(weight_ess(draws.log_weight), 1.0))
 
     def proposed(mask: Array) -> tuple[Array, Array]:
@@ -186,23 +185,6 @@ def compare(
     means, both = jax.vmap(proposed)(masks)
     of_steps = jax.vmap(judged, (None, None, 0))
     return jnp.mean(jax.vmap(of_steps)(masks[::-1], means[::-1], both), 0)
-
-
-def _halves(draws: Draws) -> Array:
-    # Of the draws that have weight, since they may be half of the draws already: whole chains, whole blocks, or
-    # the two ends of one chain.
-    used = draws.log_weight > -jnp.inf
-    if draws.block_size is not None:
-        flat = used.reshape(-1)
-        blocks = jnp.pad(flat, (0, -flat.size % draws.block_size)).reshape(-1, draws.block_size)
-        rank = jnp.cumsum(jnp.any(blocks, 1)) - 1
-        index = jnp.repeat(rank, draws.block_size)[: flat.size].reshape(used.shape)
-    else:
-        by_chain = jnp.cumsum(jnp.any(used, 1)) - 1
-        by_time = 2 * jnp.arange(used.shape[1]) // used.shape[1]
-        index = jnp.where(by_chain[-1] > 0, by_chain[:, None], by_time)
-    first = index % 2 == 0
-    return jnp.stack([first, ~first])
 
 
 def _moments(

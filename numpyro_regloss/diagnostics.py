@@ -23,25 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from numpyro_regloss._bridge import bridge
 from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._control_variates import Chains, series_error
+from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import normalize_log_weight, weight_ess
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import BatchMeans
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
-from numpyro_regloss.values import Estimate
 
 __all__ = ["GaussianFit", "gaussian_fit"]
 
-BRIDGE_ITERATIONS = 50
 MAX_KHAT = 0.7
 LEAST_REACHED = 0.95
-# Draws that must carry the bridge between q and the Gaussian, and the largest k-hat of weights whose average and
-# error are both reliable at a few hundred draws.
-LEAST_OVERLAP, RELIABLE_KHAT = 30.0, 0.4
+# The largest k-hat of weights whose average and error are both reliable at a few hundred draws.
+RELIABLE_KHAT = 0.4
 # Deviations are findings when they exceed four standard errors and are of practical size: a fifth of a standard
 # deviation, a factor of 1.15, a skewness of 0.5, an excess kurtosis of 1.
 SIGMAS = 4.0
@@ -117,7 +117,7 @@ def gaussian_fit(
         The numbers and one sentence per finding; prints as these.
 
     Raises:
-        TypeError: if the Gaussian or the target is of another kind, or the key is missing.
+        TypeError: if the Gaussian, the target or the draws are of another kind, or the key is missing.
         ValueError: if dimensions do not fit, or draws are not finite.
 
     Example:
@@ -130,6 +130,11 @@ def gaussian_fit(
     if not isinstance(target, RegularizedLoss | None):
         raise TypeError(
             f"gaussian_fit: expected target as a RegularizedLoss or None, got {type(target).__name__}."
+        )
+    if isinstance(draws, BatchMeans):
+        raise TypeError(
+            "gaussian_fit: expected draws, got means of batches of them, whose distribution is another; use "
+            'shift.SGLD(keep="draws").'
         )
     cloud, names, _ = as_draws(
         draws,
@@ -209,7 +214,7 @@ def _divergences(
     size = weight_ess(log_weight)
     # What has no weight may be anything.
     at_q = jnp.where(weight > 0, at_q, at_q[jnp.argmax(weight)])
-    log_normalizer, error = _bridge(at_q, at_gaussian, chains, independent, size)
+    log_normalizer, error, _ = bridge(at_q, at_gaussian, chains, independent, size)
     forward = _divergence(at_q - log_normalizer, chains, error)
     reverse = _divergence(log_normalizer - at_gaussian, independent, error)
     khat, count = pareto_khat(at_gaussian), jnp.asarray(float(len(y)))
@@ -222,32 +227,6 @@ def _divergences(
         khat,
         Estimate(share, share_error, count, khat),
     )
-
-
-def _bridge(
-    at_q: Array, at_gaussian: Array, chains: Chains, independent: Chains, size: Array
-) -> tuple[Array, Array]:
-    # The optimal bridge of Meng & Wong, iterated from the median ratio; and its standard error.
-    share = size / (size + at_gaussian.size)
-    log_shares = jnp.log(share), jnp.log1p(-share)
-
-    def parts(log_z: Array) -> tuple[Array, Array]:
-        a, b = at_q - log_z, at_gaussian - log_z
-        top = jnp.exp(b - jnp.logaddexp(log_shares[0] + b, log_shares[1]))
-        bottom = jnp.exp(-jnp.logaddexp(log_shares[0] + a, log_shares[1]))
-        return top, bottom
-
-    def iterate(_: Array, log_z: Array) -> Array:
-        top, bottom = parts(log_z)
-        return log_z + jnp.log(jnp.mean(top)) - jnp.log(chains.weight @ bottom)
-
-    log_z = lax.fori_loop(0, BRIDGE_ITERATIONS, iterate, jnp.median(at_q))
-    top, bottom = parts(log_z)
-    pairs = ((independent, top), (chains, bottom))
-    relative = [series_error(which, v[:, None])[0] / (which.weight @ v) for which, v in pairs]
-    # Where a handful of draws carries the bridge, there is no overlap and the error is not known either.
-    overlap = jnp.min(jnp.stack([jnp.sum(v) ** 2 / jnp.sum(v**2) for _, v in pairs]))
-    return log_z, jnp.where(overlap > LEAST_OVERLAP, jnp.hypot(*relative), jnp.inf)
 
 
 def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 """Draws from the shifted density: a weighted cloud, in memory or regenerated from keys."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Array
 
-__all__ = ["Chunk", "Draws", "StoredDraws"]
+__all__ = ["BatchMeans", "Chunk", "Draws", "StoredDraws"]
 
 Carry = TypeVar("Carry")
 
@@ -112,3 +112,21 @@ class StoredDraws:
             lambda a: jnp.reshape(a, (-1, *a.shape[2:])), (self.x, self.log_weight, self.score)
         )
         return fn(init, Chunk.of(*flat))
+
+
+@pytree_dataclass
+class BatchMeans(StoredDraws):
+    """What is kept of chains that are too long to be stored: means of batches of consecutive draws.
+
+    They have the mean of the draws and, as a shorter chain, its error. With the variances within the batches
+    they give the variances of the draws; correlations are lost.
+
+    Attributes:
+        x: means of the batches, `(chain, batch, dim)`.
+        log_weight: of the batches, `(chain, batch)`.
+        loss: means of the batches, `(chain, batch)`.
+        temperature: scalar.
+        spread: variances within the batches, like `x`.
+    """
+
+    spread: Any = None

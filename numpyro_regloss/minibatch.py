@@ -103,6 +103,28 @@ class Minibatch:
         picks = iter(flags)
         return arguments.map(lambda leaf: jnp.take(leaf, index, axis=0) if next(picks) else leaf)
 
+    def times(self, count: int) -> "Minibatch":
+        """The same data in batches `count` times as large."""
+        return dataclasses.replace(self, batch_size=count * self.batch_size)
+
+    def part(self, arguments: Partition, count: int) -> tuple[Partition, Partition]:
+        """A batch in `count` equal parts.
+
+        Args:
+            arguments: of a batch.
+            count: number of parts.
+
+        Returns:
+            The arguments with a leading axis of parts on the data, and for `jax.vmap` the axes: zero there, None
+            elsewhere.
+        """
+        flags, _ = self._select(arguments)
+        parts, axes = iter(flags), iter(flags)
+        return (
+            arguments.map(lambda a: a.reshape(count, -1, *a.shape[1:]) if next(parts) else a),
+            arguments.map(lambda _: 0 if next(axes) else None),
+        )
+
     def _select(self, arguments: Partition) -> tuple[list[bool], list[Any]]:
         args, kwargs = arguments.tree
         # The constructor has made tuples of single positions and names.

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 from jax import lax, random
 from jax.scipy.special import ndtri
 
-from numpyro_regloss import values
+from numpyro_regloss import _values
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._descent import CrossFitted, cross_fitted
+from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
-from numpyro_regloss.values import Estimate
 
 __all__ = ["VERDICTS", "Record", "RecordInfo"]
 
@@ -161,8 +161,10 @@ class Record:
         self, key_entropy: Key, key_heat: Key, target: RegularizedLoss
     ) -> tuple[Estimate, Estimate]:
         count = self.num_samples
-        entropy = values.local_entropy(key_entropy, target, method="importance", num_samples=count)
-        return entropy, values.heat(key_heat, target, num_samples=count)
+        entropy = _values.local_entropy(key_entropy, target, method="importance", num_samples=count)
+        heat = _values.heat(key_heat, target, num_samples=count)
+        # One type, whatever the method: a step without values has none.
+        return Estimate(*entropy), Estimate(*heat)
 
     def _heat_change(
         self, rng_key: Key, target: RegularizedLoss, after: AnyGaussian

@@ -22,7 +22,7 @@ class Scoping:
     Args:
         tau: the first one, in squared units of the parameters; a number, or one for each parameter `(dim,)`.
         rate: > 0, per outer step.
-        least: the last one, > 0, in the units of `tau`.
+        least: the last one, > 0, in the units of `tau`; by default there is none to speak of.
 
     Raises:
         TypeError: if a number is none.
@@ -39,7 +39,7 @@ class Scoping:
 
     tau: Any
     rate: Any
-    least: Any
+    least: Any = 1e-30
 
     def __post_init__(self) -> None:
         shape = jnp.shape(self.tau)

@@ -2,22 +2,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named schemes with good defaults; each returns a configured `TwoStep`.
 
-Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
-and Heat Regularization in Deep Learning".
+References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
+and Heat Regularization in Deep Learning"; Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun &
+Zecchina (2017), "Entropy-SGD: Biasing Gradient Descent into Wide Valleys"; Chaudhari, Baldassi, Zecchina, Soatto,
+Talwalkar & Oberman (2017), "Parle: Parallelizing Stochastic Gradient Descent".
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import optax
+
+from numpyro_regloss._checks import check_count, check_positive
+from numpyro_regloss._replicas import Tied, replicate
 from numpyro_regloss._typing import Key
-from numpyro_regloss.anchor import Proximal
+from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.minibatch import Minibatch
-from numpyro_regloss.shift import NUTS, Implicit
+from numpyro_regloss.schedules import Scoping
+from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
-__all__ = ["heat", "local_entropy", "minimize"]
+__all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
+
+# Built once, since a new optimizer is a new program. A rate of one is the plain step where the optimizer is handed
+# displacements.
+MOMENTUM = optax.sgd(1.0, momentum=0.9, nesterov=True)
 
 
 def local_entropy(
@@ -99,6 +112,187 @@ def heat(
     )
 
 
+def entropy_sgd(
+    loss: Loss,
+    tau: Any,
+    *,
+    temperature: Any = 1e-8,
+    step_size: Any = 0.1,
+    num_samples: int = 20,
+    averaging_decay: Any = 0.75,
+    noise: str = "normal",
+    optimizer: Any = None,
+) -> TwoStep:
+    """Entropy-SGD: short cold Langevin chains, exponential averages, and an optimizer for the outer steps.
+
+    In the words of Chaudhari et al.: gamma = T / tau is the strength of the pull to the centre, sqrt(T) the noise,
+    `num_samples` their L, `step_size` their inner rate. `schedules.Scoping` lets gamma grow. Their average
+    leaves the weight 0.75^L on the centre, which is a factor of the outer rate; here there is none. The outer
+    step is handed the displacement x - E_q[x], without the factor gamma, as in their code.
+
+    Args:
+        loss: averaged over its rows, with a `Minibatch`, of which a fresh one is drawn at every inner step.
+        tau: T / gamma, in squared units of the parameters; a number or a schedule such as
+            `schedules.Scoping`.
+        temperature: T, in the units of the loss.
+        step_size: of the inner steps, see `shift.SGLD`.
+        num_samples: inner steps per outer step.
+        averaging_decay: weight of a draw relative to the next one.
+        noise: `"normal"` or `"two_point"`, which is cheaper.
+        optimizer: an Optax optimizer, built once; a rate of one is a step all the way to the average. Default:
+            that rate with a Nesterov momentum of 0.9.
+
+    Returns:
+        The optimizer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> loss = Loss.from_function(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(2))
+        >>> from numpyro_regloss.schedules import Scoping
+        >>> optimizer = entropy_sgd(loss, tau=Scoping(1e-6, rate=1e-3, least=1e-9))
+        >>> result = optimizer.run(random.key(0), 50, progress_bar=False)
+        >>> bool(jnp.all(jnp.abs(result.params - 2.0) < 0.01))
+        True
+    """
+    shift = SGLD(step_size, num_samples, averaging_decay=averaging_decay, noise=noise)
+    anchor = Optax(MOMENTUM if optimizer is None else optimizer, direction="displacement")
+    return TwoStep(loss, tau, shift, ForwardKL(), anchor, temperature)
+
+
+def parle(
+    loss: Loss,
+    tau: Any,
+    *,
+    num_replicas: int = 3,
+    coupling: Any = 0.1,
+    temperature: Any = 1e-8,
+    step_size: Any = 0.1,
+    num_samples: int = 20,
+    averaging_decay: Any = 0.75,
+    noise: str = "normal",
+    optimizer: Any = None,
+) -> TwoStep:
+    """Parle: replicas of Entropy-SGD, each with its own centre and batches, that attract each other.
+
+    Minimizes Σ_a [F_tau(x_a) + rho |x_a - mean|² / 2] over the replicas x_a, with rho = coupling T / tau, so that
+    a schedule of tau (`schedules.Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
+
+    Parameters have a leading axis of replicas, and losses of the history are summed over them. The replicas'
+    mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer.
+
+    Args:
+        loss: of one replica; see `entropy_sgd`.
+        tau: T / gamma, in squared units of the parameters; a number, a schedule, or values by group as for one
+            replica.
+        num_replicas: two at least.
+        coupling: the part of its distance from the mean that a replica gives up per outer step at a rate of one,
+            from 0 (not at all) to 1.
+        temperature: see `entropy_sgd`.
+        step_size: see `entropy_sgd`.
+        num_samples: see `entropy_sgd`.
+        averaging_decay: see `entropy_sgd`.
+        noise: see `entropy_sgd`.
+        optimizer: see `entropy_sgd`; one for all replicas.
+
+    Returns:
+        The optimizer, of the loss of all replicas.
+
+    Raises:
+        TypeError: if the loss is none, or the coupling no number.
+        ValueError: if the coupling is not between 0 and 1, or data are fewer than the replicas take at once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> loss = Loss.from_function(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(2))
+        >>> result = parle(loss, tau=1e-6, num_replicas=3).run(random.key(0), 50, progress_bar=False)
+        >>> result.params.shape, bool(jnp.all(jnp.abs(result.params.mean(0) - 2.0) < 0.01))
+        ((3, 2), True)
+    """
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"schemes.parle: expected a Loss, got {type(loss).__name__}; wrap it with Loss.from_function."
+        )
+    check_count(num_replicas, "schemes.parle: num_replicas", 2)
+    if isinstance(coupling, bool) or not isinstance(coupling, int | float | np.number):
+        raise TypeError(f"schemes.parle: expected coupling as a number, got {coupling!r}.")
+    if not 0 <= coupling <= 1:
+        raise ValueError(f"schemes.parle: expected coupling between 0 and 1, got {coupling}.")
+    all_replicas = replicate(loss, num_replicas)
+    base = entropy_sgd(
+        all_replicas,
+        tau,
+        temperature=temperature,
+        step_size=step_size,
+        num_samples=num_samples,
+        averaging_decay=averaging_decay,
+        noise=noise,
+        optimizer=optimizer,
+    )
+    tied = Tied(base.anchor.optimizer, np.asarray(coupling, all_replicas.x0.dtype), num_replicas)
+    return dataclasses.replace(base, anchor=Optax(tied, direction="displacement"))
+
+
+def anneal(
+    loss: Loss,
+    width: float,
+    num_steps: int,
+    *,
+    last_width: float | None = None,
+    num_samples: int = 1000,
+    ess: float = 0.4,
+) -> TwoStep:
+    """Looks for the global minimum of a loss with many local ones, without gradients.
+
+    Importance clouds whose temperature the effective sample size sets, moment matching, and a tau that
+    falls geometrically from `width`² to `last_width`² over `num_steps` steps. While the cloud is wider than the
+    ripples of a loss, the step follows what is left when they are averaged out. What decides is how slowly
+    the cloud narrows and how well its mean is known: `num_steps` and `num_samples`; a larger `ess` is slower and
+    surer. There is no theorem that the minimum is found, and no F_tau that falls at every step.
+
+    Args:
+        loss: the loss.
+        width: standard deviation of the first cloud, in units of the parameters: half of the half-width of the
+            box in which the minimum is expected.
+        num_steps: steps until the cloud has its last width, which it keeps.
+        last_width: standard deviation of the last cloud: about the precision wanted of the minimizer times
+            sqrt(num_samples); default: `width` / 10,000.
+        num_samples: loss evaluations per step, one for the centre aside: some tens per parameter.
+        ess: effective sample size as a share of the cloud.
+
+    Returns:
+        The optimizer, to be run for `num_steps` steps.
+
+    Raises:
+        ValueError: if a width is not positive, or the last is above the first.
+
+    Example:
+        >>> from jax import random
+        >>> from numpyro_regloss import problems
+        >>> problem = problems.rastrigin(5).transformed(shift=1.5)  # about 10^5 local minima in its box
+        >>> optimizer = anneal(Loss.from_function(problem.loss, problem.start), width=2.5, num_steps=100)
+        >>> result = optimizer.run(random.key(0), 100, progress_bar=False)
+        >>> bool(abs(result.params - 1.5).max() < 0.01)
+        True
+    """
+    check_count(num_steps, "schemes.anneal: num_steps")
+    last_width = width / 1e4 if last_width is None else last_width
+    for name, value in {"width": width, "last_width": last_width}.items():
+        check_positive(value, f"schemes.anneal: {name}")
+    if last_width > width:
+        raise ValueError(
+            f"schemes.anneal: expected last_width <= width, got {last_width} > {width}; the cloud narrows."
+        )
+    tau = optax.exponential_decay(
+        float(width) ** 2,
+        max(num_steps - 1, 1),
+        (float(last_width) / float(width)) ** 2,
+        end_value=float(last_width) ** 2,
+    )
+    return TwoStep(loss, tau, shift=Importance(num_samples, ess=ess), fit=ForwardKL())
+
+
 def minimize(
     rng_key: Key,
     loss_fn: Callable[..., Any],
@@ -106,7 +300,7 @@ def minimize(
     *args: Any,
     num_steps: int,
     tau: Any,
-    temperature: Any = 1.0,
+    temperature: Any = None,
     scheme: Callable[..., TwoStep] = local_entropy,
     minibatch: Minibatch | None = None,
     progress_bar: bool = False,
@@ -121,11 +315,11 @@ def minimize(
         *args: data and settings of the loss.
         num_steps: outer steps.
         tau: variance of the regularizer, in squared units of the parameters.
-        temperature: T, in the units of the loss.
-        scheme: `local_entropy` or `heat`.
+        temperature: T, in the units of the loss; default: the scheme's own.
+        scheme: `local_entropy`, `heat`, `entropy_sgd` or `parle`.
         minibatch: which arguments are data to be drawn in batches.
         progress_bar: show progress.
-        **kwargs: passed to the scheme (`shift`, `fit`, `anchor`).
+        **kwargs: passed to the scheme (`shift`, `fit`, `anchor`, …).
 
     Returns:
         Parameters, state and history.
@@ -146,5 +340,7 @@ def minimize(
             f"schemes.minimize: expected scheme as schemes.local_entropy or schemes.heat, got {scheme!r}."
         )
     loss = Loss.from_function(loss_fn, params, *args, minibatch=minibatch)
-    optimizer = scheme(loss, tau, temperature=temperature, **kwargs)
+    if temperature is not None:
+        kwargs["temperature"] = temperature
+    optimizer = scheme(loss, tau, **kwargs)
     return optimizer.run(rng_key, num_steps, progress_bar=progress_bar)

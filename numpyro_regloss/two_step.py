@@ -19,7 +19,7 @@ from numpyro_regloss._result import (
     TwoStepResult,
     headline,
     report_interruption,
-    report_rejections,
+    report_trouble,
 )
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor import Anchor, Proximal
@@ -259,7 +259,7 @@ class TwoStep:
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         result = TwoStepResult(params, state, history)
         report_interruption(trouble, result, num_steps)
-        report_rejections(result)
+        report_trouble(result, self)
         return result
 
     def draw(self, rng_key: Key, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:

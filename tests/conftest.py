@@ -6,7 +6,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from numpyro.infer import AIES, BarkerMH
+from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_regloss import anchor, fit, shift
 
@@ -14,19 +17,31 @@ from numpyro_regloss import anchor, fit, shift
 # good; a new seed would fail a single comparison once in 16,000.
 SIGMAS = 4.0
 
+# Built once, as users should: another one would be another program.
+ADAM = optax.adam(0.03)
+
 # One row per engine: a new engine is one new line here.
 SHIFTS = {
     "importance": lambda: shift.Importance(num_samples=4000),
     "importance_iid": lambda: shift.Importance(num_samples=4000, antithetic=False),
     "importance_chunked": lambda: shift.Importance(num_samples=3999, chunk_size=512),
+    "importance_sobol": lambda: shift.Importance(num_samples=8000, noise="sobol"),
     "nuts": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4),
     "nuts_dense": lambda: shift.NUTS(
         num_warmup=200, num_samples=250, num_chains=4, dense_mass=True
     ),
+    "kernel": lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500),
+    "kernel_ensemble": lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40),
+    "svi": lambda: shift.SVI(
+        AutoMultivariateNormal, ADAM, num_steps=50, num_samples=2000, num_warmup=1000
+    ),
     "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
+    "smc": lambda: shift.SMC(num_particles=300),
+    # Steps so small that the bias is a fraction of the error.
+    "sgld": lambda: shift.SGLD(0.02, num_samples=4000, num_warmup=400, num_chains=4),
 }
 # Where an engine's variants run the same code, the rules are checked on one of them.
-FAMILIES = ("importance_chunked", "nuts", "hmc")
+FAMILIES = ("importance_chunked", "nuts", "hmc", "sgld")
 HEAT_FITS = {
     "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
     "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),

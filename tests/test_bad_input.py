@@ -142,6 +142,14 @@ def halve_until_small(x):
     return jax.lax.while_loop(lambda y: jnp.sum(y**2) > 1, lambda y: y / 2, x).sum()
 
 
+COUNTED = RegularizedLoss(
+    Loss.from_function(lambda x: jnp.sum(x > 0), np.zeros(2)), Gaussian.isotropic(jnp.zeros(2), 1.0)
+)
+LOOP = RegularizedLoss(
+    Loss.from_function(halve_until_small, np.ones(2)), Gaussian.isotropic(jnp.zeros(2), 1.0)
+)
+
+
 def on_host(x):
     return jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), x.dtype), x)
 
@@ -747,9 +755,42 @@ CATALOGUE = {
     ),
     "value with a number as key": (lambda: values.heat(0, TARGET), TypeError, "random key"),
     "unknown way to a value": (
-        lambda: values.local_entropy(KEY, TARGET, method="bridge"),
+        lambda: values.local_entropy(KEY, TARGET, method="laplace"),
         ValueError,
         "one of",
+    ),
+    "bridge of integers": (
+        lambda: values.local_entropy(KEY, COUNTED, method="bridge"),
+        TypeError,
+        'method="smc"',
+    ),
+    "bridge of a loop without a gradient": (
+        lambda: values.local_entropy(KEY, LOOP, method="bridge"),
+        TypeError,
+        'method="smc"',
+    ),
+    # Tempering
+    "particles that do not fit the moves": (
+        lambda: shift.SMC(num_particles=25),
+        ValueError,
+        "multiple of num_moves=10, got 25",
+    ),
+    "odd number of islands": (lambda: shift.SMC(num_islands=3), ValueError, "even number, got 3"),
+    "moves of an unknown kind": (lambda: shift.SMC(moves="gibbs"), ValueError, "SMC: moves"),
+    "all particles effective": (
+        lambda: shift.SMC(ess_fraction=1.0),
+        ValueError,
+        "between 0 and 1",
+    ),
+    "no particles effective": (
+        lambda: shift.SMC(ess_fraction=0.0),
+        ValueError,
+        "SMC: ess_fraction",
+    ),
+    "Hamiltonian moves on integers": (
+        lambda: TwoStep(COUNTED.loss, 0.1, shift.SMC(moves="hmc"), fit.ForwardKL()).init(KEY),
+        TypeError,
+        "returns integers",
     ),
 }
 
@@ -765,6 +806,11 @@ COUNTS = {
     "HMC warm-up": (shift.HMC, "num_warmup", 0),
     "HMC draws": (shift.HMC, "num_samples", 1),
     "HMC chains": (shift.HMC, "num_chains", 1),
+    "SMC particles": (shift.SMC, "num_particles", 20),
+    "SMC islands": (shift.SMC, "num_islands", 2),
+    "SMC moves": (shift.SMC, "num_moves", 1),
+    "SMC leapfrog": (shift.SMC, "num_leapfrog", 1),
+    "SMC stages": (shift.SMC, "max_stages", 1),
     "RobbinsMonro": (fit.RobbinsMonro, "num_steps", 1),
     "RobbinsMonro pairs": (fit.RobbinsMonro, "num_pairs", 1),
     "ReverseKL steps": (fit.ReverseKL, "num_steps", 1),

@@ -567,3 +567,76 @@ def test_bare_problem_knows_its_loss_only():
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def drop_wave_in_numpy(x):
+    square = (x**2).sum(-1)
+    return -(1 + np.cos(12 * np.sqrt(square))) / (2 + square / 2)
+
+
+def levy_in_numpy(x):
+    w = 1 + (x - 1) / 4
+    middle = (w[..., :-1] - 1) ** 2 * (1 + 10 * np.sin(np.pi * w[..., :-1] + 1) ** 2)
+    last = (w[..., -1] - 1) ** 2 * (1 + np.sin(2 * np.pi * w[..., -1]) ** 2)
+    return np.sin(np.pi * w[..., 0]) ** 2 + middle.sum(-1) + last
+
+
+# Written again in NumPy, and how far the box reaches.
+LANDSCAPES = {
+    "ackley": (
+        lambda x: (
+            20
+            - 20 * np.exp(-0.2 * np.sqrt((x**2).mean(-1)))
+            + np.e
+            - np.exp(np.cos(2 * np.pi * x).mean(-1))
+        ),
+        32.768,
+    ),
+    "alpine": (lambda x: np.abs(x * np.sin(x) + 0.1 * x).sum(-1), 10.0),
+    "drop_wave": (drop_wave_in_numpy, 5.12),
+    "griewank": (
+        lambda x: (
+            1 + (x**2).sum(-1) / 4000 - np.cos(x / np.sqrt(1 + np.arange(x.shape[-1]))).prod(-1)
+        ),
+        600.0,
+    ),
+    "levy": (levy_in_numpy, 10.0),
+}
+
+
+@pytest.mark.parametrize("name", LANDSCAPES)
+def test_landscapes(name):
+    formula, box = LANDSCAPES[name]
+    for dim in (1, 3):
+        problem = getattr(problems, name)(dim)
+        points = np.random.default_rng(dim).uniform(-box, box, (200, dim))
+        values = formula(points)
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(jax.vmap(problem.loss)(points), values, 1e-12, 1e-12)
+            best = problem.loss(jnp.asarray(problem.minimizer))
+            assert best == pytest.approx(problem.minimum, abs=1e-14)
+        assert problem.loss(jnp.asarray(problem.minimizer, jnp.float32)).dtype == jnp.float32
+        # Of the whole box and of the minimizer's own surroundings.
+        near = problem.minimizer + np.random.default_rng(0).normal(0, 0.3, (500, dim))
+        assert min(values.min(), formula(near).min()) > problem.minimum
+        assert formula(problem.start) > problem.minimum
+        moved = problem.transformed(shift=0.5, rotation=0)
+        np.testing.assert_allclose(moved.loss(moved.minimizer), problem.minimum, atol=1e-4)
+        with pytest.raises(NotImplementedError, match=f"{name} in {dim} dimensions has no exact"):
+            problem.local_entropy(problem.start, 1.0)
+
+
+def test_heat_of_griewank():
+    problem, formula = problems.griewank(3), LANDSCAPES["griewank"][0]
+    x, tau = np.array([1.0, -2.0, 3.0]), np.array([0.5, 1.0, 0.3])
+    draws = x + np.sqrt(tau) * np.random.default_rng(4).normal(size=(50_000, 3))
+    values = formula(draws)
+    error = values.std() / np.sqrt(len(values))
+    assert abs(problem.heat(x, tau) - values.mean()) < BANDS * error
+    # The heat equation, all coordinates together: d/dtau = half the Laplacian.
+    step = 1e-3
+    rate = (problem.heat(x, tau + step) - problem.heat(x, tau - step)) / (2 * step)
+    moves = step * np.eye(3)
+    around = [problem.heat(x + m, tau) + problem.heat(x - m, tau) for m in moves]
+    curvature = (sum(around) - 6 * problem.heat(x, tau)) / step**2
+    assert rate == pytest.approx(curvature / 2, rel=1e-4)

@@ -18,6 +18,7 @@ ENGINES = {
     "importance_dense": (shift.Importance(200), fit.ForwardKL("dense")),
     "nuts": (shift.NUTS(**CHAIN), fit.ForwardKL()),
     "hmc": (shift.HMC(**CHAIN), fit.ForwardKL()),
+    "sgld": (shift.SGLD(0.05, 40), fit.ForwardKL()),
     "robbins_monro": (shift.Implicit(), fit.RobbinsMonro(5)),
     "reverse_kl": (shift.Implicit(), fit.ReverseKL(num_steps=10)),
 }

@@ -7,6 +7,7 @@ from numpyro_regloss.anchor.anderson import Anderson
 from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.anchor.keep_covariance import KeepCovariance
 from numpyro_regloss.anchor.newton import Newton
+from numpyro_regloss.anchor.optax import Optax
 from numpyro_regloss.anchor.proximal import Proximal
 
-__all__ = ["AdaptTau", "Anchor", "Anderson", "KeepCovariance", "Newton", "Proximal"]
+__all__ = ["AdaptTau", "Anchor", "Anderson", "KeepCovariance", "Newton", "Optax", "Proximal"]

@@ -220,6 +220,12 @@ def _fit(
             'covariance="dense".'
         )
     structure = structure_of(method.covariance, dim)
+    spread = getattr(draws, "spread", None)
+    if spread is not None and (structure == "dense" or method.covariance == "low_rank"):
+        raise ValueError(
+            f"ForwardKL: expected stored draws for covariance={method.covariance!r}, got means of batches, which "
+            'know no correlations; use shift.SGLD(keep="draws"), or covariance="diagonal" or "isotropic".'
+        )
     if draws.block_size is None or draws.score is not None:
         moments = of_chains(
             draws.x,
@@ -228,6 +234,7 @@ def _fit(
             log_density,
             structure=structure,
             control=method.control_variates,
+            spread=spread,
         )
     else:
         unit = jnp.ones(dim) if reference is None else jnp.sqrt(reference.variance)

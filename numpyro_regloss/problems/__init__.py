@@ -21,13 +21,19 @@ from numpyro_regloss.problems.coordinatewise import (
     separable,
 )
 from numpyro_regloss.problems.gaussian import gaussian_mixture, linear, quadratic
+from numpyro_regloss.problems.landscapes import ackley, alpine, drop_wave, griewank, levy
 from numpyro_regloss.problems.valley import rosenbrock
 
 __all__ = [
     "Problem",
     "absolute",
+    "ackley",
+    "alpine",
     "double_well",
+    "drop_wave",
     "gaussian_mixture",
+    "griewank",
+    "levy",
     "linear",
     "quadratic",
     "rastrigin",

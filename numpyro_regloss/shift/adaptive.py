@@ -99,6 +99,12 @@ class Rounds:
         score = self.rounds.score
         return None if score is None else _joined(score)
 
+    @property
+    def spread(self) -> Array | None:
+        """Variances within what `x` are means of, see `BatchMeans`, or None."""
+        spread = getattr(self.rounds, "spread", None)
+        return None if spread is None else _joined(spread)
+
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Reduces over the chunks of every round."""
         num_chains, count = self.log_weight.shape
@@ -174,6 +180,11 @@ class Adaptive(Shift):
     def init(self, rng_key: Key, target: RegularizedLoss) -> Any:
         """The engine's state."""
         return self.engine.init(rng_key, target)
+
+    def remedy(self, info: AdaptiveInfo, ok: Any) -> str:
+        """What the engine has to say of its last rounds."""
+        remedy = getattr(self.engine, "remedy", None)
+        return "" if remedy is None else remedy(info.engine, ok)
 
     def after_rejection(self, old: Any, new: Any) -> Any:
         """The engine's."""

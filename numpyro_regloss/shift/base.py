@@ -99,3 +99,16 @@ class Shift(Protocol):
         """
         del new
         return old
+
+    def remedy(self, info: Any, ok: Any) -> str:
+        """What the diagnostics of a run say is wrong and what to change, for the warning at its end.
+
+        Args:
+            info: of all steps, as NumPy arrays with a leading axis.
+            ok: which steps were taken, of the whole step and not of the engine alone.
+
+        Returns:
+            A sentence, or nothing. Fits and anchors may have this method too.
+        """
+        del info, ok
+        return ""

@@ -6,43 +6,38 @@
 
 No gradients, and the loss need not be differentiable. A large cloud's noise is regenerated from keys, chunk
 by chunk, so that memory stays bounded; a small cloud's is kept. Weights degenerate when
-tau |∇loss/T|² exceeds about log(num_samples): watch ESS and k-hat.
+tau |∇loss/T|² exceeds about log(num_samples): watch ESS and k-hat, or let the ESS set the temperature.
 
 References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
 and Heat Regularization in Deep Learning"; Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto Smoothed
-Importance Sampling".
+Importance Sampling"; Owen (1997), "Scrambled Net Variance for Integrals of Smooth Functions"; Del Moral, Doucet &
+Jasra (2012), "An Adaptive Sequential Monte Carlo Method for Approximate Bayesian Computation" (temperatures set by
+the effective sample size).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._checks import check_count
-from numpyro_regloss._pareto import pareto_khat
-from numpyro_regloss._pytree import pytree_dataclass, static_field
+from numpyro_regloss._checks import check_choice, check_count, check_positive
+from numpyro_regloss._cloud import Cloud, evaluate, lay_out
+from numpyro_regloss._pareto import pareto_khat, pareto_smooth
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._scrambled_sobol import MAX_DIM
 from numpyro_regloss._stats import weight_ess
-from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import Chunk
-from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["Cloud", "Importance", "ImportanceInfo"]
 
-Carry = TypeVar("Carry")
-
-# Two megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
-CHUNK_ELEMENTS = 500_000
-# Up to 64 megabytes of noise are kept for the fit, which else draws it again.
-KEPT_ELEMENTS = 16_000_000
-# Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
-# noise within the loss, element by element.
-CHUNKS_PER_SEGMENT = 2
+NOISES = ("normal", "sobol")
+# An error estimated from fewer independent scrambles is too noisy to be called one.
+LEAST_SCRAMBLES = 8
+# Where the temperature is looked for: from the smallest gap between two losses to the range of them all, with
+# room on both sides, and halved until float32 cannot tell.
+COLDEST, HOTTEST, NUM_BISECTIONS = 0.01, 1000.0, 40
 
 
 class ImportanceInfo(NamedTuple):
@@ -55,6 +50,7 @@ class ImportanceInfo(NamedTuple):
         ess: effective sample size 1 / Σ w².
         khat: Pareto shape of the weights; above 0.7 the weighted mean is not to be trusted.
         num_rejected: draws whose loss was NaN or -infinity; they got weight zero.
+        temperature: of the weights: the target's, or the one that the effective sample size set.
     """
 
     ok: Array
@@ -63,107 +59,94 @@ class ImportanceInfo(NamedTuple):
     ess: Array
     khat: Array
     num_rejected: Array
-
-
-@pytree_dataclass
-class Cloud:
-    """Draws whose noise is kept, or regenerated from its key whenever it is needed.
-
-    Attributes:
-        rng_key: the key of the noise.
-        reference: the Gaussian that the cloud was drawn from.
-        log_weight: `(1, draw)`, unnormalized.
-        loss: `(1, draw)`.
-        temperature: scalar.
-        offset: of the draws (or pairs) from the center, `(1, chunk, draw, dim)`, or None.
-        chunk_size: draws per chunk.
-        antithetic: whether draws come in pairs mean ± scale ξ.
-    """
-
-    rng_key: Key
-    reference: AnyGaussian
-    log_weight: Array
-    loss: Array
     temperature: Array
-    offset: Array | None
-    chunk_size: int = static_field()
-    antithetic: bool = static_field()
-
-    @property
-    def block_size(self) -> int:
-        """Two for antithetic pairs, one for independent draws."""
-        return 2 if self.antithetic else 1
-
-    @property
-    def score(self) -> None:
-        """No gradients."""
-
-    @property
-    def x(self) -> Array:
-        """All draws, `(1, draw, dim)`."""
-        return _materialize(self)
-
-    def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
-        """Reduces over chunks, each regenerated on the way unless it was kept."""
-        num_samples = self.loss.shape[-1]
-        segment = CHUNKS_PER_SEGMENT * self.chunk_size
-        num_segments = -(-num_samples // segment)
-        padding = num_segments * segment - num_samples
-        log_weight = jnp.pad(self.log_weight[0], (0, padding), constant_values=-jnp.inf)
-
-        def add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
-            offset, weights = item
-            return fn(carry, Chunk(self.reference.mean, offset, weights, None)), None
-
-        if self.offset is not None:
-            offsets = self.offset.reshape(-1, *self.offset.shape[-2:])
-            weights = log_weight.reshape(*offsets.shape[:2], self.block_size)
-            return lax.scan(add, init, (offsets, weights))[0]
-
-        def draw_and_add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
-            index, weights = item
-            offset = _offsets(self.rng_key, self.reference, segment // self.block_size, index)
-            return add(carry, (offset, weights))
-
-        chunks = log_weight.reshape(num_segments, -1, self.block_size)
-        return lax.scan(draw_and_add, init, (jnp.arange(num_segments), chunks))[0]
 
 
 @pytree_dataclass
 class Importance(Shift):
     """Self-normalized importance sampling from the reference.
 
+    With `ess` the weights cannot degenerate, wherever the reference is: the temperature of each step is
+    such that a given share of the draws counts, far from the minimum a high one and near it a low one. The
+    target's own temperature is then not used (but where all losses are equal), and the step is that of another
+    regularized loss at every centre: no F_tau is sure to fall. The temperature is in the draws and in the history.
+
     Args:
         num_samples: size of the cloud.
         antithetic: draw pairs mean ± scale ξ: the linear part of the loss then causes no error.
-        chunk_size: draws evaluated at once; default: about ten megabytes of them, fewer when the loss
-            holds much data.
+        chunk_size: draws evaluated at once; default: about two megabytes of them, fewer when the loss
+            holds much data. A Sobol net is never divided.
+        noise: `"normal"`: independent ξ_j; `"sobol"`: independently scrambled Sobol nets, each of the
+            largest power of two that leaves `num_scrambles` of them: smaller errors where few directions
+            matter and the loss is smooth, in up to 21,201 dimensions.
+        num_scrambles: Sobol nets at least, from the scatter of which the errors follow; eight or more.
+        pareto_smoothing: replace the largest weights by quantiles of the Pareto distribution that fits them:
+            less noise, some bias.
+        ess: None, or the effective sample size to be reached as a share of the draws with finite loss, between
+            0 and 1.
 
     Raises:
-        TypeError: if a count is not an integer.
-        ValueError: if a count is not positive.
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range, or does not go with the number of draws.
 
     Example:
-        >>> Importance(num_samples=1000)
-        Importance(num_samples=1000, antithetic=True, chunk_size=None)
+        >>> from numpyro_regloss import Gaussian, Loss
+        >>> loss = Loss.from_function(lambda x: 1e6 * jnp.sum(x**2), jnp.ones(2))
+        >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=1.0))
+        >>> for engine in (Importance(1000), Importance(1000, noise="sobol", ess=0.2)):
+        ...     _, draws, info = engine.step(random.key(0), (), target)
+        ...     print(int(info.ess), int(draws.temperature) > 1)
+        1 False
+        200 True
     """
 
     num_samples: int = static_field()
     antithetic: bool = static_field(default=True)
     chunk_size: int | None = static_field(default=None)
+    noise: str = static_field(default="normal")
+    num_scrambles: int = static_field(default=16)
+    pareto_smoothing: bool = static_field(default=False)
+    ess: Any = None
 
     def __post_init__(self) -> None:
         check_count(self.num_samples, "Importance: num_samples")
         if self.chunk_size is not None:
             check_count(self.chunk_size, "Importance: chunk_size")
-        if not isinstance(self.antithetic, bool):
-            raise TypeError(
-                f"Importance: expected antithetic as True or False, got {self.antithetic!r}."
+        for name in ("antithetic", "pareto_smoothing"):
+            if not isinstance(getattr(self, name), bool):
+                value = getattr(self, name)
+                raise TypeError(f"Importance: expected {name} as True or False, got {value!r}.")
+        check_choice(self.noise, "Importance: noise", NOISES)
+        check_count(self.num_scrambles, "Importance: num_scrambles", LEAST_SCRAMBLES)
+        least = 2 * self.num_scrambles
+        if self.noise == "sobol" and self.num_samples < least:
+            raise ValueError(
+                f"Importance: expected at least {least} draws for {self.num_scrambles} Sobol nets, got "
+                f'num_samples={self.num_samples}; draw more, or use noise="normal".'
             )
+        if self.ess is not None:
+            object.__setattr__(self, "ess", check_positive(self.ess, "Importance: ess"))
+            if is_concrete(self.ess) and not 1 / self.num_samples < self.ess < 1:
+                raise ValueError(
+                    "Importance: expected ess as a share of the draws, above one draw and below 1, got "
+                    f"{self.ess} of {self.num_samples}; 0.1 to 0.5 are common."
+                )
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> tuple[()]:
-        """Nothing is carried from one cloud to the next."""
-        del rng_key, target
+        """Nothing is carried from one cloud to the next.
+
+        Args:
+            rng_key: unused.
+            target: the first target.
+
+        Returns:
+            `()`.
+
+        Raises:
+            ValueError: if the target has more dimensions than the Sobol sequence.
+        """
+        del rng_key
+        self._net_size(target.dim)
         return ()
 
     def step(
@@ -178,80 +161,89 @@ class Importance(Shift):
 
         Returns:
             `()`, the cloud and its diagnostics.
+
+        Raises:
+            ValueError: if the target has more dimensions than the Sobol sequence.
         """
         key_batch, rng_key = random.split(rng_key)
         # One batch for the whole cloud: weights of different losses cannot be compared.
         target = target.on_batch(key_batch)
-        chunk_size = self._chunk_size(target)
-        block = 2 if self.antithetic else 1
-        num_chunks = CHUNKS_PER_SEGMENT * -(-self.num_samples // (CHUNKS_PER_SEGMENT * chunk_size))
-        kept = num_chunks * chunk_size // block * target.dim <= KEPT_ELEMENTS
-        num_segments = 1 if kept else num_chunks // CHUNKS_PER_SEGMENT
-
-        def evaluate(offset: Array) -> Array:
-            pairs = jnp.zeros((chunk_size // block, block))
-            return jax.vmap(target.value)(Chunk(target.reference.mean, offset, pairs, None).x)
-
-        def draw_and_evaluate(index: Array) -> tuple[Array, Array | None]:
-            chunks = num_chunks // num_segments
-            rows = chunks * chunk_size // block
-            offset = _offsets(rng_key, target.reference, rows, index)
-            offset = offset.reshape(chunks, -1, target.dim)
-            return lax.map(evaluate, offset), offset if kept else None
-
-        loss, offset = lax.map(draw_and_evaluate, jnp.arange(num_segments))
-        num_loss = loss.size  # the last chunk may be longer than what is asked for
-        loss = loss.reshape(-1)[: self.num_samples]
+        layout = lay_out(
+            target,
+            self.num_samples,
+            self.chunk_size,
+            antithetic=self.antithetic,
+            net_size=self._net_size(target.dim),
+        )
+        loss, offset, num_loss = evaluate(rng_key, target, layout)
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         rejected = jnp.isnan(loss) | (loss == -jnp.inf)
-        log_weight = jnp.where(rejected, -jnp.inf, -loss / target.temperature)
+        temperature, lowest = target.temperature, 0.0
+        if self.ess is not None:
+            temperature, lowest = _temperature_of_ess(loss, self.ess, target.temperature)
+        log_weight = jnp.where(rejected, -jnp.inf, -(loss - lowest) / temperature)
+        if self.pareto_smoothing:
+            log_weight, khat = pareto_smooth(log_weight)
+        else:
+            khat = pareto_khat(log_weight)
         ess = weight_ess(log_weight)
         info = ImportanceInfo(
             ok=ess > 0,
             num_loss=jnp.asarray(num_loss),
             num_grad=jnp.asarray(0),
             ess=ess,
-            khat=pareto_khat(log_weight),
+            khat=khat,
             num_rejected=jnp.sum(rejected),
+            temperature=jnp.asarray(temperature, log_weight.dtype),
         )
         cloud = Cloud(
-            rng_key,
-            target.reference,
-            log_weight[None],
-            loss[None],
-            target.temperature,
-            offset,
-            chunk_size,
-            self.antithetic,
+            rng_key, target.reference, log_weight[None], loss[None], temperature, offset, layout
         )
         return state, cloud, info
 
-    def _chunk_size(self, target: RegularizedLoss) -> int:
-        size = self.chunk_size
-        if size is None:
-            # What a loss keeps per draw is unknown; an eighth of its data is a fair guess for a network.
-            data = sum(leaf.size for leaf in target.arguments.leaves)
-            size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 8))
-        block = 2 if self.antithetic else 1
-        num_chunks = CHUNKS_PER_SEGMENT * -(-self.num_samples // (CHUNKS_PER_SEGMENT * size))
-        balanced = -(-self.num_samples // num_chunks)
-        return -(-balanced // block) * block
+    def _net_size(self, dim: int) -> int | None:
+        if self.noise != "sobol":
+            return None
+        if dim > MAX_DIM:
+            raise ValueError(
+                f"Importance: expected at most {MAX_DIM} parameters for Sobol points, got {dim}; use "
+                'noise="normal", which has no limit and errs no more in so many dimensions.'
+            )
+        return 1 << ((self.num_samples // self.num_scrambles).bit_length() - 1)
 
 
-@jax.jit
-def _materialize(cloud: Cloud) -> Array:
-    num_samples = cloud.loss.shape[-1]
-    if cloud.offset is not None:
-        offset = cloud.offset.reshape(-1, cloud.reference.dim)
-    else:
-        segment = CHUNKS_PER_SEGMENT * cloud.chunk_size
-        draw = partial(_offsets, cloud.rng_key, cloud.reference, segment // cloud.block_size)
-        offset = lax.map(draw, jnp.arange(-(-num_samples // segment)))
-        offset = offset.reshape(-1, cloud.reference.dim)
-    weights = jnp.zeros((offset.shape[0], cloud.block_size))
-    return Chunk(cloud.reference.mean, offset, weights, None).x[None, :num_samples]
+def _temperature_of_ess(loss: Array, share: Array, default: Array) -> tuple[Array, Array]:
+    """The temperature of an effective sample size, and the lowest loss.
 
+    The effective sample size of weights exp(-loss / T) rises with T from the number of draws of lowest loss to
+    that of all draws. Where the former is enough already, T is so low that other draws have no weight.
 
-def _offsets(rng_key: Key, reference: AnyGaussian, num_rows: int, index: Array) -> Array:
-    key = random.fold_in(unrolled(rng_key), index)
-    return reference.scaled(random.normal(key, (num_rows, reference.dim), reference.mean.dtype))
+    Args:
+        loss: `(draw,)`; draws that are not finite do not count.
+        share: of the other draws.
+        default: the temperature where all losses are equal.
+
+    Returns:
+        Two scalars; the temperature is positive and finite.
+    """
+    finite = jnp.isfinite(loss)
+    lowest = jnp.min(jnp.where(finite, loss, jnp.inf))
+    lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
+    height = jnp.where(finite, loss - lowest, jnp.inf)
+    largest = jnp.max(jnp.where(finite, height, 0.0))
+    smallest = jnp.min(jnp.where(height > 0, height, jnp.inf))
+    spread = largest > 0
+    wanted = share * jnp.sum(finite)
+    low = jnp.log(jnp.where(spread, smallest, 1.0)) + jnp.log(COLDEST)
+    high = jnp.log(jnp.where(spread, largest, 1.0)) + jnp.log(HOTTEST)
+
+    def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        enough = weight_ess(-height / jnp.exp(middle)) >= wanted
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    found = jnp.exp(lax.fori_loop(0, NUM_BISECTIONS, halve, (low, high))[1])
+    tiny, huge = jnp.finfo(loss.dtype).tiny, jnp.finfo(loss.dtype).max
+    found = jnp.clip(found, tiny, huge)
+    return jnp.where(spread, found, jnp.asarray(default, loss.dtype)), lowest

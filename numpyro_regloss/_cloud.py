@@ -1,0 +1,211 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""A cloud of draws around the reference, in memory or regenerated from its key chunk by chunk."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+
+from numpyro_regloss._pytree import pytree_dataclass, static_field
+from numpyro_regloss._scrambled_sobol import sobol_normal
+from numpyro_regloss._threefry import unrolled
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import Chunk
+from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.regularized import RegularizedLoss
+
+__all__ = ["Cloud", "Layout", "evaluate", "lay_out"]
+
+Carry = TypeVar("Carry")
+
+# Two megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
+CHUNK_ELEMENTS = 500_000
+# Up to 64 megabytes of noise are kept for the fit, which else draws it again.
+KEPT_ELEMENTS = 16_000_000
+# Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
+# noise within the loss, element by element.
+CHUNKS_PER_SEGMENT = 2
+
+
+class Layout(NamedTuple):
+    """How draws lie in chunks; it compiles.
+
+    Attributes:
+        num_samples: draws that are used; the last chunk may have more.
+        chunk_size: draws evaluated at once, a multiple of `block_size`.
+        segment_size: draws whose noise is made at once, a multiple of `chunk_size`; all draws if it is kept.
+        block_size: draws that depend on one another: 1, 2 of an antithetic pair, or all of one Sobol net.
+        antithetic: whether draws come in pairs mean ± scale ξ.
+        sobol: whether each block is a scrambled Sobol net.
+        kept: whether the noise is kept in memory.
+    """
+
+    num_samples: int
+    chunk_size: int
+    segment_size: int
+    block_size: int
+    antithetic: bool
+    sobol: bool
+    kept: bool
+
+    @property
+    def per_row(self) -> int:
+        """Draws per row of noise: two for pairs."""
+        return 2 if self.antithetic else 1
+
+    @property
+    def num_segments(self) -> int:
+        """How often noise is made."""
+        return -(-self.num_samples // self.segment_size)
+
+
+def lay_out(
+    target: RegularizedLoss,
+    num_samples: int,
+    chunk_size: int | None,
+    *,
+    antithetic: bool,
+    net_size: int | None = None,
+) -> Layout:
+    """Chunks of about equal size that hold whole blocks.
+
+    Args:
+        target: what is evaluated.
+        num_samples: draws.
+        chunk_size: draws at once, about; default: about two megabytes of them, fewer when the loss holds much
+            data.
+        antithetic: whether draws come in pairs.
+        net_size: draws per scrambled Sobol net, a power of two; None for random noise.
+
+    Returns:
+        The layout.
+    """
+    size = chunk_size
+    if size is None:
+        # What a loss keeps per draw is unknown; an eighth of its data is a fair guess for a network.
+        data = sum(leaf.size for leaf in target.arguments.leaves)
+        size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 8))
+    per_row = 2 if antithetic else 1
+    block = net_size or per_row
+    num_segments = -(-num_samples // (CHUNKS_PER_SEGMENT * size))
+    balanced = -(-num_samples // (CHUNKS_PER_SEGMENT * num_segments))
+    size = -(-balanced // block) * block
+    num_segments = -(-num_samples // (CHUNKS_PER_SEGMENT * size))
+    total = CHUNKS_PER_SEGMENT * num_segments * size
+    kept = total // per_row * target.dim <= KEPT_ELEMENTS
+    segment = total if kept else CHUNKS_PER_SEGMENT * size
+    return Layout(num_samples, size, segment, block, antithetic, net_size is not None, kept)
+
+
+@pytree_dataclass
+class Cloud:
+    """Draws whose noise is kept, or regenerated from its key whenever it is needed.
+
+    Attributes:
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud was drawn from.
+        log_weight: `(1, draw)`, unnormalized.
+        loss: `(1, draw)`.
+        temperature: scalar, the one of the weights.
+        offset: of the draws (or pairs) from the center, `(1, chunk, row, dim)`, or None.
+        layout: how draws lie in chunks.
+    """
+
+    rng_key: Key
+    reference: AnyGaussian
+    log_weight: Array
+    loss: Array
+    temperature: Array
+    offset: Array | None
+    layout: Layout = static_field()
+
+    @property
+    def block_size(self) -> int:
+        """One for independent draws, two for antithetic pairs, the size of a net for Sobol points."""
+        return self.layout.block_size
+
+    @property
+    def score(self) -> None:
+        """No gradients."""
+
+    @property
+    def x(self) -> Array:
+        """All draws, `(1, draw, dim)`."""
+        return _materialize(self)
+
+    def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
+        """Reduces over chunks, each regenerated on the way unless it was kept."""
+        layout = self.layout
+        padding = layout.num_segments * layout.segment_size - layout.num_samples
+        log_weight = jnp.pad(self.log_weight[0], (0, padding), constant_values=-jnp.inf)
+
+        def add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
+            offset, weights = item
+            return fn(carry, Chunk(self.reference.mean, offset, weights, None)), None
+
+        if self.offset is not None:
+            offsets = self.offset.reshape(-1, *self.offset.shape[-2:])
+            weights = log_weight.reshape(*offsets.shape[:2], layout.per_row)
+            return lax.scan(add, init, (offsets, weights))[0]
+
+        def draw_and_add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
+            index, weights = item
+            return add(carry, (_offsets(self.rng_key, self.reference, layout, index), weights))
+
+        segments = log_weight.reshape(layout.num_segments, -1, layout.per_row)
+        return lax.scan(draw_and_add, init, (jnp.arange(layout.num_segments), segments))[0]
+
+
+def evaluate(
+    rng_key: Key, target: RegularizedLoss, layout: Layout
+) -> tuple[Array, Array | None, int]:
+    """The loss on a fresh cloud.
+
+    Args:
+        rng_key: the key of the noise.
+        target: reference and loss, on one batch of data.
+        layout: how draws lie in chunks.
+
+    Returns:
+        Losses `(draw,)`; the offsets of the draws if they are kept, else None; the number of evaluations.
+    """
+
+    def of_chunk(offset: Array) -> Array:
+        pairs = jnp.zeros((offset.shape[0], layout.per_row))
+        return jax.vmap(target.value)(Chunk(target.reference.mean, offset, pairs, None).x)
+
+    def of_segment(index: Array) -> tuple[Array, Array | None]:
+        offset = _offsets(rng_key, target.reference, layout, index)
+        offset = offset.reshape(-1, layout.chunk_size // layout.per_row, target.dim)
+        return lax.map(of_chunk, offset), offset if layout.kept else None
+
+    loss, offset = lax.map(of_segment, jnp.arange(layout.num_segments))
+    return loss.reshape(-1)[: layout.num_samples], offset, loss.size
+
+
+@jax.jit
+def _materialize(cloud: Cloud) -> Array:
+    layout = cloud.layout
+    offset = cloud.offset
+    if offset is None:
+        draw = partial(_offsets, cloud.rng_key, cloud.reference, layout)
+        offset = lax.map(draw, jnp.arange(layout.num_segments))
+    offset = offset.reshape(-1, cloud.reference.dim)
+    weights = jnp.zeros((offset.shape[0], layout.per_row))
+    return Chunk(cloud.reference.mean, offset, weights, None).x[None, : layout.num_samples]
+
+
+def _offsets(rng_key: Key, reference: AnyGaussian, layout: Layout, index: Array) -> Array:
+    key = random.fold_in(unrolled(rng_key), index)
+    num_rows, dim = layout.segment_size // layout.per_row, reference.dim
+    if not layout.sobol:
+        return reference.scaled(random.normal(key, (num_rows, dim), reference.mean.dtype))
+    size = layout.block_size // layout.per_row
+    nets = lax.map(
+        partial(sobol_normal, num_draws=size, dim=dim), random.split(key, num_rows // size)
+    )
+    return reference.scaled(nets.reshape(num_rows, dim).astype(reference.mean.dtype))

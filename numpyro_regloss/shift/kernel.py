@@ -1,0 +1,387 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Any MCMC kernel of NumPyro on the shifted density, built by a factory inside the trace of each step.
+
+Some kernels (BarkerMH, AIES, ESS) bind their target when they are initialized, and all remember their first
+initialization. So every step builds the kernel anew, on `numpyro_regloss.model` with this step's target as
+its argument, and initializes it there. Chains start where they stood last in whitened coordinates: when the
+reference moves they move with it, and are burnt in again.
+
+References: Livingstone & Zanella (2022), "The Barker Proposal: Combining Robustness and Efficiency in
+Gradient-Based MCMC"; Goodman & Weare (2010), "Ensemble Samplers with Affine Invariance"; Karamanis & Beutler
+(2021), "Ensemble Slice Sampling"; Zhu (2019), "Sample Adaptive MCMC".
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+from numpyro.infer import init_to_value
+from numpyro.infer.hmc_util import HMCAdaptState
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_regloss._batch_means import ess_of_blocks, stretches
+from numpyro_regloss._checks import check_count
+from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
+from numpyro_regloss._stats import effective_sample_size, split_rhat
+from numpyro_regloss._typing import Array, Key
+from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss.regularized import RegularizedLoss, latent_name, model
+from numpyro_regloss.shift.base import Shift
+
+__all__ = ["Kernel", "KernelInfo", "KernelState"]
+
+# A shift is rejected when its chains hardly moved, and a step size below which they do so is tuned anew.
+LEAST_MOVED = 0.02
+REWARM_BELOW = 0.1
+TUNED = ("step_size", "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
+
+
+class KernelState(NamedTuple):
+    """The least that the next step needs.
+
+    Attributes:
+        noise: last positions in units of the reference, (x - mean) / scale, `(chain, dim)`.
+        tuning: step size and mass matrix of each chain, where the kernel adapts them as HMC does; else None.
+        warm: whether `tuning` is that of a step.
+    """
+
+    noise: Array
+    tuning: Any
+    warm: Array
+
+
+class KernelInfo(NamedTuple):
+    """Diagnostics of one shift, over all chains; warm-up counts among the evaluations only.
+
+    Attributes:
+        ok: draws are finite and the chains moved.
+        num_loss: loss evaluations beside those that come with a gradient; a lower bound, one per chain and
+            iteration, for kernels that do not tell (ensembles, which take several).
+        num_grad: gradient evaluations.
+        accept_prob: mean acceptance probability, or the share of transitions that moved where a kernel has none.
+        num_divergent: divergent transitions.
+        ess: least effective sample size of the mean over the coordinates; of an ensemble by batch means.
+        rhat: greatest split R-hat over the coordinates; of an ensemble, whose walkers may change places, it tells
+            of drift alone.
+    """
+
+    ok: Array
+    num_loss: Array
+    num_grad: Array
+    accept_prob: Array
+    num_divergent: Array
+    ess: Array
+    rhat: Array
+
+
+class _Row(NamedTuple):
+    noise: Array
+    potential: Any
+    gradient: Any
+
+
+class _Tally(NamedTuple):
+    accept_prob: Array
+    num_moved: Array
+    num_divergent: Array
+    num_steps: Array
+
+
+@pytree_dataclass
+class Kernel(Shift):
+    """Draws by any of NumPyro's MCMC kernels, or one of your own.
+
+    `NUTS` and `HMC` of this package are faster ways to those two kernels. With kernels that adapt step size and
+    mass matrix as HMC does (HMC, NUTS, BarkerMH) the first step does so for `num_warmup` iterations and later
+    ones are burnt in for half as many; others (AIES, ESS, SA) run all of them at every step. Where a loss is not
+    defined it should be infinite: NaN ends the adaptation of BarkerMH. SA needs thousands of iterations.
+
+    Args:
+        make_kernel: a function of a model that returns a kernel of it, such as `numpyro.infer.BarkerMH` or
+            `lambda model: AIES(model, moves={AIES.StretchMove(): 1.0})`; build it once.
+        num_warmup: iterations before draws are kept.
+        num_samples: draws per chain and outer step.
+        num_chains: chains, run side by side; for an ensemble kernel its walkers: an even number, better twice the
+            number of parameters or more.
+
+    Raises:
+        TypeError: if `make_kernel` is not such a function, or a count not an integer.
+        ValueError: if a count is out of range, or does not go with an ensemble.
+
+    Example:
+        >>> from numpyro.infer import AIES
+        >>> from numpyro_regloss import Gaussian, Loss
+        >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.full(2, 4.0))
+        >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=1.0))
+        >>> engine = Kernel(AIES, num_warmup=100, num_samples=200, num_chains=20)
+        >>> state = engine.init(random.key(0), target)
+        >>> state, draws, info = engine.step(random.key(1), state, target)
+        >>> bool(jnp.all(jnp.abs(draws.x.mean((0, 1)) - 2.0) < 0.3))  # half way to the minimum
+        True
+    """
+
+    make_kernel: Callable[..., Any] = static_field()
+    num_warmup: int = static_field(default=200)
+    num_samples: int = static_field(default=100)
+    num_chains: int = static_field(default=4)
+
+    _remedy: ClassVar[str] = (
+        "pass a function of a model such as numpyro.infer.BarkerMH or lambda model: BarkerMH(model, step_size=0.1)"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.make_kernel, MCMCKernel) or not callable(self.make_kernel):
+            raise TypeError(
+                f"Kernel: expected a function that makes a kernel, got {_named(self.make_kernel)}; a kernel "
+                f"remembers the first target that it met: {self._remedy}."
+            )
+        check_count(self.num_warmup, "Kernel: num_warmup", 0)
+        check_count(self.num_samples, "Kernel: num_samples")
+        check_count(self.num_chains, "Kernel: num_chains")
+        if self._made().is_ensemble_kernel and (self.num_chains % 2 or self.num_chains < 2):
+            raise ValueError(
+                "Kernel: expected an even number of chains for an ensemble kernel, got "
+                f"num_chains={self.num_chains}; its walkers move in two halves: use twice the number of "
+                "parameters or more."
+            )
+
+    @property
+    def uses_gradient(self) -> bool:  # ty: ignore[incompatible-property-override]
+        """Whether the driver should check the gradient at the start: not for kernels known to need none."""
+        kernel = self._made()
+        return not (kernel.is_ensemble_kernel or type(kernel).__name__ == "SA")
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> KernelState:
+        """Chains spread out as the reference is; the first step tunes them.
+
+        Args:
+            rng_key: a random key.
+            target: the first target.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: if the kernel cannot be set up on the model.
+        """
+        mean = target.reference.mean
+        noise = random.normal(rng_key, (self.num_chains, target.dim), mean.dtype)
+        tuning = None
+        if not self._made().is_ensemble_kernel:
+            shapes = jax.eval_shape(partial(self._tuned_at, target), noise[0])
+            zeros = jax.tree.map(lambda a: jnp.zeros((self.num_chains, *a.shape), a.dtype), shapes)
+            tuning = strong(zeros)
+        return KernelState(noise, tuning, jnp.asarray(False))
+
+    def step(
+        self, rng_key: Key, state: KernelState, target: RegularizedLoss
+    ) -> tuple[KernelState, StoredDraws, KernelInfo]:
+        """Draws from q.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target.
+
+        Returns:
+            The next state, the draws and the diagnostics. Draws are `(num_chains, num_samples, dim)`, with scores
+            where the kernel has gradients; those of an ensemble are grouped by stretches of time, since its
+            walkers depend on one another: `(stretch, draw, dim)`.
+
+        Raises:
+            ValueError: if the kernel cannot be set up on the model.
+        """
+        key_batch, rng_key = random.split(rng_key)
+        # One batch for the whole shift: the chains' target must not change under them.
+        target = target.on_batch(key_batch)
+        start = _usable(target, state.noise)
+        warm = state.warm if state.tuning is not None else jnp.asarray(False)
+        keys = random.split(rng_key, self.num_chains)
+        if self._made().is_ensemble_kernel:
+            noise, rows, tally, tuning = self._run(target, keys, start, None, warm)
+            rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), rows)
+        else:
+            run = partial(self._run, target, warm=warm)
+            noise, rows, tally, tuning = jax.vmap(run)(keys, start, state.tuning)
+        return self._report(target, noise, rows, tally, tuning)
+
+    def after_rejection(self, old: KernelState, new: KernelState) -> KernelState:
+        """Positions go back, and the next step is tuned anew.
+
+        Args:
+            old: the state before the rejected step.
+            new: the state after it, unused.
+
+        Returns:
+            The state to go on with.
+        """
+        del new
+        return old._replace(warm=jnp.zeros_like(old.warm))
+
+    def _made(self) -> MCMCKernel:
+        kernel = self.make_kernel(model)
+        if not isinstance(kernel, MCMCKernel):
+            raise TypeError(
+                f"Kernel: expected make_kernel(model) to return a numpyro.infer MCMCKernel, got {_named(kernel)}; "
+                f"{self._remedy}."
+            )
+        return kernel
+
+    def _started(
+        self, target: RegularizedLoss, rng_key: Key, noise: Array
+    ) -> tuple[MCMCKernel, Any]:
+        # A kernel of this trace, and its state at the given positions.
+        kernel, name = self._made(), latent_name(target)
+        if hasattr(kernel, "_init_strategy") and not kernel.is_ensemble_kernel:
+            # BarkerMH and SA do not heed init_params.
+            kernel._init_strategy = init_to_value(values={name: noise})  # ty: ignore  # noqa: SLF001
+        try:
+            state = kernel.init(rng_key, self.num_warmup, {name: noise}, (target,), {})
+            z = getattr(state, kernel.sample_field)
+            fits = isinstance(z, dict) and {k: jnp.shape(v) for k, v in z.items()} == {
+                name: noise.shape
+            }
+        except Exception as error:
+            raise ValueError(
+                f"Kernel: {_named(kernel)} could not be set up on the regularized model: "
+                f"{type(error).__name__}: {error} The model's one latent site is the real vector {name!r}: "
+                "kernels for discrete sites or subsampled plates do not apply. Use NUTS, HMC, BarkerMH, AIES, ESS "
+                "or SA, built on the model that make_kernel is given."
+            ) from error
+        if not fits:
+            raise ValueError(
+                f"Kernel: expected a kernel of the site {name!r} of shape {noise.shape}, got one of "
+                f"{jax.tree.map(jnp.shape, z)}; build it on the model that make_kernel is given."
+            )
+        return kernel, state
+
+    def _tuned_at(self, target: RegularizedLoss, noise: Array) -> Any:
+        return _tuning(self._started(target, random.key(0), noise)[1])
+
+    def _run(
+        self, target: RegularizedLoss, rng_key: Key, noise: Array, tuning: Any, warm: Array
+    ) -> tuple[Array, _Row, _Tally, Any]:
+        # One chain, or one ensemble of them.
+        name = latent_name(target)
+        kernel, state = self._started(target, rng_key, noise)
+        num_leading = jnp.asarray(self.num_warmup)
+        if tuning is not None:
+            # Beyond the last iteration of the warm-up nothing adapts.
+            adapted = state._replace(
+                i=jnp.full_like(state.i, self.num_warmup),
+                adapt_state=state.adapt_state._replace(**tuning),
+            )
+            state = jax.tree.map(partial(jnp.where, warm), adapted, state)
+            num_leading = jnp.where(warm, self.num_warmup // 2, num_leading)
+        state = strong(state)
+
+        def body(i: Array, carry: tuple[Any, _Row, _Tally]) -> tuple[Any, _Row, _Tally]:
+            state, rows, tally = carry
+            after = strong(kernel.sample(state, (target,), {}))
+            row = _observe(after, kernel, name)
+            old = getattr(state, kernel.sample_field)[name]
+            moved = jnp.mean(jnp.any(row.noise != old, -1).astype(noise.dtype))
+            counts = i >= num_leading
+            accept_prob = _found(after, "accept_prob", moved)
+            tally = _Tally(
+                tally.accept_prob + jnp.where(counts, accept_prob, 0.0),
+                tally.num_moved + jnp.where(counts, moved, 0.0),
+                tally.num_divergent
+                + jnp.where(counts, jnp.sum(_found(after, "diverging", False)), 0),
+                tally.num_steps + jnp.sum(_found(after, "num_steps", 1)),
+            )
+            write = partial(
+                lax.dynamic_update_index_in_dim, index=jnp.maximum(i - num_leading, 0), axis=0
+            )
+            return after, jax.tree.map(write, rows, row), tally
+
+        blank = jax.tree.map(
+            lambda a: jnp.zeros((self.num_samples, *a.shape), a.dtype),
+            jax.eval_shape(lambda s: _observe(s, kernel, name), state),
+        )
+        zero, none = jnp.zeros((), noise.dtype), jnp.asarray(0)
+        carry = state, blank, _Tally(zero, zero, none, none)
+        state, rows, tally = lax.fori_loop(0, num_leading + self.num_samples, body, carry)
+        return getattr(state, kernel.sample_field)[name], rows, tally, _tuning(state)
+
+    def _report(
+        self, target: RegularizedLoss, noise: Array, rows: _Row, tally: _Tally, tuning: Any
+    ) -> tuple[KernelState, StoredDraws, KernelInfo]:
+        reference = target.reference
+        x = reference.unwhiten(rows.noise)
+        iterations = tally.num_steps
+        has_gradient = rows.gradient is not None
+        if rows.potential is not None:
+            constant = 0.5 * target.dim * math.log(2 * math.pi)
+            energy = rows.potential - 0.5 * jnp.sum(rows.noise**2, -1) - constant
+            loss, num_loss = energy * target.temperature, jnp.asarray(0)
+        else:
+            loss = lax.map(jax.vmap(target.value), x)
+            num_loss = jnp.asarray(loss.size)
+        # A set-up evaluates each chain's start two or three times.
+        evaluations = jnp.sum(iterations) * (1 if iterations.ndim else self.num_chains)
+        evaluations = evaluations + 3 * self.num_chains
+        score = -reference.unscale_transpose(rows.gradient) if has_gradient else None
+        ess, rhat = jnp.min(effective_sample_size(x)), jnp.max(split_rhat(x))
+        finite = jnp.isfinite(loss).all() & jnp.isfinite(x).all()
+        block_size = None
+        if self._made().is_ensemble_kernel:
+            x, loss = stretches(x), stretches(loss)
+            block_size = x.shape[1]
+            ess = jnp.min(ess_of_blocks(x))
+        draws = StoredDraws(
+            x, jnp.zeros_like(loss), loss, target.temperature, score, block_size=block_size
+        )
+        accept_prob = jnp.mean(tally.accept_prob) / self.num_samples
+        moved = jnp.mean(tally.num_moved) / self.num_samples
+        info = KernelInfo(
+            ok=finite & (moved >= LEAST_MOVED),
+            num_loss=num_loss + (0 if has_gradient else evaluations),
+            num_grad=evaluations if has_gradient else jnp.asarray(0),
+            accept_prob=accept_prob,
+            num_divergent=jnp.sum(tally.num_divergent),
+            ess=ess,
+            rhat=rhat,
+        )
+        return KernelState(noise, tuning, accept_prob >= REWARM_BELOW), draws, info
+
+
+def _observe(state: Any, kernel: MCMCKernel, name: str) -> _Row:
+    gradient = getattr(state, "z_grad", None)
+    if isinstance(gradient, dict):
+        gradient = gradient[name]
+    noise = getattr(state, kernel.sample_field)[name]
+    return _Row(noise, getattr(state, "potential_energy", None), gradient)
+
+
+def _tuning(state: Any) -> Any:
+    # What HMC adapts in units of the reference, which a new target leaves as good as it was.
+    adapt_state = getattr(state, "adapt_state", None)
+    if not isinstance(adapt_state, HMCAdaptState):
+        return None
+    return strong({name: getattr(adapt_state, name) for name in TUNED})
+
+
+def _found(state: Any, name: str, default: Any) -> Any:
+    inner = getattr(state, "inner_state", None)
+    return getattr(state, name, getattr(inner, name, default))
+
+
+def _usable(target: RegularizedLoss, noise: Array) -> Array:
+    # Where the new target is not finite a chain starts at the centre; one point for all would be no ensemble, so
+    # that each keeps a little of its own place.
+    def finite(point: Array) -> Array:
+        return jnp.isfinite(target.whitened_potential(point))
+
+    usable = jax.vmap(finite)(noise) & jnp.all(jnp.isfinite(noise), -1)
+    near = 0.01 * jnp.where(jnp.isfinite(noise), noise, 0.0)
+    return jnp.where(usable[:, None], noise, near)
+
+
+def _named(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

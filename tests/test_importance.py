@@ -1,0 +1,309 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the importance engine: Sobol noise, Pareto smoothing, a temperature that the ESS sets."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SIGMAS, Counter
+from jax import lax, random
+from scipy.stats import norm, qmc
+
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    RegularizedLoss,
+    TwoStep,
+    _cloud,
+    fit,
+    problems,
+    schemes,
+    shift,
+)
+from numpyro_regloss._pareto import pareto_smooth
+from numpyro_regloss._scrambled_sobol import MAX_DIM, _direction_numbers, sobol_normal
+from numpyro_regloss._stats import weight_ess
+
+net = jax.jit(sobol_normal, static_argnums=(1, 2))
+
+
+@jax.jit
+def cloud(engine, rng_key, target):
+    return engine.step(rng_key, engine.init(rng_key, target), target)[1:]
+
+
+def target_of(fn, x, tau=1.0, temperature=1.0):
+    loss = Loss.from_function(fn, np.asarray(x, float))
+    return RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau), temperature=temperature)
+
+
+def steep(x):
+    return 1e4 * jnp.sum(x)
+
+
+# Sobol noise
+
+
+def test_direction_numbers_are_those_of_scipy():
+    points = np.zeros((1, 5), np.uint32)
+    for number in _direction_numbers(6, 5):
+        points = np.concatenate([points, points ^ number])
+    expected = qmc.Sobol(5, scramble=False).random(64)
+    assert set(map(tuple, points / 2.0**30)) == set(map(tuple, expected))
+
+
+def test_a_scrambled_net_is_a_net():
+    z = np.asarray(net(random.key(0), 256, 7), float)
+    u = norm.cdf(z)
+    # One draw per stratum of every coordinate, and one per cell of the first two, which form a (0, 2)-sequence.
+    for j in range(7):
+        assert len(np.unique(np.floor(256 * u[:, j]))) == 256
+    for cells in (4, 16, 64):
+        boxes = np.floor(cells * u[:, 0]) * 256 // cells + np.floor(256 // cells * u[:, 1])
+        assert len(np.unique(boxes)) == 256
+
+
+def test_scrambled_draws_are_standard_normal():
+    z = np.asarray(
+        jax.jit(jax.vmap(partial(sobol_normal, num_draws=16, dim=3)))(
+            random.split(random.key(1), 2000)
+        )
+    )
+    # The first point too, which without a shift would be the corner; the average over a net errs less.
+    for draws in (z[:, 0], z[:, 7]):
+        assert np.all(np.abs(draws.mean(0)) < SIGMAS / np.sqrt(2000))
+        assert np.all(np.abs(draws.var(0) - 1) < SIGMAS * np.sqrt(2 / 2000))
+    assert np.all(np.abs(z.mean((0, 1))) < 0.25 * SIGMAS / np.sqrt(32_000))
+    correlation = np.corrcoef(z[:, 3].T) - np.eye(3)
+    assert np.max(np.abs(correlation)) < SIGMAS / np.sqrt(2000)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_errors_of_sobol_clouds_are_calibrated_and_smaller(antithetic):
+    problem = problems.quadratic(np.array([[1.0, 0.3], [0.3, 0.5]]), center=np.array([1.0, -1.0]))
+    target = target_of(problem.loss, [0.3, 0.3], 0.5)
+    exact = problem.shift_mean([0.3, 0.3], 0.5)
+    engine = shift.Importance(512, noise="sobol", antithetic=antithetic)
+
+    @jax.jit
+    @jax.vmap
+    def go(rng_key):
+        draws = engine.step(rng_key, (), target)[1]
+        fitted, info = fit.ForwardKL().step(rng_key, (), target, draws)[1:]
+        return fitted.mean - exact, info.mean_error
+
+    deviation, error = go(random.split(random.key(2), 400))
+    covered = np.mean(np.abs(deviation) < 1.96 * error)
+    # With 16 nets Student's law gives 93.9 %; the standard error of 800 correlated checks is at most 1.2 %.
+    assert 0.939 - 0.036 < covered < 0.98
+    plain = np.sqrt(np.mean(np.diag(problem.shift_covariance([0.3, 0.3], 0.5))) / 512)
+    assert np.sqrt(np.mean(deviation**2)) < plain / 2
+
+
+def test_nets_are_the_blocks_and_survive_chunks(monkeypatch):
+    problem = problems.double_well(3)
+    target = target_of(problem.loss, [0.2, 0.2, 0.2], 0.5)
+    engine = shift.Importance(1000, noise="sobol", chunk_size=130)
+    kept, _ = cloud(engine, random.key(0), target)
+    assert kept.block_size == 32  # 1000 / 16 = 62 draws leave room for 32
+    assert kept.layout.chunk_size % 32 == 0
+    # Of noise that is made again the draws, the losses and the folds must fit together.
+    monkeypatch.setattr(_cloud, "KEPT_ELEMENTS", 0)
+    jax.clear_caches()
+    made, _ = cloud(engine, random.key(0), target)
+    assert made.offset is None
+    np.testing.assert_allclose(jax.vmap(target.value)(made.x[0]), made.loss[0], rtol=1e-4)
+
+    def add(total, chunk):
+        assert len(chunk.pair_log_weight) % 16 == 0  # rows of 2: whole nets
+        return total + jnp.exp(chunk.log_weight) @ chunk.x
+
+    expected = jnp.exp(made.log_weight[0]) @ made.x[0]
+    np.testing.assert_allclose(made.fold(add, jnp.zeros(3)), expected, rtol=1e-4, atol=1e-3)
+    # Pairs: x + x' = 2 mean.
+    np.testing.assert_allclose(made.x[0, ::2] + made.x[0, 1::2], 0.4, atol=1e-5)
+    jax.clear_caches()
+
+
+def test_dense_covariance_of_nets_and_its_error():
+    problem = problems.quadratic(np.array([[1.0, 0.6], [0.6, 2.0]]))
+    target = target_of(problem.loss, [0.1, -0.2], 0.5)
+    draws, _ = cloud(shift.Importance(2048, noise="sobol"), random.key(3), target)
+    gaussian, info = jax.jit(fit.ForwardKL("dense").step)(random.key(0), (), target, draws)[1:]
+    exact = problem.shift_covariance([0.1, -0.2], 0.5)
+    assert np.all(np.abs(gaussian.covariance - exact) < SIGMAS * info.covariance_error)
+    # Less than that of as many independent draws, which would be sqrt(2 / n) of the variance.
+    assert np.all(np.diag(info.covariance_error) < np.sqrt(2 / 2048) * np.diag(exact))
+
+
+def test_more_dimensions_than_sobol_are_refused():
+    target = target_of(jnp.sum, np.zeros(MAX_DIM + 1))
+    engine = shift.Importance(64, noise="sobol")
+    for call in (engine.init, lambda key, target: engine.step(key, (), target)):
+        with pytest.raises(ValueError, match=f"at most {MAX_DIM} parameters.*got {MAX_DIM + 1}"):
+            call(random.key(0), target)
+
+
+# Pareto smoothing
+
+
+def test_smoothed_weights_are_those_of_psis():
+    target = target_of(lambda x: jnp.sum(x), np.zeros(3))
+    plain, plain_info = cloud(shift.Importance(500), random.key(0), target)
+    smooth, info = cloud(shift.Importance(500, pareto_smoothing=True), random.key(0), target)
+    expected, khat = pareto_smooth(plain.log_weight[0])
+    np.testing.assert_allclose(smooth.log_weight[0], expected, rtol=1e-5)
+    np.testing.assert_allclose([info.khat, plain_info.khat], [khat, khat], rtol=1e-4)
+    assert np.any(smooth.log_weight != plain.log_weight)
+    assert np.all(smooth.loss == plain.loss)
+
+
+# A temperature that the effective sample size sets
+
+LOSSES = {
+    "linear": lambda x: jnp.sum(x),
+    "steep": steep,
+    "far from zero": lambda x: 1e6 + jnp.sum(x),
+    "heavy tails": lambda x: jnp.sum(jnp.exp(8.0 * jnp.abs(x))),
+    "tiny": lambda x: 1e-30 * jnp.sum(x**2),
+    "walls": lambda x: jnp.where(x[0] > 0, 100.0 * jnp.sum(x**2), jnp.inf),
+    "failures": lambda x: jnp.where(x[0] > 0, 100.0 * jnp.sum(x**2), jnp.nan),
+    "steps": lambda x: jnp.floor(5.0 * jnp.sum(jnp.abs(x))),
+}
+
+
+def any_loss(x, code):
+    return lax.switch(code.astype(int), list(LOSSES.values()), x)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_effective_sample_size_is_reached(name):
+    # Which loss it is is data, so that all are one program.
+    loss = Loss.from_function(any_loss, np.zeros(4), np.asarray(float(list(LOSSES).index(name))))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    for share in (0.05, 0.5, 0.95):
+        draws, info = cloud(shift.Importance(1000, ess=share), random.key(0), target)
+        finite = np.isfinite(draws.loss[0])
+        wanted = share * finite.sum()
+        # Losses near 1e6 have a spacing of 0.06 in float32; otherwise weights are continuous in T.
+        slack = 0.02 if name == "far from zero" else 1e-3
+        np.testing.assert_allclose(info.ess, wanted, rtol=slack)
+        np.testing.assert_allclose(weight_ess(draws.log_weight), info.ess, rtol=1e-5)
+        assert info.ok
+        # The label is what the weights are made of.
+        assert draws.temperature == info.temperature > 0
+        exact = -(draws.loss[0] - draws.loss[0][finite].min()) / draws.temperature
+        np.testing.assert_allclose(draws.log_weight[0][finite], exact[finite], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_losses_keep_the_temperature():
+    target = target_of(lambda x: 0.0 * x[0] + 7.0, np.zeros(2), temperature=0.3)
+    draws, info = cloud(shift.Importance(100, ess=0.5), random.key(0), target)
+    np.testing.assert_allclose([draws.temperature, info.ess], [0.3, 100.0], rtol=1e-6)
+
+
+def test_more_ties_than_wanted_weigh_alike():
+    # 60 % of the draws share the lowest loss: no temperature gives less than they are.
+    target = target_of(lambda x: jnp.where(x[0] < 0.253, 2.0, 5.0 + x[0]), np.zeros(1))
+    draws, info = cloud(shift.Importance(1000, ess=0.2), random.key(0), target)
+    lowest = draws.loss[0] == 2.0
+    np.testing.assert_allclose(info.ess, lowest.sum(), rtol=1e-5)
+    assert np.ptp(draws.log_weight[0][lowest]) == 0
+    assert np.isfinite(draws.temperature)
+
+
+def test_a_loss_that_is_nowhere_finite_is_rejected():
+    target = target_of(lambda x: jnp.nan * x[0], np.zeros(1))
+    draws, info = cloud(shift.Importance(100, ess=0.2), random.key(0), target)
+    assert not info.ok
+    assert np.isfinite(draws.temperature)
+
+
+def test_a_new_share_does_not_retrace():
+    counter = Counter(steep)
+    target = target_of(counter, np.zeros(2))
+    cloud(shift.Importance(64, ess=0.5), random.key(0), target)
+    count = counter.count
+    cloud(shift.Importance(64, ess=0.3), random.key(0), target)
+    assert counter.count == count
+    sizes = jax.vmap(
+        lambda ess: cloud(shift.Importance(64, ess=ess), random.key(0), target)[1].ess
+    )(jnp.array([0.25, 0.5]))
+    np.testing.assert_allclose(sizes, [16.0, 32.0], rtol=1e-3)
+
+
+def test_steps_go_on_where_fixed_weights_degenerate():
+    # Weights of exp(-10,000 x) hang on one draw, and a step that hangs on one draw is rejected.
+    loss = Loss.from_function(steep, np.full(3, 5.0))
+    plain, by_ess = (
+        TwoStep(loss, tau=0.1, shift=engine, fit=fit.ForwardKL())
+        for engine in (shift.Importance(64), shift.Importance(64, ess=0.25))
+    )
+    history = plain.scan(plain.init(random.key(0)), 5)[1]
+    assert not history.ok.any()
+    history = by_ess.scan(by_ess.init(random.key(0)), 5)[1]
+    assert history.ok.all()
+    assert np.all(np.diff(history.loss) < 0)
+    np.testing.assert_allclose(history.shift.ess, 16.0, rtol=1e-3)
+    # The history tells which objective each step had.
+    assert np.all(history.shift.temperature > 100.0)
+
+
+LOSS = Loss.from_function(jnp.sum, np.zeros(2))
+
+
+def test_annealing_narrows_the_cloud_as_told():
+    optimizer = schemes.anneal(LOSS, width=2.0, num_steps=5, last_width=0.02, num_samples=10)
+    widths = [float(jnp.sqrt(optimizer.tau_at(jnp.asarray(k)))) for k in (0, 2, 4, 9)]
+    np.testing.assert_allclose(widths, [2.0, 0.2, 0.02, 0.02], rtol=1e-5)
+
+
+BAD = {
+    "noise": (lambda: shift.Importance(100, noise="halton"), ValueError, "one of"),
+    "few scrambles": (
+        lambda: shift.Importance(100, num_scrambles=4),
+        ValueError,
+        "num_scrambles: expected an integer >= 8",
+    ),
+    "few draws for the scrambles": (
+        lambda: shift.Importance(20, noise="sobol"),
+        ValueError,
+        "at least 32 draws",
+    ),
+    "smoothing a number": (
+        lambda: shift.Importance(100, pareto_smoothing=1),
+        TypeError,
+        "pareto_smoothing as True or False",
+    ),
+    "ess of all draws": (lambda: shift.Importance(100, ess=1.0), ValueError, "share of the draws"),
+    "ess as a number of draws": (lambda: shift.Importance(100, ess=50), ValueError, "below 1"),
+    "ess of one draw": (lambda: shift.Importance(100, ess=0.01), ValueError, "above one draw"),
+    "ess negative": (lambda: shift.Importance(100, ess=-0.5), ValueError, "positive"),
+    "cloud that widens": (
+        lambda: schemes.anneal(LOSS, width=1.0, num_steps=10, last_width=2.0),
+        ValueError,
+        "last_width <= width",
+    ),
+    "cloud without width": (
+        lambda: schemes.anneal(LOSS, width=0.0, num_steps=10),
+        ValueError,
+        "schemes.anneal: width",
+    ),
+    "annealing in no steps": (
+        lambda: schemes.anneal(LOSS, width=1.0, num_steps=0),
+        ValueError,
+        "num_steps",
+    ),
+    "ess a word": (lambda: shift.Importance(100, ess="half"), TypeError, "positive number"),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_bad_input(row):
+    call, error, words = BAD[row]
+    with pytest.raises(error, match=words):
+        call()
