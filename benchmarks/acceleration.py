@@ -97,13 +97,13 @@ def regression(*, smoke):
     loss = Loss.from_function(fn, x0, *data)
     exact = shift.NUTS(100, 20 if smoke else 1000, 4)
     rows = []
-    for count in (25,) if smoke else (25, 35, 50):
-        engine = shift.NUTS(num_warmup=100, num_samples=count, num_chains=4)
-        for name, step in ANCHORS.items():
+    for count in (25,) if smoke else (25, 50):
+        engine = shift.NUTS(num_warmup=60, num_samples=count, num_chains=4)
+        for name, step in (ANCHORS | {"Newton, floor 0.01": anchor.Newton(0.01)}).items():
             if smoke and name != "Newton":
                 continue
             num_steps = 2 if smoke else (800 if name == "plain" else 60)
-            seeds = 1 if smoke else (2 if name == "plain" else 8)
+            seeds = 1 if smoke else (2 if name == "plain" else 12)
             settings = {"tolerance": 50.0 if smoke else 0.2, "num_steps": num_steps, "seeds": seeds}
             row = arrival(loss, TAU, engine, step, exact=exact, **settings)
             rows.append({"anchor": name, "draws": f"4 x {count}", **row})
