@@ -22,7 +22,6 @@ from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.minibatch import Minibatch
-from numpyro_regloss.schedules import Scoping
 from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 

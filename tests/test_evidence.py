@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SIGMAS
 from jax import random
-from values import build
+from values import build, plain_ess
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, values
 from numpyro_regloss._bridge import bridge
@@ -25,10 +25,10 @@ def local_entropy(target, method, seed=0, num_samples=10_000):
 
 
 @pytest.mark.parametrize("name", ["sharp", "bimodal"])
-@pytest.mark.parametrize("dim", [10, 50])
+@pytest.mark.parametrize("dim", [pytest.param(10, marks=pytest.mark.once), 50])
 def test_right_where_plain_importance_is_not(dim, name):
     target, exact = build(name, dim)
-    assert local_entropy(target, "importance").ess < 5
+    assert plain_ess(random.key(0), target) < 5
     tempered = local_entropy(target, "smc", num_samples=4000)
     assert abs(tempered.value - exact) < SIGMAS * tempered.error
     assert tempered.error < 0.5  # where plain weights are off by 5 to 6,000
@@ -73,14 +73,16 @@ def steps(x):
     return jnp.sum(x > 0)
 
 
+@pytest.mark.once
 def test_integers_are_tempered_without_gradients():
-    # Σ 1[x_i > 0] at T = 0.2: Z = (P(x <= 0) + P(x > 0) e^-5)^20, which reference weights see too little of.
-    dim, temperature = 20, 0.2
+    # Σ 1[x_i > 0] at T = 0.2: Z = (P(x <= 0) + P(x > 0) e^-5)^10, which reference weights see too little of.
+    dim, temperature = 10, 0.2
     loss = Loss.from_function(steps, np.full(dim, 0.5))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0), temperature=temperature)
     below = float(jax.scipy.stats.norm.cdf(-0.5))
     exact = -temperature * dim * np.log(below + (1 - below) * np.exp(-1 / temperature))
-    estimate = local_entropy(target, "auto", num_samples=1000)
+    assert plain_ess(random.key(0), target) < 5
+    estimate = local_entropy(target, "auto", num_samples=4000)
     assert estimate.method in ("gaussian", "smc")
     assert abs(estimate.value - exact) < SIGMAS * estimate.error
     assert estimate.error < 0.2
@@ -104,6 +106,7 @@ def test_the_way_is_the_type():
     assert np.isfinite([value, khat]).all()
 
 
+@pytest.mark.once
 def test_auto_has_no_value_for_a_loss_that_fails():
     loss = Loss.from_function(lambda x: jnp.log(x[0]), np.ones(1))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
@@ -146,6 +149,6 @@ def test_bridge_error_counts_autocorrelation():
 def test_bridge_without_overlap_has_no_error():
     rng = np.random.default_rng(1)
     at_q, at_p = rng.normal(size=(2, 500)) * 0.1 + np.array([[300.0], [-300.0]])
-    value, error, overlap = run_bridge(jnp.asarray(at_q, float), jnp.asarray(at_p, float))
-    assert np.isfinite(value)
-    assert error == np.inf or overlap > 30
+    value, error, _ = run_bridge(jnp.asarray(at_q, float), jnp.asarray(at_p, float))
+    assert not np.isnan(value)
+    assert error == np.inf

@@ -1,0 +1,117 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluations until the gradient of F_tau has fallen: adaptive effort against fixed numbers of draws.
+
+A loss with exact answers, so that the norm of the gradient at every centre is known and not estimated. Contestants
+draw a fixed number at every step; the rest is `shift.Adaptive` over the smallest number, by confidence.
+Medians and quartiles over seeds, of evaluations (gradients of NUTS, warm-up included; losses of a cloud) at the
+first step from which on the norm stays below the tolerance at three steps in a row; a run that never gets there
+counts as infinite.
+"""
+
+import harness
+import jax
+import numpy as np
+from jax import random
+
+from numpyro_regloss import Loss, TwoStep, fit, problems, shift
+
+TAU = 0.5
+IN_A_ROW = 3
+CONFIDENCES = (0.95, 0.8, 0.5)
+
+
+def contestants(name, smallest, cap):
+    def engine(count):
+        if name == "cloud":
+            return shift.Importance(count)
+        return shift.NUTS(num_warmup=100, num_samples=count // 4, num_chains=4)
+
+    fixed = {f"{smallest * 2**k} draws": engine(smallest * 2**k) for k in range(cap)}
+    adaptive = {
+        f"adaptive, {level:.0%}": shift.Adaptive(engine(smallest), 2 ** (cap - 1), level)
+        for level in CONFIDENCES
+    }
+    return fixed, adaptive
+
+
+def spent(problem, engine, control, tolerance, num_steps, num_seeds):
+    """Evaluations until the tolerance, one number per seed."""
+    loss = Loss.from_function(problem.loss, np.full(problem.dim, 1.2))
+    method = fit.ForwardKL(control_variates=control)
+    optimizer = TwoStep(loss, TAU, engine, method)
+
+    @jax.jit
+    @jax.vmap
+    def go(key):
+        _, history = optimizer.scan(optimizer.init(key), num_steps)
+        return history.reference.mean, history.num_loss + history.num_grad - 1
+
+    centers, cost = jax.tree.map(np.asarray, go(random.split(random.key(0), num_seeds)))
+    exact = _exact_mean(centers)
+    norm = np.linalg.norm(centers - exact, axis=-1) / TAU
+    below = norm < tolerance * norm[:, :1]
+    stays = np.ones_like(below[:, : num_steps - IN_A_ROW + 1])
+    for k in range(IN_A_ROW):
+        stays &= below[:, k : num_steps - IN_A_ROW + 1 + k]
+    before = np.cumsum(cost, 1) - cost
+    first = np.argmax(stays, 1)
+    reached = stays.any(1)
+    return np.where(reached, before[np.arange(num_seeds), first], np.inf), first
+
+
+def _exact_mean(centers):
+    # The double well is separable: one table, by quadrature, serves every coordinate of every centre.
+    grid = np.linspace(-2.5, 2.5, 1001)
+    table = [problems.double_well(1).shift_mean(np.array([x]), TAU)[0] for x in grid]
+    return np.interp(centers, grid, table)
+
+
+def compare(problem, name, control, smallest, cap, tolerance, num_steps, num_seeds):
+    rows = []
+    fixed, adaptive = contestants(name, smallest, cap)
+    for label, engine in (fixed | adaptive).items():
+        total, first = spent(problem, engine, control, tolerance, num_steps, num_seeds)
+        low, middle, high = np.quantile(total, [0.25, 0.5, 0.75], method="nearest")
+        finite = bool(np.isfinite(middle))
+        rows.append({
+            "draws": label,
+            "evaluations": float(middle) if finite else None,
+            "quartiles": f"{low:,.0f} - {high:,.0f}",
+            "steps": float(np.median(first)),
+            "arrived": float(np.mean(np.isfinite(total))),
+        })
+    best = min((r["evaluations"] for r in rows[: len(fixed)] if r["evaluations"]), default=None)
+    for row in rows:
+        known = best and row["evaluations"]
+        row["of the best fixed"] = row["evaluations"] / best if known else None
+    return rows
+
+
+def main():
+    options = harness.arguments(__doc__)
+    cap, num_steps, num_seeds = (2, 6, 2) if options.smoke else (7, 60, 20)
+    print(harness.environment())
+    tables = {}
+    jobs = {
+        "double well, 10-d, cloud": (problems.double_well(10), "cloud", "none", 256, 1e-2),
+        "double well, 10-d, NUTS": (problems.double_well(10), "nuts", "auto", 48, 1e-3),
+        "double well, 10-d, NUTS without control variates": (
+            problems.double_well(10),
+            "nuts",
+            "none",
+            48,
+            1e-2,
+        ),
+    }
+    for title, (problem, name, control, smallest, tolerance) in jobs.items():
+        if options.smoke and name == "nuts":
+            continue
+        rows = compare(problem, name, control, smallest, cap, tolerance, num_steps, num_seeds)
+        tables[title] = rows
+        harness.show(f"{title}: to {tolerance:g} of the first gradient", rows)
+    harness.save(options.out, tables)
+
+
+if __name__ == "__main__":
+    main()
