@@ -28,7 +28,7 @@ from numpyro_regloss import (
     schedules,
     shift,
 )
-from numpyro_regloss._safeguard import _halves
+from numpyro_regloss._descent import half_masks
 from numpyro_regloss.anchor.base import REASONS
 from numpyro_regloss.draws import StoredDraws
 
@@ -314,7 +314,7 @@ def test_scoping_is_a_value():
 
 def test_halves_of_halves():
     x = jnp.zeros((4, 6, 2))
-    of = lambda weight, block=None: _halves(  # noqa: E731
+    of = lambda weight, block=None: half_masks(  # noqa: E731
         StoredDraws(x, jnp.log(jnp.asarray(weight, float)), x[..., 0], 1.0, block_size=block)
     )
     whole = of(np.ones((4, 6)))[0]
