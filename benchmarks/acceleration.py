@@ -43,6 +43,7 @@ ZOO = {
     "Rastrigin, 5-d": (problems.rastrigin(5), np.full(5, 2.2), 0.1),
     "Rosenbrock": (problems.rosenbrock(), np.array([-1.2, 1.0]), 0.01),
 }
+SMOKE = "mixture, 2-d"
 ENGINES = {
     "NUTS 4 x 50": shift.NUTS(num_warmup=100, num_samples=50, num_chains=4),
     "importance 4000": shift.Importance(4000),
@@ -96,13 +97,13 @@ def regression(*, smoke):
     loss = Loss.from_function(fn, x0, *data)
     exact = shift.NUTS(100, 20 if smoke else 1000, 4)
     rows = []
-    for count in (25,) if smoke else (25, 35, 50):
-        engine = shift.NUTS(num_warmup=100, num_samples=count, num_chains=4)
-        for name, step in ANCHORS.items():
-            if smoke and name == "plain":
+    for count in (25,) if smoke else (25, 50):
+        engine = shift.NUTS(num_warmup=60, num_samples=count, num_chains=4)
+        for name, step in (ANCHORS | {"Newton, floor 0.01": anchor.Newton(0.01)}).items():
+            if smoke and name != "Newton":
                 continue
             num_steps = 2 if smoke else (800 if name == "plain" else 60)
-            seeds = 1 if smoke else (2 if name == "plain" else 8)
+            seeds = 1 if smoke else (2 if name == "plain" else 12)
             settings = {"tolerance": 50.0 if smoke else 0.2, "num_steps": num_steps, "seeds": seeds}
             row = arrival(loss, TAU, engine, step, exact=exact, **settings)
             rows.append({"anchor": name, "draws": f"4 x {count}", **row})
@@ -113,9 +114,11 @@ def double_well(*, smoke):
     problem = problems.double_well(20)
     engine = shift.NUTS(num_warmup=100, num_samples=25, num_chains=4)
     rows = []
-    for start in (2.0,) if smoke else (2.0, 0.6, 0.3):
+    for start in (2.0,) if smoke else (2.0, 0.8, 0.6, 0.3):
         loss = Loss.from_function(problem.loss, np.full(20, start))
         for name, step in ANCHORS.items():
+            if smoke and name != "Anderson":
+                continue
             settings = {"num_steps": 2 if smoke else 40, "seeds": 1 if smoke else 8}
             row = arrival(loss, TAU, engine, step, tolerance=0.01, relative=True, **settings)
             rows.append({"start": start, "anchor": name, **row})
@@ -124,7 +127,8 @@ def double_well(*, smoke):
 
 def zoo(*, smoke):
     rows = []
-    for problem_name, (problem, start, tau) in list(ZOO.items())[1 : 2 if smoke else None]:
+    for problem_name in (SMOKE,) if smoke else ZOO:
+        problem, start, tau = ZOO[problem_name]
         loss = Loss.from_function(problem.loss, start)
         for engine_name, engine in ENGINES.items():
             if smoke and engine_name != "importance 4000":
@@ -151,8 +155,6 @@ def zoo(*, smoke):
                     "last norms": statistics.fmean(wander),
                     "accelerated": statistics.fmean(taken) if taken else 0.0,
                 })
-                if not smoke:
-                    print(rows[-1], flush=True)
     return rows
 
 
