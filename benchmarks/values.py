@@ -105,10 +105,10 @@ def run_smc(engine, rng_key, target):
     return engine.step(rng_key, (), target)[2]
 
 
-def compare_moves(dims, repeats, num_particles, names):
+def compare_moves(dims, repeats, num_particles, names, kinds):
     rows = []
     for dim in dims:
-        for moves in ("crank_nicolson", "hmc"):
+        for moves in kinds:
             engine = shift.SMC(num_particles, num_islands=16, moves=moves)
             for name in names:
                 target, exact = build(name, dim)
@@ -146,13 +146,15 @@ def main():
     names, methods = list(bumps(1)), ("importance", "gaussian", "bridge", "smc", "auto")
     dims, repeats, num_samples = options.dims, options.repeats, options.samples
     if options.smoke:
-        dims, repeats, num_samples, names, methods = [2], 2, 400, ["bimodal"], ("smc", "auto")
+        dims, repeats, num_samples, names, methods = [2], 2, 400, ["bimodal"], ("importance", "smc")
     print(harness.environment())
+    particles, kinds = (
+        10 * (num_samples // 160),
+        ("crank_nicolson", "hmc")[: 1 if options.smoke else 2],
+    )
     tables = {
         "values by method": compare(dims, repeats, num_samples, names, methods),
-        "moves of SMC": compare_moves(
-            dims, max(2, repeats // 5), 10 * (num_samples // 160), names[1:] or names
-        ),
+        "moves of SMC": compare_moves(dims, max(2, repeats // 5), particles, names[-3:], kinds),
     }
     for title, rows in tables.items():
         harness.show(title, rows)
