@@ -2,7 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by all tests: engines by name, trace and compile counters, tolerances."""
 
+import os
 import sys
+
+if sys.version_info >= (3, 13):
+    # Nearly all of the suite's time is compilation. One stack compiles as users do, the other for compatibility.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +66,7 @@ ANCHORS = {
 
 
 def pytest_collection_modifyitems(items):
-    """Coverage of intervals and the like is a matter of mathematics: it is counted on one of the two stacks."""
+    """What is a matter of mathematics, such as the coverage of intervals, is tested on one of the two stacks."""
     if sys.version_info >= (3, 13):
         for item in items:
             if item.get_closest_marker("once"):

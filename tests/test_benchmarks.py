@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 

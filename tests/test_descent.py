@@ -16,6 +16,8 @@ from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit import ForwardKL
 from numpyro_regloss.shift import Importance
 
+pytestmark = pytest.mark.once
+
 TAU = 0.5
 
 

@@ -14,6 +14,8 @@ from numpyro_regloss import Gaussian, Loss, RegularizedLoss, values
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._control_variates import Chains
 
+pytestmark = pytest.mark.once
+
 # 95 % intervals in 200 repetitions: between 90 and 99 % of them, as promised.
 REPETITIONS, LEAST, MOST = 200, 180, 198
 

@@ -17,6 +17,8 @@ from test_engines import heat_step, one_shift, random_quadratic, setup
 from numpyro_regloss import Gaussian, fit, kl_divergence, problems, schemes, shift, values
 from numpyro_regloss.loss import Loss
 
+pytestmark = pytest.mark.once
+
 TEMPERATURES = (1.0, 0.1)
 QUADRATIC = random_quadratic(3, seed=11)
 WELL = problems.double_well(2)

@@ -17,6 +17,8 @@ from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, TwoStep,
 from numpyro_regloss import shift as shifts
 from numpyro_regloss.fit import RobbinsMonro
 
+pytestmark = pytest.mark.once
+
 Score = partial(RobbinsMonro, gradient="score")
 RNG = np.random.default_rng(0)
 INPUTS = np.c_[RNG.normal(size=(40, 3)), np.ones(40)]
