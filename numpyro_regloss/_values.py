@@ -69,7 +69,7 @@ def local_entropy(
       from it. The cheapest.
     - `"smc"`: tempering from the reference to q (`shift.SMC`), in 16 islands whose spread is the error; for sharp
       q and for several modes, with Hamiltonian moves where the loss has a gradient. Costs `num_samples`
-      evaluations (or five gradients) for each of some 5 to 50 temperatures.
+      evaluations (or five gradients) for each of some 5 to 100 temperatures.
     - `"gaussian"`: importance sampling from a Gaussian fitted to a short run of SMC, mixed with the reference;
       for q that is sharp but nearly Gaussian.
     - `"bridge"`: bridge sampling between NUTS chains and a Gaussian that was fitted to their first halves; for

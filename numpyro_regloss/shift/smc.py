@@ -98,11 +98,11 @@ class SMC(Shift):
             islands; or `"hmc"`, which for a differentiable loss is better from about 20 dimensions on, and where
             there are modes far apart.
         num_leapfrog: leapfrog steps, hence gradients, of a move of `"hmc"`.
-        ess_fraction: of the particles that are effective after reweighting, between 0 and 1: larger is a
-            finer ladder.
-        max_stages: rungs after which a run that has not reached q is given up as not ok. Some ten for q a hundred
-            times narrower than the reference in one direction, some seven for each reference scale that lies
-            between their centres.
+        ess_fraction: of the particles that are effective after reweighting, between 0 and 1: larger is a finer
+            ladder, which in many dimensions pays: from 0.5 to 0.8 twice the stages, a fifth of the variance.
+        max_stages: rungs after which a run that has not reached q is given up as not ok. Some twenty for q a
+            hundred times narrower than the reference in one direction, some twelve for each reference scale that
+            lies between their centres.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -124,8 +124,8 @@ class SMC(Shift):
     num_moves: int = static_field(default=10)
     moves: str = static_field(default="crank_nicolson")
     num_leapfrog: int = static_field(default=5)
-    max_stages: int = static_field(default=500)
-    ess_fraction: Any = 0.5
+    max_stages: int = static_field(default=1000)
+    ess_fraction: Any = 0.8
 
     def __post_init__(self) -> None:
         check_count(self.num_moves, "SMC: num_moves")
