@@ -221,6 +221,7 @@ def test_control_variates_on_a_regression(regression):
         regression,
         (exact.mean, exact.variance),
         shift.NUTS(num_warmup=200, num_samples=50, num_chains=4),
+        60,
     )
     assert plain / chosen > 50
 

@@ -135,7 +135,9 @@ def check_centres(result, tau):
     assert np.isfinite(means).all()
     np.testing.assert_array_equal(scales, np.full(STEPS + 1, np.sqrt(np.float32(tau))))
     np.testing.assert_array_equal(means[1:][~ok], means[:-1][~ok])
-    np.testing.assert_array_equal(means[1:][ok], fitted.mean[ok])
+    # XLA may compute one mean twice, with another rounding, where it does not optimize.
+    rounding = 1e-5 * np.max(np.abs(means), initial=1.0)
+    np.testing.assert_allclose(means[1:][ok], fitted.mean[ok], rtol=1e-5, atol=rounding)
     assert np.isfinite(fitted.scale[ok]).all()
 
 
