@@ -4,7 +4,8 @@ r"""How far the local entropy falls from one centre to another, seen by draws th
 
     F_tau(x) - F_tau(x') = T log E_q[ N(X; x', tau I) / N(X; x, tau I) ],   X ~ q at x
 
-An expectation under the draws of the shift, at no further loss evaluation. On the very draws that chose x' it is
+An expectation under the draws of the shift, at no further loss evaluation. Where the log ratio varies too much for
+its exponential to be averaged, the first two cumulants take its place. On the very draws that chose x' it is
 positive by construction, also at a fixed point; so x' comes from one half of the draws and is judged by the other,
 both ways, and the two are averaged.
 
@@ -159,30 +160,53 @@ def _of_chains(
     weight, x = _flat(draws)
     chains = Chains(draws.log_weight.shape[0], weight, x, None, None)
     log_ratio = (x - middle) @ slope
+    first = weight @ log_ratio
+    u = log_ratio - first
+    second = weight @ u**2
+    far = _is_far(second, weight @ weight)
     peak = jnp.max(jnp.where(weight > 0, log_ratio, -jnp.inf))
     ratio = jnp.where(weight > 0, jnp.exp(log_ratio - peak), 0.0)
     average = weight @ ratio
     # In units of the average: an error of these is one of its logarithm.
     ratio = jnp.where(weight > 0, ratio / average, 1.0)
-    value = peak + jnp.log(average)
+    value = jnp.where(far, first + 0.5 * second, peak + jnp.log(average))
+    response = jnp.where(far, u + 0.5 * (u**2 - second), ratio - 1.0)
     if draws.score is None or regress_on is None or regress_on.score is None:
-        return value, series_error(chains, ratio[:, None])[0]
-    # Stein's identity for the fields b and ratio b: E b·g = 0 and E ratio (slope·b + b·g) = 0.
+        error = series_error(chains, response[:, None])[0]
+        return value, _with_third(error, weight @ u**3, far)
+    # Stein's identity for the fields b, and ratio b or u b: E b·g = 0, E ratio (slope·b + b·g) = 0.
     direction = _coefficient(regress_on, regress_on.score, slope)
     along = jnp.where(weight > 0, draws.score.reshape(x.shape) @ direction, 0.0)
-    controls = jnp.stack([along, ratio * (direction @ slope + along)], -1)
+    rise = direction @ slope
+    other = jnp.where(far, u * (along - weight @ along) + rise, ratio * (rise + along))
+    controls = jnp.stack([along, other], -1)
     level = weight @ controls
     centered = controls - level
     inverse = _inverse_two((weight[:, None] * centered).T @ centered)
-    factor = inverse @ ((weight * (ratio - 1.0)) @ centered)
+    factor = inverse @ ((weight * response) @ centered)
     # Of every draw, the residual of a regression without it.
     leverage = weight * (1.0 + jnp.sum((centered @ inverse) * centered, -1))
-    rest = (ratio - 1.0 - centered @ factor) / jnp.maximum(1.0 - leverage, LEAST_LEFT)
-    errors = series_error(chains, jnp.stack([ratio, rest], -1))
+    rest = (response - centered @ factor) / jnp.maximum(1.0 - leverage, LEAST_LEFT)
+    errors = series_error(chains, jnp.stack([response, rest], -1))
     correction = factor @ level
-    use = scores & (errors[1] < errors[0]) & (jnp.abs(correction) < MOST_CORRECTION)
-    corrected = value + jnp.log1p(jnp.where(use, -correction, 0.0))
-    return jnp.where(use, corrected, value), jnp.where(use, errors[1], errors[0])
+    use = scores & (errors[1] < errors[0]) & (far | (jnp.abs(correction) < MOST_CORRECTION))
+    # The next cumulant stands for all that are left out; u² b is the field whose identity takes its noise away.
+    third = weight @ u**3
+    steady = third - weight @ (u**2 * centered[:, 0] + 2.0 * rise * u)
+    error = jnp.where(use, errors[1], errors[0])
+    error = _with_third(error, jnp.where(use, steady, third), far)
+    small = jnp.log1p(jnp.where(use & ~far, -correction, 0.0))
+    return value + jnp.where(far & use, -correction, small), error
+
+
+def _is_far(variance: Array, square: Array) -> Array:
+    # Of n effective draws exp(u) has the average that the largest of them allow: log E exp(u) = variance / 2 of a
+    # normal u cannot be seen beyond this.
+    return variance > 0.5 * jnp.log(1.0 / square)
+
+
+def _with_third(error: Array, third: Array, far: Array) -> Array:
+    return jnp.hypot(error, jnp.where(far, jnp.abs(third) / 6.0, 0.0))
 
 
 def _inverse_two(matrix: Array) -> Array:
@@ -220,16 +244,16 @@ def _coefficient(draws: Draws, score: Array, slope: Array) -> Array:
 
 
 class _Sums(NamedTuple):
-    # Of the weights W and the weighted ratios H of each block, over exp(peak): Σ H, Σ W, Σ H², Σ H W, Σ W².
+    # Of the weights w and the log ratios u of the draws: Σ w (e^u, 1, u, u², u³), the first over exp(peak); the
+    # products of the first four of each block, summed over blocks; and Σ w² of single draws.
     peak: Array
-    ratio: Array
-    weight: Array
-    ratio_square: Array
-    cross: Array
-    weight_square: Array
+    moments: Array
+    products: Array
+    square: Array
 
 
 def _of_blocks(draws: Draws, slope: Array, middle: Array) -> tuple[Array, Array]:
+    # Blocks are independent, and without scores there is nothing to regress on: one pass over the cloud.
     peak_weight = jnp.max(draws.log_weight)
     peak_weight = jnp.where(jnp.isfinite(peak_weight), peak_weight, 0.0)
     size = draws.block_size or 1
@@ -237,25 +261,36 @@ def _of_blocks(draws: Draws, slope: Array, middle: Array) -> tuple[Array, Array]
     def add(sums: _Sums, chunk: Chunk) -> _Sums:
         weight = jnp.exp(chunk.pair_log_weight - peak_weight)
         log_ratio = (chunk.center - middle) @ slope + (chunk.offset @ slope)[:, None] * chunk.sign
+        log_ratio = jnp.where(weight > 0, log_ratio, 0.0)
         peak = jnp.maximum(sums.peak, jnp.max(jnp.where(weight > 0, log_ratio, -jnp.inf)))
         safe = jnp.where(jnp.isfinite(peak), peak, 0.0)
-        ratio = jnp.where(weight > 0, weight * jnp.exp(log_ratio - safe), 0.0)
-        h, w = (jnp.sum(v.reshape(-1, size), 1) for v in (ratio, weight))
-        old = jnp.exp(sums.peak - safe)
+        ratio = jnp.where(weight > 0, jnp.exp(log_ratio - safe), 0.0)
+        powers = [log_ratio**k for k in range(4)]
+        terms = weight * jnp.stack([ratio, *powers])
+        blocks = jnp.sum(terms[:4].reshape(4, -1, size), 2)
+        old = jnp.ones_like(sums.moments).at[0].set(jnp.exp(sums.peak - safe))
         return _Sums(
             peak,
-            old * sums.ratio + jnp.sum(h),
-            sums.weight + jnp.sum(w),
-            old**2 * sums.ratio_square + h @ h,
-            old * sums.cross + h @ w,
-            sums.weight_square + w @ w,
+            old * sums.moments + jnp.sum(terms, (1, 2)),
+            old[:4, None] * old[:4] * sums.products + blocks @ blocks.T,
+            sums.square + jnp.sum(weight**2),
         )
 
-    zero = jnp.zeros_like(slope[0])
-    sums = draws.fold(add, _Sums(zero - jnp.inf, zero, zero, zero, zero, zero))
-    h, w = sums.ratio, sums.weight
-    variance = sums.ratio_square / h**2 - 2.0 * sums.cross / (h * w) + sums.weight_square / w**2
+    moments = jnp.zeros((5,), slope.dtype)
+    start = _Sums(moments[0] - jnp.inf, moments, jnp.zeros((4, 4), slope.dtype), moments[0])
+    sums = draws.fold(add, start)
+    tilted, total, *raw = sums.moments
+    first, square, cube = (moment / total for moment in raw)
+    second = square - first**2
+    third = cube - 3.0 * first * square + 2.0 * first**3
+    far = _is_far(second, sums.square / total**2)
+    # What a block adds to the value: to the logarithm of the mean ratio, or to the first two cumulants.
+    none, one = jnp.zeros_like(first), jnp.ones_like(first)
+    near_by = jnp.stack([total / tilted, -one, none, none])
+    far_off = jnp.stack([none, 0.5 * (first**2 - second) - first, one - first, 0.5 * one])
+    response = jnp.where(far, far_off, near_by) / total
+    error = jnp.sqrt(jnp.maximum(response @ sums.products @ response, 0.0))
     # A mean that hangs on one block cannot tell its own error.
-    alone = sums.weight_square > 0.998 * w**2
-    error = jnp.where(alone, jnp.inf, jnp.sqrt(jnp.maximum(variance, 0.0)))
-    return sums.peak + jnp.log(h / w), error
+    alone = sums.products[1, 1] > 0.998 * total**2
+    error = jnp.where(alone, jnp.inf, _with_third(error, third, far))
+    return jnp.where(far, first + 0.5 * second, sums.peak + jnp.log(tilted / total)), error

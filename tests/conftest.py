@@ -5,10 +5,15 @@
 import os
 import sys
 
-# Nearly all of the suite's time is compilation: programs are not optimized unless XLA_FLAGS says how.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
 import jax
+
+# Nearly all of the suite's time is compilation: programs are not optimized unless XLA_FLAGS says how. Processes
+# that tests start run benchmarks, which want it; XLA reads the variable once, with its first device.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    jax.devices()
+    del os.environ["XLA_FLAGS"]
+
 import jax.numpy as jnp
 import optax
 import pytest

@@ -157,3 +157,48 @@ def test_one_draw_knows_no_error():
     change = decrease(target, draws, jnp.ones(2))
     assert np.isfinite(change.value)
     assert change.error == np.inf
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_steps_too_long_for_an_average_of_exponentials(scores):
+    # Newton's step over flat directions: the log ratio has a variance of about forty, and 800 draws see
+    # exponentials of a variance of six at most.
+    problem = problems.quadratic(np.linspace(0.002, 0.1, 30), center=np.full(30, 3.0))
+    x, other = np.zeros(30), np.full(30, 0.8)
+    target = target_of(problem, x)
+    exact = problem.local_entropy(x, TAU) - problem.local_entropy(other, TAU)
+
+    @jax.jit
+    @jax.vmap
+    def go(rng_key):
+        keys = random.split(rng_key)
+        draws, others = (gaussian_draws(key, problem, target, (4, 200), scores) for key in keys)
+        draws, others = (replace_fields(some, block_size=None) for some in (draws, others))
+        return decrease(target, draws, jnp.asarray(other, jnp.float32), regress_on=others)
+
+    change = go(random.split(random.key(3), 200))
+    covered = np.mean(np.abs(change.value - exact) < 1.96 * change.error)
+    # Errors are conservative, since a further cumulant is part of them.
+    assert covered >= 0.9
+    gap = change.value - exact
+    # The variance of n draws is n / (n - 1) times too small: 0.025 of twenty.
+    assert np.abs(np.mean(gap)) < SIGMAS * np.std(gap) / np.sqrt(200) + 0.03
+    assert not scores or np.max(np.abs(gap)) < 0.01
+
+
+def test_a_cloud_knows_how_well_it_sees_a_step_that_is_too_long_for_it():
+    problem = problems.quadratic(np.full(30, 1e-3), center=np.full(30, 3.0))
+    target = target_of(problem, np.zeros(30))
+    other = np.full(30, 0.8)
+    exact = problem.local_entropy(np.zeros(30), TAU) - problem.local_entropy(other, TAU)
+
+    @jax.jit
+    @jax.vmap
+    def go(rng_key):
+        draws = Importance(1000).step(rng_key, (), target)[1]
+        return decrease(target, draws, jnp.asarray(other, jnp.float32))
+
+    change = go(random.split(random.key(0), 200))
+    covered = np.mean(np.abs(change.value - exact) < 1.96 * change.error)
+    assert covered >= 0.9
+    assert np.median(change.error) > 1.0

@@ -137,7 +137,7 @@ class Anderson(Anchor):
         pairs = _remember(state, reference, plain, error)
         weight = _weights(pairs, reference, state.place)
         rest = jnp.where(jnp.arange(self.memory) == state.place, 0.0, weight)
-        fixed = rest @ (_whitened(pairs.mean, reference) + _steps(pairs, reference))
+        fixed = rest @ (reference.whiten(pairs.mean) + _steps(pairs, reference))
 
         def lengthened(plain: Array) -> Array:
             beyond = fixed + (weight[state.place] - 1.0) * plain
@@ -207,10 +207,6 @@ def _remember(
         noise=state.noise.at[place].set(noise),
         used=state.used.at[place].set(True),
     )
-
-
-def _whitened(mean: Array, reference: AnyGaussian) -> Array:
-    return reference.whiten(mean)
 
 
 def _steps(pairs: AndersonState, reference: AnyGaussian) -> Array:

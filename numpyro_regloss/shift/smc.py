@@ -99,7 +99,7 @@ class SMC(Shift):
             there are modes far apart.
         num_leapfrog: leapfrog steps, hence gradients, of a move of `"hmc"`.
         ess_fraction: of the particles that are effective after reweighting, between 0 and 1: larger is a finer
-            ladder, which in many dimensions pays: from 0.5 to 0.8 twice the stages, a fifth of the variance.
+            ladder, of more stages, which in many dimensions pays.
         max_stages: rungs after which a run that has not reached q is given up as not ok. Some twenty for q a
             hundred times narrower than the reference in one direction, some twelve for each reference scale that
             lies between their centres.
