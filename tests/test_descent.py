@@ -109,6 +109,7 @@ def test_halves_are_whole_chains_and_whole_blocks(chains, block_size):
     assert bool(jnp.all(blocks == blocks[:, :1]))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("dim", "scores"), [(2, False), (30, False), (100, False), (30, True)])
 def test_no_decrease_is_seen_at_a_fixed_point(dim, scores):
     # At the minimum the exact step is zero; a verdict at two standard errors may fire in 8 % of runs at most.

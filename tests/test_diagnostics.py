@@ -40,6 +40,7 @@ def draws():
     return jax.jit(engine.step)(random.key(1), engine.init(random.key(0), TARGET), TARGET)[1]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("width", [0.6, 1.0, 1.4])
 def test_divergences_agree_with_quadrature(draws, width):
     best, _ = forward_kl(draws.x)

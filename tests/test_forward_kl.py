@@ -10,7 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, optimized_jit
 from jax import random
 from numpyro.infer import MCMC, NUTS
 
@@ -63,6 +63,7 @@ def test_matches_the_moments_of_the_samples(family):
     assert not info.floored
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_gaussian_of_the_family_is_nearer(family):
     # KL(q || Gaussian) is minus the mean log density, up to a constant.
@@ -192,7 +193,7 @@ def squared_errors(target, truth, engine, repetitions=24):
     # Of plain averages and of chosen control variates on the same draws, in units of the variances.
     mean, variance = truth
 
-    @jax.jit
+    @optimized_jit
     def both(rng_key):
         draws = engine.step(rng_key, engine.init(rng_key, target), target)[1]
         fits = [
@@ -559,6 +560,7 @@ def test_compiles_within_other_programs():
     assert np.max(np.abs(fitted.gaussian.mean)) < 1e-4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("covariance", ["dense", "low_rank"])
 def test_batches_of_fits_do_not_wait_for_each_other(covariance):
     # Two batched LAPACK calls at once can wait forever for the threads of two cores.

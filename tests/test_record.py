@@ -21,6 +21,7 @@ def optimizer_of(problem, x, **settings):
     return TwoStep(loss, TAU, record=settings.pop("record", Record()), **settings)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dim", [2, 30, 100])
 @pytest.mark.parametrize(
     "engine",
