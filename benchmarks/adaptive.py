@@ -18,7 +18,7 @@ from numpyro_regloss import Loss, TwoStep, fit, problems, shift
 
 TAU = 0.5
 IN_A_ROW = 3
-CONFIDENCES = (0.95, 0.8, 0.5)
+CONFIDENCES = (0.5, 0.95)
 
 
 def contestants(name, smallest, cap, confidences):

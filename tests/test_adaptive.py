@@ -103,13 +103,27 @@ def test_all_rounds_share_one_batch():
     loss = Loss.from_function(loss_fn, jnp.zeros(()), data, minibatch=Minibatch(1))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, TAU))
     engine = shift.Adaptive(shift.Importance(4), max_rounds=4)
-    _, draws, info = engine.step(random.key(0), (), target)
+    state = engine.init(random.key(1), target)
+    _, draws, info = engine.step(random.key(0), state, target)
     drawn = np.isfinite(draws.log_weight[0])
     assert drawn.sum() == 4 * info.num_rounds
     x, value = draws.x[0, drawn], draws.loss[0, drawn]
     # Of one row r the loss is (x - r)², so that x² - loss is linear in x.
     rows = (value[:, None] - (x - data) ** 2) ** 2
     assert np.sum(np.max(rows, 0) < 1e-6) == 1
+
+
+def test_a_step_begins_with_half_the_rounds_of_the_last():
+    engine = shift.Adaptive(shift.Importance(256), max_rounds=16)
+    target = target_of(PROBLEM, np.full(10, 1.3))
+    state = engine.init(random.key(0), target)
+    assert state.num_rounds == 1
+    step = jax.jit(engine.step)
+    after, _, info = step(random.key(0), state, target)
+    assert after.num_rounds == info.num_rounds < 8
+    _, _, info = step(random.key(0), state._replace(num_rounds=jnp.asarray(16)), target)
+    assert info.num_rounds == 8
+    assert info.significant
 
 
 BAD = [

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """As many draws as the step needs: another engine, again and again, until progress is certain.
 
-Far from the minimum a few draws tell where F_tau falls; near it many are needed. After 1, 2, 4, ... rounds the
-decrease of F_tau that the draws bring is estimated, cross-fitted; drawing ends when its lower confidence bound is
-positive, or at a cap. A run whose steps reach the cap without progress has arrived, as far as the cap can tell.
+Far from the minimum a few draws tell where F_tau falls; near it many are needed. After 1, 2, 4, ... rounds, at
+least half of the last step's, the decrease of F_tau that the draws bring is estimated, cross-fitted; drawing ends
+when its lower confidence bound is positive, or at a cap. A run whose steps reach the cap without progress has
+arrived, as far as the cap can tell.
 
 Reference: Caffo, Jank & Jones (2005), "Ascent-Based Monte Carlo Expectation-Maximization".
 """
@@ -33,9 +34,24 @@ from numpyro_regloss.draws import Chunk, Draws
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
-__all__ = ["Adaptive", "AdaptiveInfo", "Rounds"]
+__all__ = ["Adaptive", "AdaptiveInfo", "AdaptiveState", "Rounds"]
 
 Carry = TypeVar("Carry")
+
+# A step begins with half the rounds of the last: what it takes grows slowly on the way to a minimum.
+FEWER = 2
+
+
+class AdaptiveState(NamedTuple):
+    """What a step leaves to the next.
+
+    Attributes:
+        engine: the engine's state.
+        num_rounds: of the last step.
+    """
+
+    engine: Any
+    num_rounds: Array
 
 
 class AdaptiveInfo(NamedTuple):
@@ -137,7 +153,8 @@ class Adaptive(Shift):
     Args:
         engine: a shift that makes draws.
         max_rounds: the cap, rounded up to a power of two.
-        confidence: level of the two-sided interval of the decrease.
+        confidence: level of the two-sided interval of the decrease: at 0.5 drawing ends when the decrease is
+            positive by three chances in four, and later steps average the noise that is left.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -151,7 +168,7 @@ class Adaptive(Shift):
 
     engine: Any
     max_rounds: int = static_field(default=16)
-    confidence: Any = 0.95
+    confidence: Any = 0.5
 
     def __post_init__(self) -> None:
         if not isinstance(self.engine, Shift) or isinstance(self.engine, type):
@@ -177,22 +194,23 @@ class Adaptive(Shift):
         """Whether the engine does."""
         return getattr(self.engine, "uses_gradient", False)
 
-    def init(self, rng_key: Key, target: RegularizedLoss) -> Any:
-        """The engine's state."""
-        return self.engine.init(rng_key, target)
+    def init(self, rng_key: Key, target: RegularizedLoss) -> AdaptiveState:
+        """The engine's state, and one round to begin with."""
+        return AdaptiveState(self.engine.init(rng_key, target), jnp.asarray(1))
 
     def remedy(self, info: AdaptiveInfo, ok: Any) -> str:
         """What the engine has to say of its last rounds."""
         remedy = getattr(self.engine, "remedy", None)
         return "" if remedy is None else remedy(info.engine, ok)
 
-    def after_rejection(self, old: Any, new: Any) -> Any:
+    def after_rejection(self, old: AdaptiveState, new: AdaptiveState) -> AdaptiveState:
         """The engine's."""
-        return getattr(self.engine, "after_rejection", lambda old, _: old)(old, new)
+        keep = getattr(self.engine, "after_rejection", lambda old, _: old)
+        return old._replace(engine=keep(old.engine, new.engine))
 
     def step(
-        self, rng_key: Key, state: Any, target: RegularizedLoss
-    ) -> tuple[Any, Rounds, AdaptiveInfo]:
+        self, rng_key: Key, state: AdaptiveState, target: RegularizedLoss
+    ) -> tuple[AdaptiveState, Rounds, AdaptiveInfo]:
         """Draws until progress is certain.
 
         Args:
@@ -210,11 +228,13 @@ class Adaptive(Shift):
         # One batch for all rounds: draws of different losses cannot be joined.
         target = target.on_batch(key_batch)
         whole = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
-        row = jax.eval_shape(self.engine.step, rng_key, state, whole)[1:]
+        row = jax.eval_shape(self.engine.step, rng_key, state.engine, whole)[1:]
         _check_blocks(row[0])
         buffers = jax.tree.map(lambda a: jnp.zeros((self.max_rounds, *a.shape), a.dtype), row)
         level = ndtri(0.5 + 0.5 * self.confidence)
         zero = jnp.zeros_like(target.reference.mean[0])
+        # Each look is a chance of significance by luck, at which a step would be mostly noise.
+        least = state.num_rounds // FEWER
 
         def unfinished(carry: tuple) -> Array:
             count, _, infos, _, (value, error) = carry
@@ -240,12 +260,12 @@ class Adaptive(Shift):
                 found = cross_fitted(target, rounds, lambda some: _center(target, some))
                 return found.value, found.error
 
-            due = (count & (count - 1)) == 0
+            due = ((count & (count - 1)) == 0) & (count >= least)
             change = lax.cond(due, judge, lambda: change)
             return strong((count, draws, infos, state, change))
 
-        start = strong((jnp.asarray(0), *buffers, state, (zero, zero + jnp.inf)))
-        count, draws, infos, state, (value, error) = lax.while_loop(unfinished, draw, start)
+        start = strong((jnp.asarray(0), *buffers, state.engine, (zero, zero + jnp.inf)))
+        count, draws, infos, engine, (value, error) = lax.while_loop(unfinished, draw, start)
         drawn = jnp.arange(self.max_rounds) < count
         info = AdaptiveInfo(
             ok=jnp.all(infos.ok | ~drawn),
@@ -257,7 +277,7 @@ class Adaptive(Shift):
             decrease_error=error,
             engine=jax.tree.map(lambda a: a[count - 1], infos),
         )
-        return state, _rounds(draws, count, target), info
+        return AdaptiveState(engine, count), _rounds(draws, count, target), info
 
 
 def _rounds(draws: Any, count: Array, target: RegularizedLoss) -> Rounds:
