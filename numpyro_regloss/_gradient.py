@@ -19,7 +19,7 @@ from numpyro_regloss._checks import check_choice, check_count, check_key, check_
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss._values import local_entropy
+from numpyro_regloss._values import entropy_of_pairs, local_entropy
 from numpyro_regloss.fit.forward_kl import ForwardKL
 from numpyro_regloss.gaussian import Gaussian
 from numpyro_regloss.loss import Loss
@@ -48,7 +48,7 @@ def value_and_grad(
             antithetic cloud of `num_samples`, without gradients of the loss.
         kind: `"local_entropy"` or `"heat"`, which differentiates the loss.
         temperature: T, in the units of the loss.
-        num_samples: loss evaluations of the value; of the heat, gradients.
+        num_samples: loss evaluations of the value, which the default engine shares; of the heat, gradients.
 
     Returns:
         `(params, rng_key, *args, **kwargs) -> (Estimate, grads)`, pure, for use under `jax.jit`; `grads` has the
@@ -96,18 +96,22 @@ def value_and_grad(
         if kind == "heat":
             estimate, gradient = _heat(keys[0], target, num_samples)
         else:
-            estimate, gradient = _local_entropy(keys, target, engine, num_samples)
+            shared = shift is None
+            estimate, gradient = _local_entropy(keys, target, engine, num_samples, shared=shared)
         return estimate, loss.source.constrain(gradient, *arguments.tree)
 
     return regularized
 
 
 def _local_entropy(
-    keys: list[Key], target: RegularizedLoss, engine: Any, num_samples: int
+    keys: list[Key], target: RegularizedLoss, engine: Any, num_samples: int, *, shared: bool
 ) -> tuple[Estimate, Array]:
     _, draws, _ = engine.step(keys[0], engine.init(keys[1], target), target)
     _, fitted, _ = ForwardKL().step(keys[1], (), target, draws)
-    estimate = local_entropy(keys[2], target, method="importance", num_samples=num_samples)
+    if shared:
+        estimate: Estimate = entropy_of_pairs(draws.loss[0], target.temperature)
+    else:
+        estimate = local_entropy(keys[2], target, method="importance", num_samples=num_samples)
     offset = target.reference.mean - fitted.mean
     return estimate, target.temperature * offset / target.reference.variance
 

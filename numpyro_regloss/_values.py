@@ -36,7 +36,7 @@ from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
 from numpyro_regloss.shift.smc import SMC, SMCInfo
 
-__all__ = ["METHODS", "Estimate", "heat", "local_entropy"]
+__all__ = ["METHODS", "Estimate", "entropy_of_pairs", "heat", "heat_of_pairs", "local_entropy"]
 
 METHODS = ("auto", "importance", "gaussian", "bridge", "smc")
 # What "auto" asks of weights: a finite variance, with room for the error of k-hat, and enough draws behind it.
@@ -245,14 +245,18 @@ def _has_gradient(target: RegularizedLoss) -> Array:
 
 @partial(jax.jit, static_argnames="engine")
 def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) -> ImportanceEstimate:
-    loss = engine.step(rng_key, (), target)[1].loss[0]
+    return entropy_of_pairs(engine.step(rng_key, (), target)[1].loss[0], target.temperature)
+
+
+def entropy_of_pairs(loss: Array, temperature: Array) -> ImportanceEstimate:
+    """F_tau of the losses `(sample,)` at antithetic pairs from the reference."""
     # A NaN among the losses makes the value NaN: there is no expectation to estimate.
-    smoothed, khat = pareto_smooth(-loss / target.temperature)
+    smoothed, khat = pareto_smooth(-loss / temperature)
     log_mean = log_mean_exp(smoothed)
     pair = jnp.mean(jnp.exp(smoothed - log_mean).reshape(-1, 2), 1)
     return ImportanceEstimate(
-        value=-target.temperature * log_mean,
-        error=target.temperature * pair_error(pair),
+        value=-temperature * log_mean,
+        error=temperature * pair_error(pair),
         ess=weight_ess(smoothed),
         khat=khat,
     )
@@ -324,7 +328,11 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
 @partial(jax.jit, static_argnames="engine")
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
     full = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
-    loss = engine.step(rng_key, (), full)[1].loss[0]
+    return heat_of_pairs(engine.step(rng_key, (), full)[1].loss[0])
+
+
+def heat_of_pairs(loss: Array) -> Estimate:
+    """F^H_tau of the same."""
     pair = jnp.mean(loss.reshape(-1, 2), 1)
     return Estimate(
         value=jnp.mean(pair),

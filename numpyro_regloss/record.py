@@ -17,15 +17,21 @@ import jax.numpy as jnp
 from jax import lax, random
 from jax.scipy.special import ndtri
 
-from numpyro_regloss import _values
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._descent import CrossFitted, cross_fitted
 from numpyro_regloss._estimate import Estimate
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._pytree import (
+    is_concrete,
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+)
 from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._values import entropy_of_pairs, heat_of_pairs
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.shift.importance import Importance
 
 __all__ = ["VERDICTS", "Record", "RecordInfo"]
 
@@ -69,7 +75,8 @@ class Record:
     Args:
         values_every: interval in steps at which both regularized losses are evaluated, from the first step on; 0
             for never.
-        num_samples: loss evaluations of each value, and of the two sides of a heat step's verdict.
+        num_samples: loss evaluations of the two values, which share them, and of the two sides of a heat step's
+            verdict.
         confidence: of the verdicts: the level of the two-sided interval of the decrease.
 
     Raises:
@@ -128,7 +135,7 @@ class Record:
         Returns:
             The record.
         """
-        keys = random.split(rng_key, 3)
+        keys = random.split(rng_key)
         if draws is None:
             change: Any = self._heat_change(keys[0], target, after)
             num_loss = 4 * self._num_pairs
@@ -143,13 +150,13 @@ class Record:
         pair, due = (nothing, nothing), jnp.asarray(False)
         if self.values_every:
             due = index % self.values_every == 0
-            pair = lax.cond(due, lambda: self._values(keys[1], keys[2], target), lambda: pair)
+            pair = lax.cond(due, lambda: self._values(keys[1], target), lambda: pair)
         return RecordInfo(
             jnp.where(ok, change.value, jnp.nan),
             jnp.where(ok, change.error, jnp.nan),
             jnp.where(ok, verdict, 0),
             *pair,
-            num_loss=num_loss + 4 * self._num_pairs * due,
+            num_loss=num_loss + 2 * self._num_pairs * due,
             num_grad=jnp.asarray(0),
         )
 
@@ -157,14 +164,12 @@ class Record:
     def _num_pairs(self) -> int:
         return -(-self.num_samples // 2)
 
-    def _values(
-        self, key_entropy: Key, key_heat: Key, target: RegularizedLoss
-    ) -> tuple[Estimate, Estimate]:
-        count = self.num_samples
-        entropy = _values.local_entropy(key_entropy, target, method="importance", num_samples=count)
-        heat = _values.heat(key_heat, target, num_samples=count)
+    def _values(self, rng_key: Key, target: RegularizedLoss) -> tuple[Estimate, Estimate]:
+        full = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
+        cloud = Importance(2 * self._num_pairs)
+        loss = cloud.step(rng_key, (), full)[1].loss[0]
         # One type, whatever the method: a step without values has none.
-        return Estimate(*entropy), Estimate(*heat)
+        return Estimate(*entropy_of_pairs(loss, target.temperature)), heat_of_pairs(loss)
 
     def _heat_change(
         self, rng_key: Key, target: RegularizedLoss, after: AnyGaussian

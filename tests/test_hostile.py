@@ -136,8 +136,8 @@ def check_centres(result, tau):
     np.testing.assert_array_equal(scales, np.full(STEPS + 1, np.sqrt(np.float32(tau))))
     np.testing.assert_array_equal(means[1:][~ok], means[:-1][~ok])
     # XLA may compute one mean twice, with another rounding, where it does not optimize.
-    rounding = 1e-5 * np.max(np.abs(means), initial=1.0)
-    np.testing.assert_allclose(means[1:][ok], fitted.mean[ok], rtol=1e-5, atol=rounding)
+    rounding = 4 * np.finfo(means.dtype).eps * np.max(np.abs(means), initial=1.0)
+    np.testing.assert_allclose(means[1:][ok], fitted.mean[ok], rtol=0, atol=rounding)
     assert np.isfinite(fitted.scale[ok]).all()
 
 

@@ -97,7 +97,7 @@ def test_values_are_exact_and_come_at_their_interval(temperature):
     ).run(random.key(1), 8, progress_bar=False)
     # Writing down changes nothing, and its evaluations are counted.
     assert np.array_equal(history.reference.mean, plain.history.reference.mean)
-    assert np.array_equal(history.num_loss - plain.history.num_loss, 4000 * due)
+    assert np.array_equal(history.num_loss - plain.history.num_loss, 2000 * due)
     assert plain.history.record is None
 
 
