@@ -151,6 +151,10 @@ class RegularizedLoss:
         arguments, scale = self.loss.draw_batch(rng_key, self.arguments)
         return replace_fields(self, arguments=arguments, data_scale=scale)
 
+    def without_batches(self) -> "RegularizedLoss":
+        """The same target on the data that it has, whatever the loss's minibatch."""
+        return replace_fields(self, loss=replace_fields(self.loss, minibatch=None))
+
 
 def model(target: RegularizedLoss) -> None:
     """The regularized loss as a NumPyro model, in whitened form.

@@ -46,7 +46,6 @@ def shift_and_fit(engine, rng_key, target):
     return draws, info, fitted, fit_info, folded, direct
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ENGINES)
 def test_effort_follows_the_progress_to_be_made(name):
     engine = shift.Adaptive(ENGINES[name], max_rounds=7)
@@ -122,6 +121,10 @@ def test_a_step_begins_with_half_the_rounds_of_the_last():
     after, _, info = step(random.key(0), state, target)
     assert after.num_rounds == info.num_rounds < 8
     _, _, info = step(random.key(0), state._replace(num_rounds=jnp.asarray(16)), target)
+    assert info.num_rounds == 8
+    assert info.significant
+    # Of a run with a higher cap.
+    _, _, info = step(random.key(0), state._replace(num_rounds=jnp.asarray(64)), target)
     assert info.num_rounds == 8
     assert info.significant
 

@@ -227,14 +227,15 @@ class Adaptive(Shift):
         key_batch, rng_key = random.split(rng_key)
         # One batch for all rounds: draws of different losses cannot be joined.
         target = target.on_batch(key_batch)
-        whole = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
+        whole = target.without_batches()
         row = jax.eval_shape(self.engine.step, rng_key, state.engine, whole)[1:]
         _check_blocks(row[0])
         buffers = jax.tree.map(lambda a: jnp.zeros((self.max_rounds, *a.shape), a.dtype), row)
         level = ndtri(0.5 + 0.5 * self.confidence)
         zero = jnp.zeros_like(target.reference.mean[0])
         # Each look is a chance of significance by luck, at which a step would be mostly noise.
-        least = state.num_rounds // FEWER
+        # A state may come from a run with another cap.
+        least = jnp.minimum(state.num_rounds, self.max_rounds) // FEWER
 
         def unfinished(carry: tuple) -> Array:
             count, _, infos, _, (value, error) = carry
