@@ -27,7 +27,7 @@ from numpyro_regloss._typing import Array
 from numpyro_regloss.draws import Chunk, Draws
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["Change", "CrossFitted", "cross_fitted", "decrease", "half_masks", "masked"]
+__all__ = ["Change", "CrossFitted", "cross_fitted", "decrease", "half_masks", "is_far", "masked"]
 
 # A regression on more scores than these has small gains left; each iteration is two passes over the draws.
 CG_ITERATIONS = 30
@@ -163,7 +163,7 @@ def _of_chains(
     first = weight @ log_ratio
     u = log_ratio - first
     second = weight @ u**2
-    far = _is_far(second, weight @ weight)
+    far = is_far(second, 1.0 / (weight @ weight))
     peak = jnp.max(jnp.where(weight > 0, log_ratio, -jnp.inf))
     ratio = jnp.where(weight > 0, jnp.exp(log_ratio - peak), 0.0)
     average = weight @ ratio
@@ -199,10 +199,10 @@ def _of_chains(
     return value + jnp.where(far & use, -correction, small), error
 
 
-def _is_far(variance: Array, square: Array) -> Array:
-    # Of n effective draws exp(u) has the average that the largest of them allow: log E exp(u) = variance / 2 of a
-    # normal u cannot be seen beyond this.
-    return variance > 0.5 * jnp.log(1.0 / square)
+def is_far(variance: Array, ess: Array) -> Array:
+    """Whether so many effective draws cannot tell the mean of exp(u) of a normal u with this variance."""
+    # Their average is then what the largest of them allow, and not exp(variance / 2).
+    return variance > 0.5 * jnp.log(jnp.maximum(ess, 1.0))
 
 
 def _with_third(error: Array, third: Array, far: Array) -> Array:
@@ -283,7 +283,7 @@ def _of_blocks(draws: Draws, slope: Array, middle: Array) -> tuple[Array, Array]
     first, square, cube = (moment / total for moment in raw)
     second = square - first**2
     third = cube - 3.0 * first * square + 2.0 * first**3
-    far = _is_far(second, sums.square / total**2)
+    far = is_far(second, total**2 / sums.square)
     # What a block adds to the value: to the logarithm of the mean ratio, or to the first two cumulants.
     none, one = jnp.zeros_like(first), jnp.ones_like(first)
     near_by = jnp.stack([total / tilted, -one, none, none])

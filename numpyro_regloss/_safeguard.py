@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._descent import half_masks, masked
+from numpyro_regloss._descent import half_masks, is_far, masked
 from numpyro_regloss._pytree import replace_fields
 from numpyro_regloss._score_regression import Regression, mean_of
 from numpyro_regloss._stats import after, weight_ess
@@ -169,7 +169,7 @@ def compare(
     """
     masks = half_masks(draws)
     reference, coefficient = target.reference, regression.coefficient
-    most = 0.5 * jnp.log(jnp.maximum(weight_ess(draws.log_weight), 1.0))
+    ess = weight_ess(draws.log_weight)
 
     def proposed(mask: Array) -> tuple[Array, Array]:
         mean = mean_of(masked(draws, mask), reference, coefficient)
@@ -179,7 +179,9 @@ def compare(
         along = step @ mean
         variance, rest = _moments(masked(draws, mask), reference, coefficient, step, along)
         seen = jnp.log1p(0.5 * variance + rest)
-        log_ratio = along - 0.5 * step @ step + jnp.where(variance < most, seen, 0.5 * variance)
+        log_ratio = (
+            along - 0.5 * step @ step + jnp.where(is_far(variance, ess), 0.5 * variance, seen)
+        )
         return jnp.where(jnp.isfinite(log_ratio), target.temperature * log_ratio, -jnp.inf)
 
     means, both = jax.vmap(proposed)(masks)

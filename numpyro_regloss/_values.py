@@ -25,7 +25,7 @@ from numpyro_regloss._estimate import (
 )
 from numpyro_regloss._evidence import by_bridge, by_gaussian, pair_error
 from numpyro_regloss._pareto import pareto_smooth
-from numpyro_regloss._pytree import is_concrete, replace_fields
+from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._stats import log_mean_exp, monte_carlo_error, weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -110,7 +110,7 @@ def local_entropy(
     check_choice(method, "values.local_entropy: method", METHODS)
     rng_key = _checked(rng_key, target, num_samples, "values.local_entropy")
     engine = _pairs(num_samples, chunk_size)
-    target = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
+    target = target.without_batches()
     num_samples, chunk_size = max(20, engine.num_samples), chunk_size or CHUNK_SIZE
     if method == "auto" and is_concrete((rng_key, target)):
         return _automatic(rng_key, target, engine, num_samples, chunk_size)
@@ -163,7 +163,7 @@ def heat(
         6.0
     """
     rng_key = _checked(rng_key, target, num_samples, "values.heat")
-    return _heat(rng_key, target, _pairs(num_samples, chunk_size))
+    return _heat(rng_key, target.without_batches(), _pairs(num_samples, chunk_size))
 
 
 def _pairs(num_samples: int, chunk_size: int | None) -> Importance:
@@ -327,8 +327,7 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
 
 @partial(jax.jit, static_argnames="engine")
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
-    full = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
-    return heat_of_pairs(engine.step(rng_key, (), full)[1].loss[0])
+    return heat_of_pairs(engine.step(rng_key, (), target)[1].loss[0])
 
 
 def heat_of_pairs(loss: Array) -> Estimate:

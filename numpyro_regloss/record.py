@@ -20,12 +20,7 @@ from jax.scipy.special import ndtri
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._descent import CrossFitted, cross_fitted
 from numpyro_regloss._estimate import Estimate
-from numpyro_regloss._pytree import (
-    is_concrete,
-    pytree_dataclass,
-    replace_fields,
-    static_field,
-)
+from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._values import entropy_of_pairs, heat_of_pairs
 from numpyro_regloss.draws import Draws
@@ -165,9 +160,8 @@ class Record:
         return -(-self.num_samples // 2)
 
     def _values(self, rng_key: Key, target: RegularizedLoss) -> tuple[Estimate, Estimate]:
-        full = replace_fields(target, loss=replace_fields(target.loss, minibatch=None))
         cloud = Importance(2 * self._num_pairs)
-        loss = cloud.step(rng_key, (), full)[1].loss[0]
+        loss = cloud.step(rng_key, (), target.without_batches())[1].loss[0]
         # One type, whatever the method: a step without values has none.
         return Estimate(*entropy_of_pairs(loss, target.temperature)), heat_of_pairs(loss)
 
