@@ -16,6 +16,7 @@ from jax import random
 
 from numpyro_regloss import Loss, TwoStep, fit, problems, shift
 
+PROBLEM = problems.double_well(10)
 IN_A_ROW = 3
 TOLERANCE = 1e-2
 CONFIDENCES = (0.5, 0.95)
@@ -35,9 +36,9 @@ def contestants(name, smallest, cap, confidences):
     return fixed, adaptive
 
 
-def spent(problem, tau, engine, control, tolerance, num_steps, num_seeds):
+def spent(tau, engine, control, num_steps, num_seeds):
     """Evaluations until the tolerance, one number per seed."""
-    loss = Loss.from_function(problem.loss, np.full(problem.dim, 1.2))
+    loss = Loss.from_function(PROBLEM.loss, np.full(PROBLEM.dim, 1.2))
     method = fit.ForwardKL(control_variates=control)
     optimizer = TwoStep(loss, tau, engine, method)
 
@@ -50,7 +51,7 @@ def spent(problem, tau, engine, control, tolerance, num_steps, num_seeds):
     centers, cost = jax.tree.map(np.asarray, go(random.split(random.key(0), num_seeds)))
     exact = _exact_mean(centers, tau)
     norm = np.linalg.norm(centers - exact, axis=-1) / tau
-    below = norm < tolerance * norm[:, :1]
+    below = norm < TOLERANCE * norm[:, :1]
     stays = np.ones_like(below[:, : num_steps - IN_A_ROW + 1])
     for k in range(IN_A_ROW):
         stays &= below[:, k : num_steps - IN_A_ROW + 1 + k]
@@ -69,13 +70,11 @@ def _exact_mean(centers, tau):
     return np.interp(centers, grid, weight @ z / weight.sum(1))
 
 
-def compare(
-    problem, tau, name, control, smallest, tolerance, cap, num_steps, num_seeds, confidences
-):
+def compare(tau, name, control, smallest, cap, num_steps, num_seeds, confidences):
     rows = []
     fixed, adaptive = contestants(name, smallest, cap, confidences)
     for label, engine in (fixed | adaptive).items():
-        total, first = spent(problem, tau, engine, control, tolerance, num_steps, num_seeds)
+        total, first = spent(tau, engine, control, num_steps, num_seeds)
         low, middle, high = np.quantile(total, [0.25, 0.5, 0.75], method="nearest")
         finite = bool(np.isfinite(middle))
         rows.append({
@@ -101,7 +100,6 @@ def main():
     confidences = CONFIDENCES[: 1 if options.smoke else None]
     print(harness.environment())
     tables = {}
-    well = problems.double_well(10)
     # Late steps go a seventh of the way that is left at tau = 0.5, and half of it at 0.2.
     jobs = {
         "tau = 0.5, cloud": (0.5, "cloud", "none", 256, cloud),
@@ -112,7 +110,7 @@ def main():
     for title, (tau, name, control, smallest, size) in jobs.items():
         if options.smoke and name == "nuts":
             continue
-        rows = compare(well, tau, name, control, smallest, TOLERANCE, *size, confidences)
+        rows = compare(tau, name, control, smallest, *size, confidences)
         tables[title] = rows
         harness.show(f"{title}: to {TOLERANCE:g} of the first gradient", rows)
     harness.save(options.out, tables)
