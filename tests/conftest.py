@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by all tests: engines by name, trace and compile counters, tolerances."""
 
-import functools
 import os
 import sys
 
@@ -19,12 +18,6 @@ if "XLA_FLAGS" not in os.environ:
     jax.devices()
     del os.environ["XLA_FLAGS"]
 
-import jaxtyping
-
-# What is a matter of mathematics, and the shapes of arrays, are checked on one of the two stacks.
-FIRST_STACK = sys.version_info < (3, 13)
-jaxtyping.config.update("jaxtyping_disable", not FIRST_STACK)
-
 import jax.numpy as jnp
 import optax
 import pytest
@@ -32,9 +25,6 @@ from numpyro.infer import AIES, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_regloss import anchor, fit, shift
-
-# For calibrations: what computes for longer than it compiles.
-optimized_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "2"})
 
 # Monte Carlo tests allow this many standard errors. With the fixed seeds of this suite they pass or fail for
 # good; a new seed would fail a single comparison once in 16,000.
@@ -83,8 +73,8 @@ ANCHORS = {
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `once` run on the first stack."""
-    if not FIRST_STACK:
+    """What is a matter of mathematics, such as the coverage of intervals, is tested on one of the two stacks."""
+    if sys.version_info >= (3, 13):
         for item in items:
             if item.get_closest_marker("once"):
                 item.add_marker(pytest.mark.skip(reason="counted on the other stack"))

@@ -89,7 +89,6 @@ def one_step(step, target, rng_key):
     return reference, info
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("scale", SCALES)
 def test_newton_ends_on_a_quadratic_in_one_step(scale):
     # The flattest direction has an eigenvalue of I - C / tau of 0.003.

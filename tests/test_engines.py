@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, FIRST_STACK, HEAT_FITS, SHIFTS, SIGMAS, Counter
+from conftest import FAMILIES, HEAT_FITS, SHIFTS, SIGMAS, Counter
 from jax import lax, random
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, fit, problems, shift
@@ -37,41 +37,50 @@ def setup(problem, x, tau, temperature):
 
 
 @jax.jit
-def shift_and_fit(engine, rng_key, target, method):
+def shift_and_fit(engine, rng_key, target):
     key_init, key_step, key_fit = random.split(rng_key, 3)
     _, draws, info = engine.step(key_step, engine.init(key_init, target), target)
-    _, fitted, fit_info = method.step(key_fit, (), target, draws)
+    _, fitted, fit_info = ForwardKL().step(key_fit, (), target, draws)
     return draws, info, fitted, fit_info
 
 
-def one_shift(engine, target, seed=0, control_variates="auto"):
-    return shift_and_fit(
-        engine, random.key(seed), target, ForwardKL("reference", control_variates=control_variates)
-    )
+def one_shift(engine, target, seed=0):
+    return shift_and_fit(engine, random.key(seed), target)
+
+
+@jax.jit
+def shifts_and_two_fits(engine, rng_keys, target):
+    def go(rng_key):
+        draws, info, fitted, _ = shift_and_fit(engine, rng_key, target)
+        assert draws.x.shape == (*draws.loss.shape, target.dim)
+        plain = ForwardKL(control_variates="none").step(rng_key, (), target, draws)[1:]
+        return info.ok, fitted.mean, plain[0].mean, plain[1].mean_error
+
+    return lax.map(go, rng_keys)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("engine", SHIFTS)
 def test_shift_and_fit_give_the_exact_mean(engine, name):
-    if name != "quadratic" and (engine not in FAMILIES or not FIRST_STACK):
-        pytest.skip("a variant, or another stack, of what is tried on every problem")
+    if engine not in FAMILIES and name != "quadratic":
+        pytest.skip("a variant of an engine that is tried on every problem; once is enough")
     problem = PROBLEMS[name]
+    # Four runs: stated errors of one are estimates too, which gives their ratios long tails.
+    rng_keys = random.split(random.key(0), 4)
     for temperature in TEMPERATURES:
         # Near enough to the mass for importance weights: the error of a degenerate cloud is not normal.
         x, tau = np.full(problem.dim, 0.6 if name == "double_well" else 0.3), 0.5 * temperature
         target = setup(problem, x, tau, temperature)
-        draws, info, fitted, fit_info = one_shift(SHIFTS[engine](), target, 0, "none")
-        assert info.ok
+        ok, *means, errors = shifts_and_two_fits(SHIFTS[engine](), rng_keys, target)
+        assert ok.all()
         exact = problem.shift_mean(x, tau, temperature)
-        error = np.abs(fitted.mean - exact) / fit_info.mean_error
-        # Chains differ from machine to machine, and their errors are estimates: over 200 seeds of NUTS and HMC on
-        # these problems three of some 6,000 were beyond four, and none beyond 4.5.
-        assert np.all(error < SIGMAS + 1.0), (fitted.mean, exact, fit_info.mean_error)
-        assert np.all(fit_info.mean_error < 0.2 * np.sqrt(tau))
-        assert draws.x.shape == (*draws.loss.shape, problem.dim)
+        error = np.sqrt(np.sum(errors**2, 0)) / 4
+        # With control variates and without: no worse than plain averages say of themselves.
+        for mean in means:
+            assert np.all(np.abs(np.mean(mean, 0) - exact) < SIGMAS * error), (mean, exact, error)
+        assert np.all(errors < 0.2 * np.sqrt(tau))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("engine", ["importance", "nuts"])
 def test_fifty_dimensions(engine):
     problem = random_quadratic(50, seed=2, scale=0.2)
@@ -115,7 +124,6 @@ def test_stated_error_of_the_mean_is_calibrated(engine):
     assert jnp.all((spread > 0.75) & (spread < 1.25)), spread
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
 def test_dense_fit_matches_the_covariance(engine):
     problem = random_quadratic(4, seed=5)
@@ -137,7 +145,6 @@ def heat_step(method, rng_key, target):
     return method.step(rng_key, method.init(rng_key, target), target, None)[1:]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("method", HEAT_FITS)
 def test_heat_fits_reach_the_exact_step(method, name):
@@ -363,7 +370,6 @@ def test_double_precision(engine, x64):
     assert np.all(error < SIGMAS * fit_info.mean_error)
 
 
-@pytest.mark.once
 def test_diagonal_and_dense_references():
     problem = random_quadratic(3, seed=8)
     loss = Loss.from_function(problem.loss, np.zeros(3))

@@ -186,7 +186,6 @@ def check_counts(engine, result, known):
     assert ((history.num_grad >= least) & (history.num_grad <= most)).all()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("engine", "dim"), CASES)
 def test_hostile_losses(engine, dim):
     shifting, fitting, examples = ENGINES[engine]

@@ -57,7 +57,6 @@ def test_unknown_problem_is_refused(capsys):
     assert "eight-schools" in capsys.readouterr().err
 
 
-@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_of_a_large_cloud(tmp_path):
     # 100,000 draws in 20,000 dimensions would take 8 GB if they were stored.

@@ -190,7 +190,6 @@ PAIRS = {
 QUADRATICS = [(method, *pair) for method, pairs in PAIRS.items() for pair in pairs]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("method", "family", "structure"), QUADRATICS)
 def test_quadratics_are_solved_exactly(method, family, structure):
     reference = REFERENCES[structure]
@@ -238,7 +237,6 @@ def logistic(beta, rows, labels):
     return 0.05 * jnp.sum(beta**2) + jnp.sum(jnp.logaddexp(0.0, -labels * (rows @ beta)))
 
 
-@pytest.mark.once
 def test_logistic_regression_without_a_reference():
     rng = np.random.default_rng(5)
     rows = rng.normal(size=(60, 3)).astype(np.float32)
@@ -284,7 +282,6 @@ def thousand(x, diagonal, factor):
     return 0.5 * jnp.sum(diagonal * x**2) + 0.5 * jnp.sum((factor.T @ x) ** 2) - jnp.sum(x)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["diagonal", "low_rank"])
 def test_a_thousand_parameters(family):
     rng = np.random.default_rng(7)

@@ -61,7 +61,6 @@ def test_mass_matrix_of_all_chains():
 LOSSES = {"flat": lambda x: 0.0 * jnp.sum(x), "double_well": problems.double_well(2).loss}
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("num_warmup", [20, 25])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_warm_up_is_too_short(loss, num_warmup):
