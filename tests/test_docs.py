@@ -64,18 +64,26 @@ def test_every_public_name_has_an_entry(site):
     from sphinx.util.inventory import InventoryFile
 
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
-    known = {name for kind, names in inventory.data.items() if kind.startswith("py:") for name in names}
+    known = {
+        name for kind, names in inventory.data.items() if kind.startswith("py:") for name in names
+    }
     missing = []
     for module in MODULES:
         assert module in known
         loaded = importlib.import_module(module)
-        missing += [f"{module}.{name}" for name in loaded.__all__ if f"{module}.{name}" not in known]
+        missing += [
+            f"{module}.{name}" for name in loaded.__all__ if f"{module}.{name}" not in known
+        ]
     assert missing == []
 
 
 def test_links_within_the_site(site):
-    pages = {page: page.read_text() for page in site.rglob("*.html") if "_modules" not in page.parts}
-    anchors = {page.resolve(): set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()}
+    pages = {
+        page: page.read_text() for page in site.rglob("*.html") if "_modules" not in page.parts
+    }
+    anchors = {
+        page.resolve(): set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()
+    }
     broken = []
     for page, text in pages.items():
         for link in re.findall(r'href="([^"]+)"', text):
@@ -83,6 +91,8 @@ def test_links_within_the_site(site):
                 continue
             path, _, fragment = link.split("?")[0].partition("#")
             target = (page.parent / path).resolve() if path else page.resolve()
-            if not target.exists() or (fragment and fragment not in anchors.get(target, {fragment})):
+            if not target.exists() or (
+                fragment and fragment not in anchors.get(target, {fragment})
+            ):
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert broken == []
