@@ -27,6 +27,7 @@ maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 # Single backticks are links where they name something documented, and code elsewhere.
 default_role = "py:obj"
 
@@ -54,8 +55,9 @@ NOTEBOOKS = (
 )
 
 
-def list_notebooks(app, docname, source):
-    """The contents of the page of notebooks, of which there may be none."""
+def prepare_page(app, docname, source):
+    """The contents of the page of notebooks, of which there may be none; doctests without their last line."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")
     if docname != "notebooks":
         return
     found = sorted(path.stem for path in Path(app.srcdir, "notebooks").glob("*.ipynb"))
@@ -121,7 +123,7 @@ def visit_math(self, node):
 def setup(app):
     """Connects what is above."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
-    app.connect("source-read", list_notebooks)
+    app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_reference)
