@@ -84,14 +84,21 @@ def docstring_to_rst(app, what, name, obj, options, lines):
             margin = indent if display is None else margin
         is_code = display is not None or line.lstrip().startswith((">>>", "..."))
         parts = re.split(r"(`[^`]*`)", line)
-        escaped = (p if p.startswith("`") else p.replace("|", r"\|") for p in parts)
-        out.append(line if is_code else "".join(escaped))
+        escaped = "".join(p if p.startswith("`") else p.replace("|", r"\|") for p in parts)
+        # A letter or a power may follow code at once only so.
+        escaped = re.sub(r"(`[^`]*`)(?=\w)", r"\1\\ ", escaped)
+        out.append(line if is_code else escaped)
     lines[:] = out
 
 
 def skip_fields(app, what, name, obj, skip, options):
     """Fields of named tuples are described under Attributes, not as aliases of numbers."""
     return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
+
+
+def hide_protocol_signature(app, what, name, obj, options, signature, returns):
+    """Nobody calls a protocol."""
+    return ("", returns) if getattr(obj, "_is_protocol", False) else None
 
 
 def find_reference(app, env, node, contnode):
@@ -125,5 +132,6 @@ def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
+    app.connect("autodoc-process-signature", hide_protocol_signature)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_reference)

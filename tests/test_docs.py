@@ -96,3 +96,15 @@ def test_links_within_the_site(site):
             ):
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert broken == []
+
+
+def test_no_markup_shows(site):
+    shown = []
+    for page in site.rglob("api/*.html"):
+        article = page.read_text().partition("<article")[2].partition("</article")[0]
+        article = re.sub(r'<div class="highlight">.*?</div>', "", article, flags=re.DOTALL)
+        text = re.sub(r"<[^>]+>", "", article)
+        shown += [
+            f"{page.name}: {found}" for found in re.findall(r".*(?:`|\*\*\w|::|:py:).*", text)
+        ]
+    assert shown == []
