@@ -104,7 +104,5 @@ def test_no_markup_shows(site):
         article = page.read_text().partition("<article")[2].partition("</article")[0]
         article = re.sub(r'<div class="highlight">.*?</div>', "", article, flags=re.DOTALL)
         text = re.sub(r"<[^>]+>", "", article)
-        shown += [
-            f"{page.name}: {found}" for found in re.findall(r".*(?:`|::|:py:).*", text)
-        ]
+        shown += [f"{page.name}: {found}" for found in re.findall(r".*(?:`|::|:py:).*", text)]
     assert shown == []
