@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
     @property
     def sign(self) -> Array:
-        """Which multiples of the offset are draws: `[1]`, or `[1, -1]` for pairs."""
+        """The multiples of the offset that are draws, `[1]`, or `[1, -1]` for pairs."""
         return jnp.asarray([1.0, -1.0], self.offset.dtype)[: self.pair_log_weight.shape[1]]
 
     @property

@@ -154,7 +154,7 @@ class Gaussian(NamedTuple):
 
     @property
     def log_det(self) -> Array:
-        """Log |det scale|, `(*batch,)`: the constant between whitened and plain densities."""
+        """Log |det scale|, `(*batch,)`, the constant between whitened and plain densities."""
         if self.structure == "dense":
             return jnp.sum(jnp.log(jnp.diagonal(self.scale, axis1=-2, axis2=-1)), -1)
         return jnp.sum(jnp.log(jnp.broadcast_to(self._per_parameter(), self.mean.shape)), -1)

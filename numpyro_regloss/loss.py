@@ -154,7 +154,7 @@ class Loss:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parameters: sites of a model, paths of a pytree."""
+        """Names of the parameters, which are sites of a model or paths of a pytree."""
         return self.source.names
 
     @property

@@ -105,6 +105,7 @@ class ReverseKL(Fit):
     """Gaussian variational inference on the shifted density.
 
     There are three methods:
+
     - `"sample_average"`: quasi-Newton minimization on draws that are fixed during the fit, spread out evenly and
       of exact moments. Quadratic losses are solved exactly where there are twice as many draws as parameters.
     - `"natural"`: natural gradients on such draws, with the Hessian that gradients give by Stein's identity:

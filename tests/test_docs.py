@@ -1,0 +1,108 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation site builds without a warning, links lead somewhere, and every public name has an entry."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+MODULES = (
+    "numpyro_regloss",
+    *(
+        f"numpyro_regloss.{name}"
+        for name in (
+            "anchor",
+            "diagnostics",
+            "draws",
+            "fit",
+            "plots",
+            "problems",
+            "schedules",
+            "schemes",
+            "shift",
+            "values",
+        )
+    ),
+)
+
+# Pages do not depend on the stack.
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    doctrees = ["-d", str(tmp_path_factory.mktemp("doctrees"))]
+    done = subprocess.run(
+        [*command, *doctrees, str(DOCS), str(out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def sources():
+    notebooks = (ROOT / "notebooks").glob("*.ipynb")
+    yield from (path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md"))
+    yield from (Path("notebooks", path.stem + ".html") for path in notebooks)
+
+
+def test_every_source_is_a_page(site):
+    assert [str(page) for page in sources() if not (site / page).exists()] == []
+    # Of the figure of a page, and of a formula: the browser needs no script for it.
+    assert list((site / "_images").glob("forward_or_reverse.png"))
+    assert "<math" in (site / "theory.html").read_text()
+
+
+def test_every_public_name_has_an_entry(site):
+    from sphinx.util.inventory import InventoryFile
+
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    known = {
+        name for kind, names in inventory.data.items() if kind.startswith("py:") for name in names
+    }
+    missing = []
+    for module in MODULES:
+        assert module in known
+        loaded = importlib.import_module(module)
+        missing += [
+            f"{module}.{name}" for name in loaded.__all__ if f"{module}.{name}" not in known
+        ]
+    assert missing == []
+
+
+def test_links_within_the_site(site):
+    pages = {
+        page: page.read_text() for page in site.rglob("*.html") if "_modules" not in page.parts
+    }
+    anchors = {
+        page.resolve(): set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()
+    }
+    broken = []
+    for page, text in pages.items():
+        for link in re.findall(r'href="([^"]+)"', text):
+            if re.match(r"[a-z]+:", link) or link == "#":
+                continue
+            path, _, fragment = link.split("?")[0].partition("#")
+            target = (page.parent / path).resolve() if path else page.resolve()
+            if not target.exists() or (
+                fragment and fragment not in anchors.get(target, {fragment})
+            ):
+                broken.append(f"{page.relative_to(site)}: {link}")
+    assert broken == []
+
+
+def test_no_markup_shows(site):
+    shown = []
+    for page in site.rglob("api/*.html"):
+        article = page.read_text().partition("<article")[2].partition("</article")[0]
+        article = re.sub(r'<div class="highlight">.*?</div>', "", article, flags=re.DOTALL)
+        text = re.sub(r"<[^>]+>", "", article)
+        shown += [f"{page.name}: {found}" for found in re.findall(r".*(?:`|::|:py:).*", text)]
+    assert shown == []
