@@ -8,6 +8,7 @@ from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.gaussian import Gaussian, kl_divergence
 from numpyro_regloss.guides import from_guide, to_guide
+from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
@@ -40,6 +41,7 @@ __all__ = [
     "fit",
     "forward_kl",
     "from_guide",
+    "gaussian_to_arviz",
     "kl_divergence",
     "model",
     "plots",
@@ -47,6 +49,7 @@ __all__ = [
     "schedules",
     "schemes",
     "shift",
+    "to_arviz",
     "to_guide",
     "values",
 ]
