@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted draws as equally weighted ones, for views that know no weights.
 
-Systematic resampling: draw i is shown n w_i times, up or down to a whole number. Copies stay side by side, so that
-what counts autocorrelation finds about as many effective draws as the weights leave.
+Systematic resampling: draw i is shown n w_i times, up or down to a whole number. Copies stay side by side, so
+that what counts autocorrelation finds about as many effective draws as the weights leave.
 
 Reference: Kitagawa (1996), "Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space Models".
 """
@@ -23,9 +23,9 @@ def equal_weights(log_weight: np.ndarray) -> tuple[np.ndarray, bool]:
         log_weight: `(chain, draw)`, unnormalized; -inf for no weight.
 
     Returns:
-        Positions among all draws, flattened, `(chain, draw)`, and whether draws were resampled. Draws without weight
-        are left out; where the others weigh the same nothing is resampled. A cloud whose chains differ in total weight
-        becomes one chain.
+        Positions among all draws, flattened, `(chain, draw)`, and whether draws were resampled. Draws without
+        weight are left out; where the others weigh the same nothing is resampled. A cloud whose chains differ
+        in total weight becomes one chain.
 
     Raises:
         ValueError: if a weight is NaN or infinite, or all of them are zero.

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names, dimensions and coordinates of a loss's parameters, as labelled datasets want them.
 
-Dimensions of a NumPyro model's sites are its plates, and what `infer={"event_dims": [...]}` names; whatever else has
-none, or could be two plates, is called `<variable>_dim_<axis>`.
+Dimensions of a NumPyro model's sites are its plates, and what `infer={"event_dims": [...]}` names; whatever
+else has none, or could be two plates, is called `<variable>_dim_<axis>`.
 """
 
 import json
@@ -115,8 +115,8 @@ def label_sites(
     """
     if (deterministic or observed) and not isinstance(loss.source, ModelSource):
         raise ValueError(
-            f"{what}: expected a loss from a NumPyro model for deterministic=True or observed=True, got one from a "
-            "function, which has no such sites; leave them out."
+            f"{what}: expected a loss from a NumPyro model for deterministic=True or observed=True, got one from "
+            "a function, which has no such sites; leave them out."
         )
     kinds = {"parameter", "latent"}
     kinds |= {"deterministic"} if deterministic else set()
@@ -271,8 +271,8 @@ def _check_names(sites: tuple[SiteLabel, ...], what: str) -> None:
             )
     for dim in set(RESERVED) & set(dims):
         raise ValueError(
-            f"{what}: the site {dims[dim].site!r} has a dimension {dim!r}, which is ArviZ's own; give it others with "
-            f'dims={{"{dims[dim].site}": [...]}}.'
+            f"{what}: the site {dims[dim].site!r} has a dimension {dim!r}, which is ArviZ's own; give it others "
+            f'with dims={{"{dims[dim].site}": [...]}}.'
         )
 
 
@@ -289,8 +289,8 @@ def _coordinates(
                 )
     if set(given) - set(sizes):
         raise ValueError(
-            f"{what}: expected coords of the dimensions {sorted(sizes)}, got {sorted(set(given) - set(sizes))} too; "
-            "name dimensions with dims."
+            f"{what}: expected coords of the dimensions {sorted(sizes)}, got {sorted(set(given) - set(sizes))} "
+            "too; name dimensions with dims."
         )
     coords = {dim: np.asarray(given.get(dim, np.arange(size))) for dim, size in sizes.items()}
     for dim, values in coords.items():

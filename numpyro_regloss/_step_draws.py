@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws at the references of chosen steps of a run, made anew, for diagnostics of each step.
 
-A run keeps no draws. An engine without a state makes the very draws of a step again, from its key; others begin anew
-at the step's reference, warm-up included.
+A run keeps no draws. An engine without a state makes the very draws of a step again, from its key; others begin
+anew at the step's reference, warm-up included.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,22 +22,20 @@ from numpyro_regloss._site_labels import Labels
 
 __all__ = ["choose_steps", "step_dataset"]
 
-# By default so many steps are looked at, the first and the last among them, and none where their draws would be more
-# numbers than this.
+# By default so many steps are looked at, the first and the last among them, and none where their draws would be
+# more numbers than this.
 MOST_STEPS = 10
 MOST_NUMBERS = 2_000_000
 
 
-def choose_steps(
-    step_draws: bool | Sequence[int] | None, result: Any, num_numbers: int
-) -> list[int]:
+def choose_steps(result: Any, num_numbers: int, step_draws: Any) -> list[int]:
     """The steps to look at.
 
     Args:
-        step_draws: None for a few of those that were taken, unless they are too large; True for a few in any case;
-            False for none; or numbers of steps.
         result: of the run.
         num_numbers: of the draws of one step.
+        step_draws: None for a few of those that were taken, unless they are too large; True for a few in any
+            case; False for none; or numbers of steps.
 
     Returns:
         True numbers of steps, in order, without repetition.
@@ -75,8 +72,8 @@ def step_dataset(
         labels: of the parameters.
 
     Returns:
-        A dataset of `x` (iteration, chain, draw, param). Weighted draws are resampled; all steps have as many draws as
-        the one with the fewest, the first ones.
+        A dataset of `x` (iteration, chain, draw, param). Weighted draws are resampled; all steps have as many
+        draws as the one with the fewest, the first ones.
     """
     first = int(iterations(result.state, result.history)[0])
     positions = []

@@ -4,18 +4,18 @@
 
 Groups of a run:
 
-- `posterior`: constrained draws of the shifted density q at the last reference, by site. This is the posterior *times
-  a Gaussian*, which is not the model's posterior.
+- `posterior`: constrained draws of the shifted density q at the last reference, by site. This is the posterior
+  *times a Gaussian*, which is not the model's posterior.
 - `unconstrained_posterior`: the same draws, flat, as the engines see them: `x` (chain, draw, param).
-- `sample_stats`: the loss of each draw, the statistics of a sampler by ArviZ's names, and of weighted draws, which are
-  resampled, their log weights.
-- `shift_posterior`: `x` (iteration, chain, draw, param) at a few steps, so that `az.ess` and `az.rhat` of it have one
-  value per step.
+- `sample_stats`: the loss of each draw, the statistics of a sampler by ArviZ's names, and of weighted draws,
+  which are resampled, their log weights.
+- `shift_posterior`: `x` (iteration, chain, draw, param) at a few steps, so that `az.ess` and `az.rhat` of it
+  have one value per step.
 - `optimization`: the history, by (iteration[, param]).
 - `constant_data`: the start, tau, and the observed values if asked for.
 
-References: Kumar, Carroll, Hartikainen & Martin (2019), "ArviZ: a unified library for exploratory analysis of Bayesian
-models in Python".
+References: Kumar, Carroll, Hartikainen & Martin (2019), "ArviZ: a unified library for exploratory analysis of
+Bayesian models in Python".
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,8 +54,8 @@ OF_GAUSSIAN = (
     "posterior holds independent draws of a fitted Gaussian, constrained: not the model's posterior"
 )
 OF_NOTHING = (
-    "there are no draws: this engine makes none; gaussian_to_arviz shows the fitted Gaussian, and draws=... those of "
-    "another engine"
+    "there are no draws: this engine makes none; gaussian_to_arviz shows the fitted Gaussian, and draws=... those "
+    "of another engine"
 )
 
 
@@ -75,19 +75,20 @@ def to_arviz(
 ) -> Any:
     """A run as labelled datasets, for `az.summary`, `az.plot_trace` and the rest of ArviZ.
 
-    Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of their
-    pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of the draws. Weighted
-    draws are resampled to equal weights, copies side by side; draws of one chain have no R-hat. Of an engine without
-    draws (`shift.Implicit`) there are `optimization` and `constant_data` only.
+    Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of
+    their pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of
+    the draws. Weighted draws are resampled to equal weights, copies side by side; draws of one chain have no
+    R-hat. Of an engine without draws (`shift.Implicit`) there are `optimization` and `constant_data` only.
 
     Args:
         result: of `optimizer.run`.
         optimizer: what ran.
         *args: arguments of the loss in place of the bound ones, as they were given to `run`.
         draws: draws to show, such as those of `optimizer.draw`. Default: new ones at the last reference.
-        step_draws: steps of which `shift_posterior` shows draws, made anew: numbers of steps (from 0); True for ten of
-            them; False for none. Each costs an outer step's draws, and of an engine with a warm-up that too. Default:
-            ten, but none where `draws` are given or where they would be more than two million numbers.
+        step_draws: steps of which `shift_posterior` shows draws, made anew: numbers of steps (from 0); True for
+            ten of them; False for none. Each costs an outer step's draws, and of an engine with a warm-up that
+            too. Default: ten, but none where `draws` are given or where they would be more than two million
+            numbers.
         rng_key: for the default of `draws`; default: that of the step which the run would do next.
         deterministic: whether to show the model's deterministic sites.
         observed: whether to put its observed values into `constant_data`.
@@ -101,7 +102,8 @@ def to_arviz(
 
     Raises:
         TypeError: if result, optimizer or draws are of the wrong kind.
-        ValueError: if names clash, labels or draws do not fit, or the engine kept means of draws instead of draws.
+        ValueError: if names clash, labels or draws do not fit, or the engine kept means of draws instead of
+        draws.
 
     Example:
         >>> import arviz as az
@@ -143,7 +145,7 @@ def to_arviz(
         attrs |= {"description": OF_RUN, "resampled": int(resampled)}
         if step_draws is None and given:
             step_draws = False
-        steps = choose_steps(step_draws, result, np.size(draws.log_weight) * loss.dim)
+        steps = choose_steps(result, np.size(draws.log_weight) * loss.dim, step_draws)
         if steps:
             groups["shift_posterior"] = step_dataset(steps, result, optimizer, arguments, labels)
     else:
@@ -313,8 +315,8 @@ def _constant_data(result: TwoStepResult, loss: Loss, arguments: Partition, labe
     clash = {"x0", "tau", "param", "iteration"} & {site.variable for site in sites}
     if clash:
         raise ValueError(
-            f"to_arviz: the observed sites {sorted(clash)} have names of our own in constant_data; give them others "
-            "with rename."
+            f"to_arviz: the observed sites {sorted(clash)} have names of our own in constant_data; give them "
+            "others with rename."
         )
     variables |= {site.variable: (site.dims, plain(values[site.site])) for site in sites}
     return xr.Dataset(
