@@ -94,9 +94,7 @@ def flat_dataset(x: np.ndarray, labels: Labels, **lead: Any) -> Any:
     Returns:
         A dataset of one variable.
     """
-    return _by_draw(
-        {"x": (plain(x), ("param",))}, {"param": np.asarray(labels.flat)}, tuple(lead), lead
-    )
+    return _by_draw({"x": (plain(x), ("param",))}, {"param": labels.flat}, tuple(lead), lead)
 
 
 def _by_draw(

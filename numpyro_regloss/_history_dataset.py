@@ -53,7 +53,7 @@ def history_dataset(state: TwoStepState, history: TwoStepInfo, labels: Labels) -
     dim = len(labels.flat)
     return xr.Dataset(
         {name: (_dims(name, np.shape(a)[1:], dim), plain(a)) for name, a in variables.items()},
-        coords={"iteration": iterations(state, history), "param": np.asarray(labels.flat)},
+        coords={"iteration": iterations(state, history), "param": labels.flat},
     )
 
 

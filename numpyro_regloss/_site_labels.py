@@ -51,12 +51,12 @@ class Labels(NamedTuple):
     Attributes:
         sites: in the order of the flat vector, latent ones first; those without elements too.
         coords: of every dimension.
-        flat: one label per flat parameter.
+        flat: one label per flat parameter, the coordinate values of `param`.
     """
 
     sites: tuple[SiteLabel, ...]
     coords: dict[str, np.ndarray]
-    flat: tuple[str, ...]
+    flat: np.ndarray
 
     @property
     def drawn(self) -> tuple[SiteLabel, ...]:
@@ -142,7 +142,7 @@ def label_sites(
             f"{what}: expected parameters of different names, got {_repeated(flat)} more than once; "
             "name them apart in the pytree."
         )
-    return Labels(sites, _coordinates(sites, coords, what), flat)
+    return Labels(sites, _coordinates(sites, coords, what), _strings(flat))
 
 
 def observed_values(loss: Loss, arguments: Partition) -> dict[str, np.ndarray]:
@@ -292,13 +292,19 @@ def _coordinates(
             f"{what}: expected coords of the dimensions {sorted(sizes)}, got {sorted(set(given) - set(sizes))} "
             "too; name dimensions with dims."
         )
-    coords = {dim: np.asarray(given.get(dim, np.arange(size))) for dim, size in sizes.items()}
+    coords = {dim: _strings(given.get(dim, np.arange(size))) for dim, size in sizes.items()}
     for dim, values in coords.items():
         if values.shape != (sizes[dim],):
             raise ValueError(
                 f"{what}: expected {sizes[dim]} coords of the dimension {dim!r}, got shape {values.shape}."
             )
     return coords
+
+
+def _strings(values: Any) -> np.ndarray:
+    # Zarr's format has no strings of fixed length.
+    array = np.asarray(values)
+    return array.astype(object) if array.dtype.kind == "U" else array
 
 
 def _mapping(given: Any, what: str) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def _constant_data(result: TwoStepResult, loss: Loss, arguments: Partition, labe
     return xr.Dataset(
         variables,
         coords={
-            "param": np.asarray(labels.flat),
+            "param": labels.flat,
             "iteration": iterations(result.state, result.history),
             **labels.coords_of(sites),
         },

@@ -31,6 +31,7 @@ from numpyro_regloss import (
     to_arviz,
 )
 from numpyro_regloss._equal_weights import equal_weights
+from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._site_labels import label_sites
 from numpyro_regloss.draws import BatchMeans, StoredDraws
 
@@ -59,12 +60,28 @@ def grid(y=None):
     numpyro.sample("nothing", dist.Normal(jnp.zeros((0,)), 1.0).to_event(1))
 
 
+def without_running(optimizer):
+    """A result of the right shapes at the start: distinct numbers, at the compilation of nothing."""
+    state = optimizer.init(random.key(0))
+    row = _outer_step.step.eval_shape(optimizer, state, optimizer.loss.bind())[1]
+
+    def fill(leaf):
+        values = np.arange(NUM_STEPS * np.prod(leaf.shape)).reshape(NUM_STEPS, *leaf.shape)
+        return values.astype(leaf.dtype)
+
+    history = jax.tree.map(fill, row)
+    reference = jax.tree.map(lambda a: np.stack([a] * NUM_STEPS), state.reference)
+    history = history._replace(ok=np.ones(NUM_STEPS, bool), reference=reference)
+    state = state._replace(step=jnp.asarray(NUM_STEPS, jnp.int32))
+    return TwoStepResult(None, state, history)
+
+
 @pytest.fixture(scope="module")
 def model_run():
     loss = Loss.from_model(grid, jnp.arange(6.0).reshape(3, 2))
-    engine = shift.NUTS(num_warmup=20, num_samples=12, num_chains=2)
+    engine = shift.HMC(num_warmup=20, num_samples=8, num_chains=2)
     optimizer = schemes.local_entropy(loss, tau=0.5, shift=engine)
-    return optimizer, optimizer.run(random.key(0), NUM_STEPS, progress_bar=False)
+    return optimizer, without_running(optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +114,6 @@ def cloud_run():
         tau=0.5,
         shift=shift.Importance(400, ess=0.4),
         fit=fit.ForwardKL(),
-        record=Record(values_every=2, num_samples=20),
     )
     return optimizer, optimizer.run(random.key(0), NUM_STEPS, progress_bar=False)
 
@@ -108,7 +124,7 @@ def cloud_data(cloud_run):
     return to_arviz(result, optimizer, rename=RENAME)
 
 
-def by_hand(loss, num_chains=2, num_draws=3):
+def by_hand(loss, num_chains=2, num_draws=8):
     """Draws of distinct numbers in every element."""
     shape = (num_chains, num_draws, loss.dim)
     x = jnp.arange(np.prod(shape), dtype=float).reshape(shape) / np.prod(shape)
@@ -130,9 +146,9 @@ def test_elements_of_a_model_have_their_labels(model_run):
     assert "shift_posterior" not in (data.children if hasattr(data, "children") else data.groups())
     assert posterior["cell"].dims == ("chain", "draw", "row", "column")
     assert posterior["shares"].dims == ("chain", "draw", "column_alone", "kind")
-    assert posterior["double"].dims == ("chain", "draw", "row", "column")
+    assert posterior["double"].dims == ("chain", "draw", "row", "double_dim_1")
     assert "nothing" not in posterior
-    for chain, draw in np.ndindex(2, 3):
+    for chain, draw in ((0, 0), (0, 7), (1, 3)):
         wanted = loss.constrain(draws.x[chain, draw])
         here = posterior.sel(chain=chain, draw=draw)
         for name in ("scale", "cell", "shares", "double"):
@@ -236,32 +252,41 @@ def test_names_that_clash_can_be_given_others():
     loss = named("chain", "draw")
     labels = label_sites(loss, loss.bind(), "test", rename={"chain": "link", "draw": "pull"})
     assert [site.variable for site in labels.drawn] == ["link", "pull"]
-    assert labels.flat == ("link[0]", "link[1]", "pull[0]", "pull[1]")
+    assert labels.flat.tolist() == ["link[0]", "link[1]", "pull[0]", "pull[1]"]
 
 
 # Statistics and weights.
 
 
-def test_statistics_of_nuts(model_run, model_data):
+def test_statistics_of_hmc(model_run, model_data):
     optimizer, result = model_run
     stats = model_data["sample_stats"]
     target = RegularizedLoss(optimizer.loss, result.state.reference)
     x = jnp.asarray(model_data["unconstrained_posterior"]["x"].values)
-    lp = jax.vmap(jax.vmap(target.log_density))(x)
+    both = jax.vmap(jax.vmap(lambda x: (target.log_density(x), target.value(x))))
+    lp, loss = jax.jit(both)(x)
     np.testing.assert_allclose(stats["lp"], lp, rtol=1e-4)
+    np.testing.assert_allclose(stats["loss"], loss, rtol=1e-4)
     # Kinetic energy is a sum of squares.
     assert (stats["energy"] + stats["lp"] > -1e-4).all()
-    steps, depth = stats["n_steps"].values, stats["tree_depth"].values
-    assert ((2 ** (depth - 1) <= steps) & (steps < 2**depth)).all()
     assert stats["diverging"].dtype == bool
     assert not stats["diverging"].any()
+    assert (stats["n_steps"] > 0).all()
     assert ((stats["acceptance_rate"] > 0) & (stats["acceptance_rate"] <= 1)).all()
     assert len(np.unique(stats["step_size"])) == 1
-    loss = jax.vmap(jax.vmap(optimizer.loss.value))(x)
-    np.testing.assert_allclose(stats["loss"], loss, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["NUTS", "BarkerMH"])
+def test_depth_of_a_tree():
+    loss = named("a")
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+    steps = jnp.array([[1, 2, 3, 4, 7, 8]])
+    zeros = jnp.zeros(steps.shape)
+    stats = sampler_stats(target, jnp.zeros((1, 6, 2)), zeros, num_steps=steps, is_tree=True)
+    assert stats["tree_depth"].tolist() == [[1, 2, 2, 3, 3, 4]]
+    assert set(stats) == {"lp", "n_steps", "tree_depth"}
+
+
+@pytest.mark.parametrize("kernel", ["HMC", "BarkerMH"])
 def test_statistics_of_a_kernel(kernel):
     loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5), temperature=2.0)
@@ -270,7 +295,7 @@ def test_statistics_of_a_kernel(kernel):
     lp = jax.vmap(jax.vmap(target.log_density))(draws.x)
     np.testing.assert_allclose(draws.stats["lp"], lp, rtol=1e-4, atol=1e-5)
     assert draws.stats["acceptance_rate"].shape == (2, 4)
-    if kernel == "NUTS":
+    if kernel == "HMC":
         assert (draws.stats["energy"] + lp > -1e-4).all()
 
 
@@ -324,12 +349,21 @@ def test_history_is_one_dataset(cloud_run, cloud_data):
     np.testing.assert_array_equal(data["center"], history.reference.mean)
     np.testing.assert_array_equal(data["shift_ess"], history.shift.ess)
     np.testing.assert_array_equal(data["fit_mean_error"], history.fit.mean_error)
-    np.testing.assert_array_equal(data["record_heat_error"], history.record.heat.error)
-    np.testing.assert_array_equal(data["record_verdict"], history.record.verdict)
     assert data["fit_mean_error"].dims == ("iteration", "param")
     assert list(data["param"].values)[0] == "drawn"
     last = np.linalg.norm(result.state.reference.mean - history.reference.mean[-1])
     np.testing.assert_allclose(data["step_norm"][-1], last, rtol=1e-6)
+
+
+def test_values_of_a_record_have_their_errors():
+    loss = Loss.from_function(bowl, PARAMS)
+    optimizer = schemes.heat(loss, tau=0.5, record=Record(values_every=2))
+    result = without_running(optimizer)
+    data = to_arviz(result, optimizer, draws=by_hand(loss), rename=RENAME)["optimization"]
+    record = result.history.record
+    np.testing.assert_array_equal(data["record_heat"], record.heat.value)
+    np.testing.assert_array_equal(data["record_heat_error"], record.heat.error)
+    np.testing.assert_array_equal(data["record_verdict"], record.verdict)
 
 
 def test_a_continued_run_counts_on(cloud_run):
@@ -378,13 +412,17 @@ def test_summary(az, model_data):
     assert abs(float(table.loc["cell[b, 1]", "mean"]) - float(mean.sel(row="b", column=1))) < 0.01
 
 
+# ArviZ 0.23 uses what later releases of matplotlib give up.
+@pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")
 @pytest.mark.parametrize(
     "name", ["plot_trace", "plot_rank", "plot_forest", "plot_energy", "plot_pair"]
 )
 def test_plots(az, model_data, name):
     from matplotlib import pyplot as plt
 
-    options = {} if name == "plot_energy" else {"var_names": ["scale", "shares"]}
+    options = (
+        {} if name == "plot_energy" else {"var_names": ["scale", "shares"], "coords": {"kind": "x"}}
+    )
     try:
         assert getattr(az, name)(model_data, **options) is not None
         assert plt.get_fignums()
@@ -407,11 +445,6 @@ def test_one_chain_and_one_draw(az, cloud_run):
 # Files.
 
 
-def opened(az, path):
-    data = az.from_netcdf(str(path))
-    return data
-
-
 def compare(one, other):
     for group in (
         "posterior",
@@ -430,7 +463,7 @@ def compare(one, other):
 def test_netcdf_round_trip(az, model_data, tmp_path):
     path = tmp_path / "run.nc"
     model_data.to_netcdf(str(path), engine="h5netcdf")
-    back = opened(az, path)
+    back = az.from_netcdf(str(path))
     compare(model_data, back)
     assert back["posterior"].attrs == model_data["posterior"].attrs | {
         "seed": pytest.approx(model_data["posterior"].attrs["seed"])
@@ -441,26 +474,23 @@ def test_zarr_round_trip(model_data, tmp_path):
     import xarray as xr
 
     tree = model_data if hasattr(model_data, "children") else model_data.to_datatree()
-    tree.to_zarr(tmp_path / "run.zarr")
-    compare(model_data, xr.open_datatree(tmp_path / "run.zarr", engine="zarr"))
+    tree.to_zarr(tmp_path / "run.zarr", consolidated=False)
+    compare(model_data, xr.open_datatree(tmp_path / "run.zarr", engine="zarr", consolidated=False))
 
 
 @pytest.mark.parametrize("container", ["inferencedata", "datatree"])
 def test_files_of_both_generations_are_read(az, container):
     """Written by `python tests/test_arviz.py FILE` under ArviZ 0.23 and 1.x."""
-    data = opened(az, DATA / f"arviz_{container}.nc")
+    data = az.from_netcdf(str(DATA / f"arviz_{container}.nc"))
     compare(data, small_data())
 
 
 def small_data():
-    loss = Loss.from_function(bowl, PARAMS)
-    optimizer = TwoStep(loss, tau=0.5, shift=shift.Implicit(), fit=fit.RobbinsMonro(1))
-    state = optimizer.init(random.key(0))
-    state, history = optimizer.scan(state, 1)
-    history = jax.tree.map(np.asarray, history)
-    fixed = jax.tree.map(lambda a: np.zeros_like(a) if a.dtype != bool else a, history)
-    result = TwoStepResult(None, state, fixed)
-    return to_arviz(result, optimizer, draws=by_hand(loss), rename=RENAME)
+    optimizer = TwoStep(
+        Loss.from_function(bowl, PARAMS), tau=0.5, shift=shift.Implicit(), fit=fit.RobbinsMonro(1)
+    )
+    draws = by_hand(optimizer.loss)
+    return to_arviz(without_running(optimizer), optimizer, draws=draws, rename=RENAME)
 
 
 # What says what it is.
@@ -473,7 +503,7 @@ def test_attributes(model_data):
         "inference_library": "numpyro_regloss",
         "loss": "NumPyro model",
         "density": "joint",
-        "shift": "NUTS",
+        "shift": "HMC",
         "fit": "ForwardKL",
         "anchor": "Proximal",
         "tau": 0.5,
@@ -514,8 +544,7 @@ def test_a_gaussian(model_run):
 def test_an_engine_without_draws():
     loss = Loss.from_function(bowl, PARAMS)
     optimizer = TwoStep(loss, tau=0.5, shift=shift.Implicit(), fit=fit.RobbinsMonro(3))
-    result = optimizer.run(random.key(0), 2, progress_bar=False)
-    data = to_arviz(result, optimizer, rename=RENAME)
+    data = to_arviz(without_running(optimizer), optimizer, rename=RENAME)
     assert "gaussian_to_arviz" in data["optimization"].attrs["description"]
     groups = set(data.children if hasattr(data, "children") else data.groups())
     assert groups == {"optimization", "constant_data"}
@@ -558,4 +587,7 @@ def test_wrong_kinds_are_refused(cloud_run):
 if __name__ == "__main__":
     import sys
 
-    small_data().to_netcdf(sys.argv[1], engine="h5netcdf")
+    written = small_data()
+    # Compressed, small arrays are larger.
+    options = {} if hasattr(written, "children") else {"compress": False}
+    written.to_netcdf(sys.argv[1], engine="h5netcdf", **options)
