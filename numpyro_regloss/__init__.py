@@ -2,6 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
+# ArviZ 1.x leaves a numpyro behind that loads itself at its first use, and comes out broken where that is the
+# import of one of its submodules.
+from numpyro import __version__ as _numpyro_version  # noqa: F401
+
 from numpyro_regloss import anchor, diagnostics, fit, plots, schedules, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.fit.forward_kl import forward_kl

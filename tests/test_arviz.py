@@ -3,6 +3,8 @@
 """Views for ArviZ: the same under both of its generations, with every element under its own label."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -442,6 +444,14 @@ def test_one_chain_and_one_draw(az, cloud_run):
     assert table["r_hat"].isna().all()
 
 
+def test_arviz_may_be_imported_first():
+    code = "import arviz, numpyro_regloss, numpyro; print(numpyro.distributions.distribution.Unit.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "Unit", done.stderr
+
+
 # Files.
 
 
@@ -585,8 +595,6 @@ def test_wrong_kinds_are_refused(cloud_run):
 
 
 if __name__ == "__main__":
-    import sys
-
     written = small_data()
     # Compressed, small arrays are larger.
     options = {} if hasattr(written, "children") else {"compress": False}
