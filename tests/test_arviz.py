@@ -393,10 +393,9 @@ def test_a_cloud_of_a_step_is_made_again(cloud_run):
 
 
 def test_steps_have_diagnostics_of_their_own(az, model_data):
-    steps = model_data["shift_posterior"]
-    steps = steps.to_dataset() if hasattr(steps, "to_dataset") else steps
     for statistic in (az.ess, az.rhat):
-        values = statistic(steps)["x"]
+        values = statistic(model_data["shift_posterior"]["x"])
+        values = values["x"] if "x" in getattr(values, "data_vars", ()) else values
         assert values.dims == ("iteration", "param")
         assert values["iteration"].values.tolist() == [0, 3]
         assert np.isfinite(values).all()
@@ -444,6 +443,7 @@ def test_one_chain_and_one_draw(az, cloud_run):
     assert table["r_hat"].isna().all()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="ArviZ 0.23 has no modules that load late")
 def test_arviz_may_be_imported_first():
     code = "import arviz, numpyro_regloss, numpyro; print(numpyro.distributions.distribution.Unit.__name__)"
     done = subprocess.run(
