@@ -2,12 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
+# ArviZ 1.x leaves a numpyro behind that loads itself at its first use, and comes out broken where that is the
+# import of one of its submodules.
+from numpyro import __version__ as _numpyro_version  # noqa: F401
+
 from numpyro_regloss import anchor, diagnostics, fit, plots, schedules, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.gaussian import Gaussian, kl_divergence
 from numpyro_regloss.guides import from_guide, to_guide
+from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
@@ -40,6 +45,7 @@ __all__ = [
     "fit",
     "forward_kl",
     "from_guide",
+    "gaussian_to_arviz",
     "kl_divergence",
     "model",
     "plots",
@@ -47,6 +53,7 @@ __all__ = [
     "schedules",
     "schemes",
     "shift",
+    "to_arviz",
     "to_guide",
     "values",
 ]

@@ -252,7 +252,8 @@ def _sites(
 
 def _latent(site: dict[str, Any]) -> Site | None:
     kind, name = site["type"], site["name"]
-    if kind in ("param", "mutable"):
+    # random_flax_module leaves a param site behind that holds no array, once all weights are latent.
+    if kind in ("param", "mutable") and jax.tree.leaves(site["value"]):
         raise ValueError(
             f"Loss.from_model: expected latent sample sites only, got the {kind} site {name!r}, which "
             "would stay fixed; write it as a sample site (random_flax_module makes a network's weights "

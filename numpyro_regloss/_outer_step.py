@@ -19,7 +19,17 @@ from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["TwoStepInfo", "TwoStepState", "advance", "draw", "init_state", "scan", "step"]
+__all__ = [
+    "TwoStepInfo",
+    "TwoStepState",
+    "advance",
+    "draw",
+    "draw_key",
+    "init_state",
+    "revisit",
+    "scan",
+    "step",
+]
 
 
 class TwoStepState(NamedTuple):
@@ -129,7 +139,7 @@ def step(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
     """Reference → draws → fitted Gaussian → next reference; a rejected step keeps what was before."""
-    keys = random.split(random.fold_in(state.rng_key, state.step), 5)
+    keys = _keys(state.rng_key, state.step)
     tau = optimizer.tau_at(state.step)
     here = _rescaled(optimizer, state.reference, tau)
     target = _target(optimizer, here, arguments)
@@ -220,6 +230,27 @@ def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition
     here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
     target = _target(optimizer, here, arguments)
     return optimizer.shift.step(rng_key, state.shift, target)[1]
+
+
+@jax.jit
+def draw_key(rng_key: Key, step: Array) -> Key:
+    """The key from which the run with this key makes the draws of a step."""
+    return _keys(rng_key, step)[0]
+
+
+@jax.jit
+def revisit(
+    optimizer: Any, state: TwoStepState, step: Array, reference: AnyGaussian, arguments: Partition
+) -> TwoStepState:
+    """A state from which `draw` draws at an earlier step's reference: the shift begins anew there."""
+    key = random.fold_in(draw_key(state.rng_key, step), 1)
+    target = _target(optimizer, reference, arguments)
+    shift = optimizer.shift.init(key, target)
+    return strong(state._replace(step=step, reference=reference, shift=shift))
+
+
+def _keys(rng_key: Key, step: Array) -> Key:
+    return random.split(random.fold_in(rng_key, step), 5)
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:

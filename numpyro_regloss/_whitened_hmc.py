@@ -17,7 +17,6 @@ Algorithm".
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +25,9 @@ from jax import lax, random
 from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
-from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._pytree import is_concrete, strong
+from numpyro_regloss._hmc_settings import Settings
+from numpyro_regloss._pytree import strong
+from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._stats import effective_sample_size, split_rhat
 from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
@@ -37,10 +37,8 @@ from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = [
     "HMCInfo",
-    "Settings",
     "WhitenedState",
     "after_rejection",
-    "check_settings",
     "init",
     "step",
 ]
@@ -58,20 +56,6 @@ MAX_LEAPFROG = 1024
 MOST_CORRECTION = 2.0
 # Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
 JITTER = 0.25
-
-
-class Settings(NamedTuple):
-    """What NUTS and HMC share; everything but the three last fields compiles."""
-
-    algorithm: str
-    num_warmup: int
-    num_samples: int
-    num_chains: int
-    dense_mass: bool
-    max_tree_depth: int
-    trajectory_length: Array | float | None
-    step_size: Array | float
-    target_accept_prob: Array | float
 
 
 class WhitenedState(NamedTuple):
@@ -127,6 +111,7 @@ class _Outcome(NamedTuple):
     accept_prob: Array
     num_steps: Array
     diverging: Array
+    hamiltonian: Array
 
 
 class _Tally(NamedTuple):
@@ -140,6 +125,7 @@ class _Buffers(NamedTuple):
     z: Array
     potential: Array
     gradient: Array
+    outcome: _Outcome
 
 
 class _Carry(NamedTuple):
@@ -148,33 +134,6 @@ class _Carry(NamedTuple):
     adaptation: Adaptation
     buffers: _Buffers
     tally: _Tally
-
-
-def check_settings(engine: Any) -> None:
-    """Casts settings that NUTS and HMC share and refuses what is out of range.
-
-    Args:
-        engine: the engine under construction.
-
-    Raises:
-        TypeError: if a setting is of the wrong kind.
-        ValueError: if a setting is out of range.
-    """
-    name = type(engine).__name__
-    check_count(engine.num_warmup, f"{name}: num_warmup", 0)
-    check_count(engine.num_samples, f"{name}: num_samples")
-    check_count(engine.num_chains, f"{name}: num_chains")
-    if not isinstance(engine.dense_mass, bool):
-        raise TypeError(f"{name}: expected dense_mass as True or False, got {engine.dense_mass!r}.")
-    numbers = ("step_size", "target_accept_prob", "trajectory_length")
-    for field in filter(partial(hasattr, engine), numbers):
-        # Numbers of one type whatever was given, since another type would be another program.
-        number = check_positive(getattr(engine, field), f"{name}: {field}")
-        object.__setattr__(engine, field, number)
-    if is_concrete(engine.target_accept_prob) and engine.target_accept_prob >= 1:
-        raise ValueError(
-            f"{name}: expected target_accept_prob between 0 and 1, got {engine.target_accept_prob}."
-        )
 
 
 def init(settings: Settings, target: RegularizedLoss) -> WhitenedState:
@@ -249,7 +208,7 @@ def step(
             lambda: warm_up.update(i, accept_prob, chains.z, carry.tuning, carry.adaptation),
         )
         place = jnp.maximum(i - num_leading, 0)
-        row = _Buffers(chains.z, chains.potential, chains.gradient)
+        row = _Buffers(chains.z, chains.potential, chains.gradient, outcome)
         steps = jnp.sum(outcome.num_steps)
         tally = carry.tally
         return _Carry(
@@ -257,7 +216,9 @@ def step(
             tuning,
             adaptation,
             jax.tree.map(
-                lambda b, r: lax.dynamic_update_index_in_dim(b, r, place, 0), carry.buffers, row
+                lambda b, r: lax.dynamic_update_index_in_dim(b, r.astype(b.dtype), place, 0),
+                carry.buffers,
+                row,
             ),
             _Tally(
                 tally.accept_prob + jnp.where(counts, accept_prob, 0.0),
@@ -267,12 +228,15 @@ def step(
             ),
         )
 
+    chains = _Chains(random.split(key_init, settings.num_chains), *start)
+    number, whole = chains.potential, jnp.zeros(settings.num_chains, int)
+    outcome = _Outcome(number, whole, whole > 0, number)
     buffers = jax.tree.map(
-        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype), _Buffers(*start)
+        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype), _Buffers(*start, outcome)
     )
     zero = jnp.asarray(0)
     carry = _Carry(
-        _Chains(random.split(key_init, settings.num_chains), *start),
+        chains,
         tuning,
         warm_up.init(tuning),
         buffers,
@@ -316,7 +280,8 @@ def _kernel(
             )
         )
         chain = _Chains(after.rng_key, after.z, after.potential_energy, after.z_grad)
-        return strong((chain, _Outcome(after.accept_prob, after.num_steps, after.diverging)))
+        outcome = _Outcome(after.accept_prob, after.num_steps, after.diverging, after.energy)
+        return strong((chain, outcome))
 
     def single(chains: _Chains, tuning: Tuning, length: Any) -> tuple[_Chains, _Outcome]:
         # Under vmap every conditional of a tree would run both of its branches.
@@ -347,11 +312,29 @@ def _report(
     settings: Settings, target: RegularizedLoss, carry: _Carry
 ) -> tuple[WhitenedState, StoredDraws, HMCInfo]:
     tally, step_size = carry.tally, carry.tuning.step_size
-    noise, potential, gradient = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), carry.buffers)
+    buffers = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), carry.buffers)
+    noise, potential, gradient, outcome = buffers
     x = target.reference.unwhiten(noise)
     loss = (potential - 0.5 * jnp.sum(noise**2, -1)) * target.temperature
     score = -target.reference.unscale_transpose(gradient)
-    draws = StoredDraws(x, jnp.zeros_like(loss), loss, target.temperature, score)
+    draws = StoredDraws(
+        x,
+        jnp.zeros_like(loss),
+        loss,
+        target.temperature,
+        score,
+        stats=sampler_stats(
+            target,
+            noise,
+            loss,
+            kinetic=outcome.hamiltonian - potential,
+            num_steps=outcome.num_steps,
+            is_tree=settings.algorithm == "NUTS",
+            diverging=outcome.diverging,
+            acceptance_rate=outcome.accept_prob,
+            step_size=step_size,
+        ),
+    )
 
     accept_prob = tally.accept_prob / settings.num_samples
     finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()

@@ -97,6 +97,8 @@ class StoredDraws:
         temperature: scalar.
         score: `(chain, draw, dim)` or None.
         block_size: see `Draws`; None (Markov chains) by default.
+        stats: `(chain, draw)` each, by ArviZ's names of the statistics of a sampler, or None; for views of the
+            draws, never for a fit.
     """
 
     x: Array
@@ -105,6 +107,7 @@ class StoredDraws:
     temperature: Array
     score: Array | None = None
     block_size: int | None = static_field(default=None)
+    stats: dict[str, Array] | None = None
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Hands all draws over at once."""

@@ -116,6 +116,12 @@ class Rounds:
         return None if score is None else _joined(score)
 
     @property
+    def stats(self) -> dict[str, Array] | None:
+        """Statistics of the draws, `(chain, round * draw)` each, or None."""
+        stats = getattr(self.rounds, "stats", None)
+        return None if stats is None else {name: _joined(a) for name, a in stats.items()}
+
+    @property
     def spread(self) -> Array | None:
         """Variances within what `x` are means of, see `BatchMeans`, or None."""
         spread = getattr(self.rounds, "spread", None)

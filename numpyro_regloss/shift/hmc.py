@@ -10,6 +10,7 @@ import math
 from typing import Any, ClassVar
 
 from numpyro_regloss import _whitened_hmc as whitened
+from numpyro_regloss._hmc_settings import Settings, check_settings
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Key
 from numpyro_regloss.draws import StoredDraws
@@ -56,12 +57,12 @@ class HMC(Shift):
     uses_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        whitened.check_settings(self)
+        check_settings(self)
 
     @property
-    def settings(self) -> whitened.Settings:
+    def settings(self) -> Settings:
         """The kernel's settings."""
-        return whitened.Settings(
+        return Settings(
             algorithm="HMC",
             num_warmup=self.num_warmup,
             num_samples=self.num_samples,

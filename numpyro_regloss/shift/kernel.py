@@ -27,6 +27,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_regloss._batch_means import ess_of_blocks, stretches
 from numpyro_regloss._checks import check_count
 from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
+from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._stats import effective_sample_size, split_rhat
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -83,6 +84,7 @@ class _Row(NamedTuple):
     noise: Array
     potential: Any
     gradient: Any
+    stats: dict[str, Any]
 
 
 class _Tally(NamedTuple):
@@ -334,9 +336,10 @@ class Kernel(Shift):
             x, loss = stretches(x), stretches(loss)
             block_size = x.shape[1]
             ess = jnp.min(ess_of_blocks(x))
-        draws = StoredDraws(
-            x, jnp.zeros_like(loss), loss, target.temperature, score, block_size=block_size
-        )
+        # Stretches of an ensemble have no place for what belongs to its walkers.
+        stats = sampler_stats(target, rows.noise, loss, **rows.stats) if rows.stats else None
+        weight = jnp.zeros_like(loss)
+        draws = StoredDraws(x, weight, loss, target.temperature, score, block_size, stats)
         accept_prob = jnp.mean(tally.accept_prob) / self.num_samples
         moved = jnp.mean(tally.num_moved) / self.num_samples
         info = KernelInfo(
@@ -353,10 +356,20 @@ class Kernel(Shift):
 
 def _observe(state: Any, kernel: MCMCKernel, name: str) -> _Row:
     gradient = getattr(state, "z_grad", None)
-    if isinstance(gradient, dict):
-        gradient = gradient[name]
+    gradient = gradient[name] if isinstance(gradient, dict) else gradient
     noise = getattr(state, kernel.sample_field)[name]
-    return _Row(noise, getattr(state, "potential_energy", None), gradient)
+    potential = getattr(state, "potential_energy", None)
+    stats = {}
+    if not kernel.is_ensemble_kernel:
+        energy, adapt_state = _found(state, "energy", None), getattr(state, "adapt_state", None)
+        stats = {
+            "kinetic": None if energy is None or potential is None else energy - potential,
+            "num_steps": _found(state, "num_steps", None),
+            "diverging": _found(state, "diverging", None),
+            "acceptance_rate": _found(state, "accept_prob", None),
+            "step_size": getattr(adapt_state, "step_size", None),
+        }
+    return _Row(noise, potential, gradient, stats)
 
 
 def _tuning(state: Any) -> Any:

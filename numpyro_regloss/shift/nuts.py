@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from numpyro_regloss import _whitened_hmc as whitened
 from numpyro_regloss._checks import check_count
+from numpyro_regloss._hmc_settings import Settings, check_settings
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Key
 from numpyro_regloss.draws import StoredDraws
@@ -52,13 +53,13 @@ class NUTS(Shift):
     uses_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        whitened.check_settings(self)
+        check_settings(self)
         check_count(self.max_tree_depth, "NUTS: max_tree_depth")
 
     @property
-    def settings(self) -> whitened.Settings:
+    def settings(self) -> Settings:
         """The kernel's settings."""
-        return whitened.Settings(
+        return Settings(
             algorithm="NUTS",
             num_warmup=self.num_warmup,
             num_samples=self.num_samples,

@@ -1,0 +1,139 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Draws as labelled datasets: constrained by site, flat, and the statistics of each draw."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import logsumexp
+
+from numpyro_regloss._equal_weights import equal_weights
+from numpyro_regloss._model_source import ModelSource
+from numpyro_regloss._pytree import Partition
+from numpyro_regloss._site_labels import Labels
+from numpyro_regloss._typing import Array
+from numpyro_regloss.draws import Draws
+from numpyro_regloss.loss import Loss
+
+__all__ = ["draw_groups", "flat_dataset", "plain", "position_groups"]
+
+
+def plain(values: Any) -> np.ndarray:
+    """An array of a type that files have: floats of fewer than 32 bits become single precision."""
+    array = np.asarray(values)
+    if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4:
+        array = array.astype(np.float32)
+    return array
+
+
+def draw_groups(
+    draws: Draws, loss: Loss, arguments: Partition, labels: Labels
+) -> tuple[dict[str, Any], bool]:
+    """The groups that show draws: `posterior`, `unconstrained_posterior`, `sample_stats`.
+
+    Args:
+        draws: as an engine made them.
+        loss: whose parameters they are.
+        arguments: of the loss.
+        labels: of its sites.
+
+    Returns:
+        Datasets by group, and whether draws were resampled to equal weights.
+    """
+    log_weight = np.asarray(draws.log_weight)
+    index, resampled = equal_weights(log_weight)
+    x, losses = np.asarray(draws.x), np.asarray(draws.loss)
+
+    def pick(values: Any) -> np.ndarray:
+        values = np.asarray(values)
+        return values.reshape(-1, *values.shape[2:])[index]
+
+    stats = {name: pick(a) for name, a in (getattr(draws, "stats", None) or {}).items()}
+    stats["loss"] = pick(losses)
+    if resampled:
+        stats["log_weight"] = pick(log_weight - logsumexp(log_weight.astype(float))).astype(x.dtype)
+        stats["draw_index"] = index
+    groups = position_groups(pick(x), loss, arguments, labels)
+    groups["sample_stats"] = _by_draw({name: (a, ()) for name, a in stats.items()}, {})
+    return groups, resampled
+
+
+def position_groups(
+    x: np.ndarray, loss: Loss, arguments: Partition, labels: Labels
+) -> dict[str, Any]:
+    """Flat positions as `posterior`, constrained and by site, and as `unconstrained_posterior`.
+
+    Args:
+        x: `(chain, draw, dim)`.
+        loss: whose parameters they are.
+        arguments: of the loss.
+        labels: of its sites.
+
+    Returns:
+        Datasets by group.
+    """
+    values = _sites_of(x, loss, arguments, labels)
+    drawn = {site.variable: (plain(values[site.site]), site.dims) for site in labels.drawn}
+    posterior = _by_draw(drawn, labels.coords_of(labels.drawn))
+    for site in labels.drawn:
+        posterior[site.variable].attrs.update(site=site.site, kind=site.kind)
+    return {"posterior": posterior, "unconstrained_posterior": flat_dataset(x, labels)}
+
+
+def flat_dataset(x: np.ndarray, labels: Labels, **lead: Any) -> Any:
+    """Flat positions `x` with one coordinate value per parameter.
+
+    Args:
+        x: `(*lead, chain, draw, dim)`.
+        labels: of the parameters.
+        **lead: coordinates of the leading axes, in order.
+
+    Returns:
+        A dataset of one variable.
+    """
+    return _by_draw({"x": (plain(x), ("param",))}, {"param": labels.flat}, tuple(lead), lead)
+
+
+def _by_draw(
+    variables: dict[str, tuple[np.ndarray, tuple[str, ...]]],
+    coords: dict[str, np.ndarray],
+    lead: tuple[str, ...] = (),
+    lead_coords: dict[str, Any] | None = None,
+) -> Any:
+    import xarray as xr  # noqa: PLC0415
+
+    dims = (*lead, "chain", "draw")
+    sizes = next(iter(variables.values()))[0].shape[len(lead) :]
+    axes = {"chain": np.arange(sizes[0]), "draw": np.arange(sizes[1])}
+    return xr.Dataset(
+        {name: ((*dims, *own), values) for name, (values, own) in variables.items()},
+        coords={**(lead_coords or {}), **axes, **coords},
+    )
+
+
+def _sites_of(
+    x: np.ndarray, loss: Loss, arguments: Partition, labels: Labels
+) -> dict[str, Array | np.ndarray]:
+    if isinstance(loss.source, ModelSource):
+        names = tuple(site.site for site in labels.drawn)
+        return _constrained(loss, jnp.asarray(x), arguments, names)
+    values, start = {}, 0
+    for site in labels.sites:
+        stop = start + int(np.prod(site.shape))
+        values[site.site] = x[..., start:stop].reshape(*x.shape[:2], *site.shape)
+        start = stop
+    return values
+
+
+@partial(jax.jit, static_argnames="names")
+def _constrained(
+    loss: Loss, x: Array, arguments: Partition, names: tuple[str, ...]
+) -> dict[str, Array]:
+    def constrain(x: Array) -> dict[str, Array]:
+        sites = loss.named_sites(x, arguments)
+        return {name: sites[name] for name in names}
+
+    return jax.vmap(jax.vmap(constrain))(x)

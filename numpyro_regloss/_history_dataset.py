@@ -1,0 +1,76 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The history of a run as one labelled dataset over its steps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from numpyro_regloss._draw_datasets import plain
+from numpyro_regloss._estimate import Estimate
+from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
+from numpyro_regloss._site_labels import Labels
+
+__all__ = ["history_dataset", "iterations"]
+
+PARTS = ("shift", "fit", "anchor", "record")
+
+
+def iterations(state: TwoStepState, history: TwoStepInfo) -> np.ndarray:
+    """The true numbers of the steps of a history, which may continue an earlier run."""
+    return np.arange(len(history.ok)) + int(state.step) - len(history.ok)
+
+
+def history_dataset(state: TwoStepState, history: TwoStepInfo, labels: Labels) -> Any:
+    """Everything of the history that is a number, under its path there.
+
+    Args:
+        state: after the run.
+        history: of the run.
+        labels: of the parameters.
+
+    Returns:
+        A dataset with the dimension `iteration`, and `param` for what has a value per parameter.
+    """
+    import xarray as xr  # noqa: PLC0415
+
+    centers = np.asarray(history.reference.mean)
+    after = np.concatenate([centers[1:], np.asarray(state.reference.mean)[None]])
+    variables = {
+        "ok": history.ok,
+        "loss": history.loss,
+        "tau": history.tau,
+        "center": centers,
+        "fitted_mean": history.fitted.mean,
+        "fitted_sd": np.sqrt(np.asarray(history.fitted.variance)),
+        "step_norm": np.linalg.norm(after - centers, axis=-1),
+        "num_loss": history.num_loss,
+        "num_grad": history.num_grad,
+    }
+    for part in PARTS:
+        variables |= dict(_numbers(part, getattr(history, part)))
+    dim = len(labels.flat)
+    return xr.Dataset(
+        {name: (_dims(name, np.shape(a)[1:], dim), plain(a)) for name, a in variables.items()},
+        coords={"iteration": iterations(state, history), "param": labels.flat},
+    )
+
+
+def _numbers(path: str, info: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(info, Estimate):
+        yield path, info.value
+        yield f"{path}_error", info.error
+        return
+    if hasattr(info, "_asdict"):
+        for name, value in info._asdict().items():
+            yield from _numbers(f"{path}_{name}", value)
+    elif isinstance(info, np.ndarray) and info.ndim and info.dtype != object:
+        yield path, info
+
+
+def _dims(name: str, shape: tuple[int, ...], dim: int) -> tuple[str, ...]:
+    flat = ["param", "param_bis"] if len(shape) > 1 else ["param"]
+    if shape == (dim,) * len(shape):
+        return ("iteration", *flat[: len(shape)])
+    return ("iteration", *(f"{name}_dim_{axis}" for axis in range(len(shape))))

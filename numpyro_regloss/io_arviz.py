@@ -1,0 +1,329 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs and fitted Gaussians as what ArviZ works with: `DataTree` under ArviZ 1.x, `InferenceData` under 0.23.
+
+Groups of a run:
+
+- `posterior`: constrained draws of the shifted density q at the last reference, by site. This is the posterior
+  *times a Gaussian*, which is not the model's posterior.
+- `unconstrained_posterior`: the same draws, flat, as the engines see them: `x` (chain, draw, param).
+- `sample_stats`: the loss of each draw, the statistics of a sampler by ArviZ's names, and of weighted draws,
+  which are resampled, their log weights.
+- `shift_posterior`: `x` (iteration, chain, draw, param) at a few steps, so that `az.ess` and `az.rhat` of it
+  have one value per step.
+- `optimization`: the history, by (iteration[, param]).
+- `constant_data`: the start, tau, and the observed values if asked for.
+
+References: Kumar, Carroll, Hartikainen & Martin (2019), "ArviZ: a unified library for exploratory analysis of
+Bayesian models in Python".
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+
+from numpyro_regloss import _outer_step
+from numpyro_regloss._arviz_compat import wrap
+from numpyro_regloss._checks import check_count, check_key
+from numpyro_regloss._draw_datasets import draw_groups, plain, position_groups
+from numpyro_regloss._history_dataset import history_dataset, iterations
+from numpyro_regloss._model_source import ModelSource
+from numpyro_regloss._pytree import Partition
+from numpyro_regloss._result import TwoStepResult
+from numpyro_regloss._site_labels import Labels, label_sites, observed_values
+from numpyro_regloss._step_draws import choose_steps, step_dataset
+from numpyro_regloss._typing import Key
+from numpyro_regloss._version import __version__
+from numpyro_regloss.draws import BatchMeans, Draws
+from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
+from numpyro_regloss.loss import Loss
+from numpyro_regloss.two_step import TwoStep
+
+__all__ = ["gaussian_to_arviz", "to_arviz"]
+
+OF_RUN = (
+    "posterior holds draws of the shifted density q, which is proportional to exp(-loss / temperature) times a "
+    "Gaussian of variance tau about the last centre: not the model's posterior"
+)
+OF_GAUSSIAN = (
+    "posterior holds independent draws of a fitted Gaussian, constrained: not the model's posterior"
+)
+OF_NOTHING = (
+    "there are no draws: this engine makes none; gaussian_to_arviz shows the fitted Gaussian, and draws=... those "
+    "of another engine"
+)
+
+
+def to_arviz(
+    result: TwoStepResult,
+    optimizer: TwoStep,
+    *args: Any,
+    draws: Draws | None = None,
+    step_draws: bool | Sequence[int] | None = None,
+    rng_key: Key | None = None,
+    deterministic: bool = False,
+    observed: bool = False,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A run as labelled datasets, for `az.summary`, `az.plot_trace` and the rest of ArviZ.
+
+    Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of
+    their pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of
+    the draws. Weighted draws are resampled to equal weights, copies side by side; draws of one chain have no
+    R-hat. Of an engine without draws (`shift.Implicit`) there are `optimization` and `constant_data` only.
+
+    Args:
+        result: of `optimizer.run`.
+        optimizer: what ran.
+        *args: arguments of the loss in place of the bound ones, as they were given to `run`.
+        draws: draws to show, such as those of `optimizer.draw`. Default: new ones at the last reference.
+        step_draws: steps of which `shift_posterior` shows draws, made anew: numbers of steps (from 0); True for
+            ten of them; False for none. Each costs an outer step's draws, and of an engine with a warm-up that
+            too. Default: ten, but none where `draws` are given or where they would be more than two million
+            numbers.
+        rng_key: for the default of `draws`; default: that of the step which the run would do next.
+        deterministic: whether to show the model's deterministic sites.
+        observed: whether to put its observed values into `constant_data`.
+        dims: names of all axes of a site, by site, over those that were found.
+        coords: coordinate values by dimension; default: 0, 1, 2, ...
+        rename: names of variables by site, where a site has the name of a dimension, say.
+        **kwargs: keyword arguments of the loss over the bound ones.
+
+    Returns:
+        `xarray.DataTree` (ArviZ 1.x) or `arviz.InferenceData` (0.23).
+
+    Raises:
+        TypeError: if result, optimizer or draws are of the wrong kind.
+        ValueError: if names clash, labels or draws do not fit, or the engine kept means of draws instead of
+        draws.
+
+    Example:
+        >>> import arviz as az
+        >>> from jax import random
+        >>> from numpyro_regloss import schemes
+        >>> loss = Loss.from_function(lambda p: jnp.sum(p["weight"] ** 2), {"weight": jnp.ones(2)})
+        >>> optimizer = schemes.local_entropy(loss, tau=0.5)
+        >>> result = optimizer.run(random.key(0), 5, progress_bar=False)
+        >>> data = to_arviz(result, optimizer, coords={"weight_dim_0": ["left", "right"]})
+        >>> data["optimization"]["center"].dims
+        ('iteration', 'param')
+        >>> data["posterior"]["weight"].sel(weight_dim_0="left").dims
+        ('chain', 'draw')
+    """
+    _check_run(result, optimizer)
+    loss = optimizer.loss
+    arguments = loss.bind(args, kwargs)
+    labels = label_sites(
+        loss,
+        arguments,
+        "to_arviz",
+        deterministic=deterministic,
+        observed=observed,
+        dims=dims,
+        coords=coords,
+        rename=rename,
+    )
+    given = draws is not None
+    if not given and getattr(optimizer.shift, "makes_draws", True):
+        key = _outer_step.draw_key(result.state.rng_key, result.state.step)
+        key = key if rng_key is None else check_key(rng_key, "to_arviz: rng_key")
+        draws = optimizer.draw(key, result.state, *args, **kwargs)
+    attrs = _attributes(loss, labels) | _of_run(result, optimizer)
+    groups: dict[str, Any] = {}
+    if draws is not None:
+        _check_draws(draws, loss)
+        shown, resampled = draw_groups(draws, loss, arguments, labels)
+        groups |= shown
+        attrs |= {"description": OF_RUN, "resampled": int(resampled)}
+        if step_draws is None and given:
+            step_draws = False
+        steps = choose_steps(result, np.size(draws.log_weight) * loss.dim, step_draws)
+        if steps:
+            groups["shift_posterior"] = step_dataset(steps, result, optimizer, arguments, labels)
+    else:
+        attrs["description"] = OF_NOTHING
+    groups["optimization"] = history_dataset(result.state, result.history, labels)
+    groups["constant_data"] = _constant_data(result, loss, arguments, labels)
+    for dataset in groups.values():
+        dataset.attrs.update(attrs)
+    return wrap(groups, attrs)
+
+
+def gaussian_to_arviz(
+    rng_key: Key,
+    gaussian: AnyGaussian,
+    loss: Loss,
+    num_samples: int = 1000,
+    *,
+    args: tuple = (),
+    kwargs: dict | None = None,
+    deterministic: bool = False,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Any:
+    """A fitted Gaussian as labelled datasets: independent draws, constrained, in one chain.
+
+    Args:
+        rng_key: a random key.
+        gaussian: over the flat parameters of the loss, such as that of `forward_kl` or `reverse_kl`.
+        loss: whose parameters these are.
+        num_samples: draws.
+        args: arguments of the loss in place of the bound ones.
+        kwargs: keyword arguments over the bound ones.
+        deterministic: see `to_arviz`.
+        dims: see `to_arviz`.
+        coords: see `to_arviz`.
+        rename: see `to_arviz`.
+
+    Returns:
+        `xarray.DataTree` (ArviZ 1.x) or `arviz.InferenceData` (0.23) with the groups `posterior` and
+        `unconstrained_posterior`. Its attribute `description` says that these are not draws of the posterior.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if the Gaussian is of another dimension, or names clash.
+
+    Example:
+        >>> from jax import random
+        >>> from numpyro_regloss import Gaussian
+        >>> loss = Loss.from_function(lambda p: jnp.sum(p["weight"] ** 2), {"weight": jnp.ones(2)})
+        >>> data = gaussian_to_arviz(random.key(0), Gaussian.isotropic(jnp.zeros(2), 0.5), loss)
+        >>> data["posterior"]["weight"].shape
+        (1, 1000, 2)
+    """
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"gaussian_to_arviz: expected a Loss as third argument, got {type(loss).__name__}; it knows the names "
+            "of the parameters."
+        )
+    rng_key = check_key(rng_key, "gaussian_to_arviz")
+    gaussian = check_gaussian(gaussian, loss.dim, "gaussian_to_arviz")
+    check_count(num_samples, "gaussian_to_arviz: num_samples")
+    arguments = loss.bind(args, kwargs)
+    labels = label_sites(
+        loss,
+        arguments,
+        "gaussian_to_arviz",
+        deterministic=deterministic,
+        dims=dims,
+        coords=coords,
+        rename=rename,
+    )
+    x = np.asarray(gaussian.sample(rng_key, (1, num_samples)))
+    groups = position_groups(x, loss, arguments, labels)
+    attrs = _attributes(loss, labels) | {"description": OF_GAUSSIAN}
+    for dataset in groups.values():
+        dataset.attrs.update(attrs)
+    return wrap(groups, attrs)
+
+
+def _check_run(result: Any, optimizer: Any) -> None:
+    if not isinstance(optimizer, TwoStep):
+        raise TypeError(
+            f"to_arviz: expected the TwoStep that ran as second argument, got {type(optimizer).__name__}."
+        )
+    if not isinstance(result, TwoStepResult):
+        raise TypeError(
+            f"to_arviz: expected the result of TwoStep.run, got {type(result).__name__}; of TwoStep.scan make "
+            "TwoStepResult(optimizer.get_params(state), state, history)."
+        )
+    if np.ndim(result.history.ok) != 1:
+        raise ValueError(
+            f"to_arviz: expected the history of one run, got an axis of runs before that of steps: shape "
+            f"{np.shape(result.history.ok)}; convert one at a time, jax.tree.map(lambda a: a[0], result)."
+        )
+    if np.shape(result.state.reference.mean) != (optimizer.loss.dim,):
+        raise ValueError(
+            f"to_arviz: expected a result of {optimizer.loss.dim} parameters, got "
+            f"{np.shape(result.state.reference.mean)}; it belongs to another optimizer."
+        )
+
+
+def _check_draws(draws: Any, loss: Loss) -> None:
+    if not isinstance(draws, Draws):
+        raise TypeError(
+            f"to_arviz: expected draws as an engine makes them, got {type(draws).__name__}; use "
+            "optimizer.draw(rng_key, result.state)."
+        )
+    if isinstance(draws, BatchMeans) or getattr(draws, "spread", None) is not None:
+        raise ValueError(
+            "to_arviz: expected draws, got means of batches of them, which are too narrow to be shown in their "
+            'place; run with shift.SGLD(..., keep="draws"), or give draws=... of another engine at '
+            "result.state.reference, or use gaussian_to_arviz."
+        )
+    if jnp.shape(draws.x) != (*np.shape(draws.log_weight), loss.dim):
+        raise ValueError(
+            f"to_arviz: expected draws of {loss.dim} parameters, got x of shape {jnp.shape(draws.x)}."
+        )
+
+
+def _attributes(loss: Loss, labels: Labels) -> dict[str, Any]:
+    is_model = isinstance(loss.source, ModelSource)
+    return {
+        "inference_library": "numpyro_regloss",
+        "inference_library_version": __version__,
+        "numpyro_version": numpyro.__version__,
+        "jax_version": jax.__version__,
+        "created_at": datetime.now(UTC).isoformat(),
+        "loss": "NumPyro model" if is_model else "function",
+        "density": loss.source.density if isinstance(loss.source, ModelSource) else "",
+        "sites": labels.table,
+    }
+
+
+def _of_run(result: TwoStepResult, optimizer: TwoStep) -> dict[str, Any]:
+    key, temperature = result.state.rng_key, float(optimizer.temperature)
+    used = _temperatures(result.history.shift)
+    is_set = any(np.any(values != np.asarray(temperature, values.dtype)) for values in used)
+    return {
+        "shift": type(optimizer.shift).__name__,
+        "fit": type(optimizer.fit).__name__,
+        "anchor": type(optimizer.anchor).__name__,
+        "num_steps": int(result.state.step),
+        "tau": "schedule" if callable(optimizer.tau) else plain(optimizer.tau).tolist(),
+        "temperature": temperature,
+        "temperature_mode": "set by the effective sample size" if is_set else "fixed",
+        "seed": np.asarray(jax.random.key_data(key)).astype(np.int64).tolist(),
+        "seed_implementation": str(jax.random.key_impl(key)),
+    }
+
+
+def _temperatures(info: Any) -> list[np.ndarray]:
+    found = [np.asarray(info.temperature)] if hasattr(info, "temperature") else []
+    return found + (_temperatures(info.engine) if hasattr(info, "engine") else [])
+
+
+def _constant_data(result: TwoStepResult, loss: Loss, arguments: Partition, labels: Labels) -> Any:
+    import xarray as xr  # noqa: PLC0415
+
+    sites = [site for site in labels.sites if site.kind == "observed" and 0 not in site.shape]
+    values = observed_values(loss, arguments) if sites else {}
+    tau = plain(result.history.tau)
+    variables = {
+        "x0": ("param", plain(loss.x0)),
+        "tau": (("iteration", "param")[: tau.ndim], tau),
+    }
+    clash = {"x0", "tau", "param", "iteration"} & {site.variable for site in sites}
+    if clash:
+        raise ValueError(
+            f"to_arviz: the observed sites {sorted(clash)} have names of our own in constant_data; give them "
+            "others with rename."
+        )
+    variables |= {site.variable: (site.dims, plain(values[site.site])) for site in sites}
+    return xr.Dataset(
+        variables,
+        coords={
+            "param": labels.flat,
+            "iteration": iterations(result.state, result.history),
+            **labels.coords_of(sites),
+        },
+    )

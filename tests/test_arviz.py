@@ -1,0 +1,601 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Views for ArviZ: the same under both of its generations, with every element under its own label."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from conftest import SIGMAS
+from jax import random
+
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    Record,
+    RegularizedLoss,
+    TwoStep,
+    TwoStepResult,
+    _outer_step,
+    fit,
+    gaussian_to_arviz,
+    schemes,
+    shift,
+    to_arviz,
+)
+from numpyro_regloss._equal_weights import equal_weights
+from numpyro_regloss._sampler_stats import sampler_stats
+from numpyro_regloss._site_labels import label_sites
+from numpyro_regloss.draws import BatchMeans, StoredDraws
+
+DATA = Path(__file__).parent / "data"
+NUM_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def az():
+    mpl.use("Agg")
+    import arviz
+
+    return arviz
+
+
+def grid(y=None):
+    """Nested plates, an event axis, a constraint, deterministic values, and a site without elements."""
+    numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("row", 3, dim=-2):
+        with numpyro.plate("column", 2, dim=-1):
+            cell = numpyro.sample("cell", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(cell, 1.0), obs=y)
+        numpyro.deterministic("double", 2 * cell)
+    with numpyro.plate("column_alone", 2):
+        numpyro.sample("shares", dist.Dirichlet(jnp.ones(3)), infer={"event_dims": ["kind"]})
+    numpyro.sample("nothing", dist.Normal(jnp.zeros((0,)), 1.0).to_event(1))
+
+
+def without_running(optimizer):
+    """A result of the right shapes at the start: distinct numbers, at the compilation of nothing."""
+    state = optimizer.init(random.key(0))
+    row = _outer_step.step.eval_shape(optimizer, state, optimizer.loss.bind())[1]
+
+    def fill(leaf):
+        values = np.arange(NUM_STEPS * np.prod(leaf.shape)).reshape(NUM_STEPS, *leaf.shape)
+        return values.astype(leaf.dtype)
+
+    history = jax.tree.map(fill, row)
+    reference = jax.tree.map(lambda a: np.stack([a] * NUM_STEPS), state.reference)
+    history = history._replace(ok=np.ones(NUM_STEPS, bool), reference=reference)
+    state = state._replace(step=jnp.asarray(NUM_STEPS, jnp.int32))
+    return TwoStepResult(None, state, history)
+
+
+@pytest.fixture(scope="module")
+def model_run():
+    loss = Loss.from_model(grid, jnp.arange(6.0).reshape(3, 2))
+    engine = shift.HMC(num_warmup=20, num_samples=8, num_chains=2)
+    optimizer = schemes.local_entropy(loss, tau=0.5, shift=engine)
+    return optimizer, without_running(optimizer)
+
+
+@pytest.fixture(scope="module")
+def model_data(model_run):
+    optimizer, result = model_run
+    coords = {"row": ["a", "b", "c"], "kind": ["x", "y", "z"]}
+    return to_arviz(
+        result, optimizer, step_draws=[0, 3], deterministic=True, observed=True, coords=coords
+    )
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+PARAMS = {"net/one": [Layer(jnp.zeros((2, 3)), jnp.zeros(3))], "draw": jnp.zeros(())}
+RENAME = {"draw": "drawn"}
+
+
+def bowl(params):
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
+    return 0.5 * jnp.sum((flat - jnp.arange(flat.size) / 4) ** 2)
+
+
+@pytest.fixture(scope="module")
+def cloud_run():
+    optimizer = TwoStep(
+        Loss.from_function(bowl, PARAMS),
+        tau=0.5,
+        shift=shift.Importance(400, ess=0.4),
+        fit=fit.ForwardKL(),
+    )
+    return optimizer, optimizer.run(random.key(0), NUM_STEPS, progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def cloud_data(cloud_run):
+    optimizer, result = cloud_run
+    return to_arviz(result, optimizer, rename=RENAME)
+
+
+def by_hand(loss, num_chains=2, num_draws=8):
+    """Draws of distinct numbers in every element."""
+    shape = (num_chains, num_draws, loss.dim)
+    x = jnp.arange(np.prod(shape), dtype=float).reshape(shape) / np.prod(shape)
+    zero = jnp.zeros(shape[:2])
+    return StoredDraws(x, zero, zero, jnp.ones(()))
+
+
+# Names and elements.
+
+
+def test_elements_of_a_model_have_their_labels(model_run):
+    optimizer, result = model_run
+    loss = optimizer.loss
+    draws = by_hand(loss)
+    data = to_arviz(
+        result, optimizer, draws=draws, deterministic=True, coords={"row": ["a", "b", "c"]}
+    )
+    posterior = data["posterior"]
+    assert "shift_posterior" not in (data.children if hasattr(data, "children") else data.groups())
+    assert posterior["cell"].dims == ("chain", "draw", "row", "column")
+    assert posterior["shares"].dims == ("chain", "draw", "column_alone", "kind")
+    assert posterior["double"].dims == ("chain", "draw", "row", "double_dim_1")
+    assert "nothing" not in posterior
+    for chain, draw in ((0, 0), (0, 7), (1, 3)):
+        wanted = loss.constrain(draws.x[chain, draw])
+        here = posterior.sel(chain=chain, draw=draw)
+        for name in ("scale", "cell", "shares", "double"):
+            np.testing.assert_allclose(here[name], wanted[name], rtol=1e-6)
+        for i, j in np.ndindex(3, 2):
+            assert here["cell"].sel(row="abc"[i], column=j) == wanted["cell"][i, j]
+        flat = data["unconstrained_posterior"]["x"].sel(chain=chain, draw=draw)
+        np.testing.assert_array_equal(flat, draws.x[chain, draw])
+        assert flat.sel(param="cell[2,1]") == wanted["cell"][2, 1]
+        np.testing.assert_allclose(flat.sel(param="scale"), np.log(wanted["scale"]), atol=1e-6)
+
+
+def test_elements_of_a_pytree_have_their_labels(cloud_run):
+    optimizer, result = cloud_run
+    draws = by_hand(optimizer.loss)
+    dims = {"net/one/0/kernel": ["input", "output"]}
+    data = to_arviz(result, optimizer, draws=draws, rename=RENAME, dims=dims)
+    posterior, flat = data["posterior"], data["unconstrained_posterior"]["x"]
+    assert set(posterior.data_vars) == {"drawn", "net.one.0.kernel", "net.one.0.bias"}
+    params = optimizer.loss.constrain(draws.x[1, 2])
+    here = posterior.sel(chain=1, draw=2)
+    np.testing.assert_array_equal(here["net.one.0.kernel"], params["net/one"][0].kernel)
+    np.testing.assert_array_equal(here["net.one.0.bias"], params["net/one"][0].bias)
+    np.testing.assert_array_equal(here["drawn"], params["draw"])
+    element = {"input": 1, "output": 2}
+    assert here["net.one.0.kernel"].sel(element) == params["net/one"][0].kernel[1, 2]
+    assert (
+        flat.sel(chain=1, draw=2, param="net/one/0/kernel[1,2]") == here["net.one.0.kernel"][1, 2]
+    )
+    assert posterior["net.one.0.bias"].attrs["site"] == "net/one/0/bias"
+    assert posterior["net.one.0.bias"].dims[2:] == ("net.one.0.bias_dim_0",)
+
+
+def test_flax_sites_have_names():
+    nn = pytest.importorskip("flax.linen")
+    from numpyro.contrib.module import random_flax_module
+
+    def network(x, y):
+        net = random_flax_module("net", nn.Dense(2), dist.Normal(0, 1), input_shape=(3,))
+        numpyro.sample("y", dist.Normal(net(x), 1.0).to_event(2), obs=y)
+
+    loss = Loss.from_model(network, jnp.ones((4, 3)), jnp.ones((4, 2)))
+    gaussian = Gaussian.isotropic(jnp.arange(8.0), 1e-12)
+    posterior = gaussian_to_arviz(random.key(0), gaussian, loss, 2)["posterior"]
+    assert set(posterior.data_vars) == {"net.bias", "net.kernel"}
+    np.testing.assert_allclose(posterior["net.kernel"][0, 0], np.arange(2.0, 8).reshape(3, 2), 1e-4)
+
+
+def test_plates_of_values_are_named_only_where_they_fit_in_one_way():
+    def square(y=None):
+        with numpyro.plate("row", 3):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.deterministic("square", jnp.outer(z, z))
+            numpyro.deterministic("pair", jnp.stack([z, z], -1))
+            numpyro.deterministic("other", jnp.zeros((4, 3, 2, 2)))
+            numpyro.deterministic("total", jnp.sum(z))
+
+    loss = Loss.from_model(square)
+    labels = label_sites(loss, loss.bind(), "test", deterministic=True)
+    assert {site.site: site.dims for site in labels.sites} == {
+        "z": ("row",),
+        "square": ("square_dim_0", "square_dim_1"),
+        "pair": ("row", "pair_dim_1"),
+        "other": ("other_dim_0", "row", "other_dim_2", "other_dim_3"),
+        "total": (),
+    }
+
+
+def named(*names, shape=(2,)):
+    def model():
+        for name in names:
+            numpyro.sample(name, dist.Normal(jnp.zeros(shape), 1.0).to_event(len(shape)))
+
+    return Loss.from_model(model)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "words"),
+    [
+        (("chain",), {}, r"a dimension of ArviZ's.*rename=\{\"chain\": \"chain_\"\}"),
+        (("sample",), {}, "rename="),
+        (("a", "b"), {"dims": {"a": ["b"]}}, "'b' has the name of a dimension"),
+        (("a", "b"), {"rename": {"a": "b"}}, "different names of variables, got .'b'"),
+        (("a", "b"), {"rename": {"c": "b"}}, r"rename of the sites \['a', 'b'\], got \['c'\]"),
+        (("a",), {"rename": {"a": "b/c"}}, "without '/'"),
+        (("a/b", "a.b"), {}, "different names of variables"),
+        (("a",), {"dims": {"a": ["draw"]}}, "dimension 'draw'"),
+        (("a",), {"dims": {"a": ["i", "j"]}}, "as 1 different names"),
+        (("a",), {"coords": {"i": [1, 2]}}, r"coords of the dimensions \['a_dim_0'\], got \['i'\]"),
+        (("a",), {"coords": {"a_dim_0": [1]}}, r"2 coords of the dimension 'a_dim_0'"),
+        (("a",), {"dims": {"b": ["i"]}}, r"dims of the sites \['a'\]"),
+    ],
+)
+def test_names_that_clash_are_refused(names, options, words):
+    loss = named(*names)
+    with pytest.raises(ValueError, match=words):
+        label_sites(loss, loss.bind(), "to_arviz", **options)
+
+
+def test_names_that_clash_can_be_given_others():
+    loss = named("chain", "draw")
+    labels = label_sites(loss, loss.bind(), "test", rename={"chain": "link", "draw": "pull"})
+    assert [site.variable for site in labels.drawn] == ["link", "pull"]
+    assert labels.flat.tolist() == ["link[0]", "link[1]", "pull[0]", "pull[1]"]
+
+
+# Statistics and weights.
+
+
+def test_statistics_of_hmc(model_run, model_data):
+    optimizer, result = model_run
+    stats = model_data["sample_stats"]
+    target = RegularizedLoss(optimizer.loss, result.state.reference)
+    x = jnp.asarray(model_data["unconstrained_posterior"]["x"].values)
+    both = jax.vmap(jax.vmap(lambda x: (target.log_density(x), target.value(x))))
+    lp, loss = jax.jit(both)(x)
+    np.testing.assert_allclose(stats["lp"], lp, rtol=1e-4)
+    np.testing.assert_allclose(stats["loss"], loss, rtol=1e-4)
+    # Kinetic energy is a sum of squares.
+    assert (stats["energy"] + stats["lp"] > -1e-4).all()
+    assert stats["diverging"].dtype == bool
+    assert not stats["diverging"].any()
+    assert (stats["n_steps"] > 0).all()
+    assert ((stats["acceptance_rate"] > 0) & (stats["acceptance_rate"] <= 1)).all()
+    assert len(np.unique(stats["step_size"])) == 1
+
+
+def test_depth_of_a_tree():
+    loss = named("a")
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+    steps = jnp.array([[1, 2, 3, 4, 7, 8]])
+    zeros = jnp.zeros(steps.shape)
+    stats = sampler_stats(target, jnp.zeros((1, 6, 2)), zeros, num_steps=steps, is_tree=True)
+    assert stats["tree_depth"].tolist() == [[1, 2, 2, 3, 3, 4]]
+    assert set(stats) == {"lp", "n_steps", "tree_depth"}
+
+
+@pytest.mark.parametrize("kernel", ["HMC", "BarkerMH"])
+def test_statistics_of_a_kernel(kernel):
+    loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5), temperature=2.0)
+    engine = shift.Kernel(getattr(numpyro.infer, kernel), num_warmup=5, num_samples=4, num_chains=2)
+    _, draws, _ = jax.jit(engine.step)(random.key(1), engine.init(random.key(0), target), target)
+    lp = jax.vmap(jax.vmap(target.log_density))(draws.x)
+    np.testing.assert_allclose(draws.stats["lp"], lp, rtol=1e-4, atol=1e-5)
+    assert draws.stats["acceptance_rate"].shape == (2, 4)
+    if kernel == "HMC":
+        assert (draws.stats["energy"] + lp > -1e-4).all()
+
+
+def test_weighted_draws_are_resampled(cloud_run, cloud_data):
+    optimizer, result = cloud_run
+    key = _outer_step.draw_key(result.state.rng_key, result.state.step)
+    draws = optimizer.draw(key, result.state)
+    weight = np.asarray(jax.nn.softmax(draws.log_weight[0].astype(float)))
+    shown = cloud_data["sample_stats"]["draw_index"].values[0]
+    counts = np.bincount(shown, minlength=400)
+    # Systematic resampling rounds up or down; a hair more, for cumulative sums round too.
+    assert (np.abs(counts - 400 * weight) < 1 + 1e-3).all()
+    np.testing.assert_allclose(
+        cloud_data["sample_stats"]["log_weight"][0], np.log(weight[shown]), atol=1e-4
+    )
+    x = cloud_data["unconstrained_posterior"]["x"][0]
+    np.testing.assert_array_equal(x, draws.x[0, shown])
+    attrs = cloud_data["posterior"].attrs
+    assert attrs["resampled"] == 1
+    assert attrs["temperature_mode"] == "set by the effective sample size"
+
+
+def test_equal_weights_keep_chains_where_they_are_chains():
+    halves = np.log([[3.0, 1.0, 1.0, 3.0], [1.0, 3.0, 3.0, 1.0]])
+    index, resampled = equal_weights(halves)
+    assert resampled
+    assert index.shape == (2, 4)
+    assert (index[0] < 4).all()
+    assert (index[1] >= 4).all()
+    pooled, resampled = equal_weights(halves + np.array([[0.0], [2.0]]))
+    assert resampled
+    assert pooled.shape == (1, 8)
+    rounds, resampled = equal_weights(np.array([[0.0, 0.0, -np.inf], [0.0, 0.0, -np.inf]]))
+    assert not resampled
+    assert rounds.tolist() == [[0, 1], [3, 4]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_none_are_refused(bad):
+    with pytest.raises(ValueError, match="finite log weights"):
+        equal_weights(np.full((1, 3), bad))
+
+
+# Steps.
+
+
+def test_history_is_one_dataset(cloud_run, cloud_data):
+    _, result = cloud_run
+    history, data = result.history, cloud_data["optimization"]
+    np.testing.assert_array_equal(data["iteration"], np.arange(NUM_STEPS))
+    np.testing.assert_array_equal(data["center"], history.reference.mean)
+    np.testing.assert_array_equal(data["shift_ess"], history.shift.ess)
+    np.testing.assert_array_equal(data["fit_mean_error"], history.fit.mean_error)
+    assert data["fit_mean_error"].dims == ("iteration", "param")
+    assert list(data["param"].values)[0] == "drawn"
+    last = np.linalg.norm(result.state.reference.mean - history.reference.mean[-1])
+    np.testing.assert_allclose(data["step_norm"][-1], last, rtol=1e-6)
+
+
+def test_values_of_a_record_have_their_errors():
+    loss = Loss.from_function(bowl, PARAMS)
+    optimizer = schemes.heat(loss, tau=0.5, record=Record(values_every=2))
+    result = without_running(optimizer)
+    data = to_arviz(result, optimizer, draws=by_hand(loss), rename=RENAME)["optimization"]
+    record = result.history.record
+    np.testing.assert_array_equal(data["record_heat"], record.heat.value)
+    np.testing.assert_array_equal(data["record_heat_error"], record.heat.error)
+    np.testing.assert_array_equal(data["record_verdict"], record.verdict)
+
+
+def test_a_continued_run_counts_on(cloud_run):
+    optimizer, result = cloud_run
+    more = optimizer.run(random.key(9), 2, init_state=result.state, progress_bar=False)
+    draws = by_hand(optimizer.loss)
+    data = to_arviz(more, optimizer, draws=draws, step_draws=[5], rename=RENAME)
+    assert data["optimization"]["iteration"].values.tolist() == [4, 5]
+    assert data["shift_posterior"]["iteration"].values.tolist() == [5]
+    with pytest.raises(ValueError, match=r"among the steps 4 to 5 of the history, got \[3\]"):
+        to_arviz(more, optimizer, draws=draws, step_draws=[3], rename=RENAME)
+
+
+def test_a_cloud_of_a_step_is_made_again(cloud_run):
+    optimizer, result = cloud_run
+    step = jnp.asarray(2, jnp.int32)
+    reference = jax.tree.map(lambda a: jnp.asarray(a[2]), result.history.reference)
+    arguments = optimizer.loss.bind()
+    state = _outer_step.revisit(optimizer, result.state, step, reference, arguments)
+    draws = optimizer.draw(_outer_step.draw_key(result.state.rng_key, step), state)
+    mean = jnp.einsum("cd,cdi->i", jax.nn.softmax(draws.log_weight), draws.x)
+    # The very draws of the step: equal but for rounding.
+    np.testing.assert_allclose(mean, result.history.fitted.mean[2], atol=1e-5)
+    np.testing.assert_allclose(draws.temperature, result.history.shift.temperature[2], rtol=1e-6)
+
+
+def test_steps_have_diagnostics_of_their_own(az, model_data):
+    for statistic in (az.ess, az.rhat):
+        values = statistic(model_data["shift_posterior"]["x"])
+        values = values["x"] if "x" in getattr(values, "data_vars", ()) else values
+        assert values.dims == ("iteration", "param")
+        assert values["iteration"].values.tolist() == [0, 3]
+        assert np.isfinite(values).all()
+
+
+# ArviZ itself.
+
+
+def test_summary(az, model_data):
+    table = az.summary(model_data)
+    assert {"scale", "cell[a, 0]", "cell[c, 1]", "shares[1, z]", "double[b, 1]"} <= set(table.index)
+    assert np.isfinite(table["r_hat"].astype(float)).all()
+    mean = model_data["posterior"]["cell"].mean(("chain", "draw"))
+    # Tables round.
+    assert abs(float(table.loc["cell[b, 1]", "mean"]) - float(mean.sel(row="b", column=1))) < 0.01
+
+
+# ArviZ 0.23 uses what later releases of matplotlib give up.
+@pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["plot_trace", "plot_rank", "plot_forest", "plot_energy", "plot_pair"]
+)
+def test_plots(az, model_data, name):
+    from matplotlib import pyplot as plt
+
+    options = (
+        {} if name == "plot_energy" else {"var_names": ["scale", "shares"], "coords": {"kind": "x"}}
+    )
+    try:
+        assert getattr(az, name)(model_data, **options) is not None
+        assert plt.get_fignums()
+    finally:
+        plt.close("all")
+
+
+def test_one_chain_and_one_draw(az, cloud_run):
+    optimizer, result = cloud_run
+    for shape in ((1, 1), (1, 8), (2, 1)):
+        draws = by_hand(optimizer.loss, *shape)
+        data = to_arviz(result, optimizer, draws=draws, rename=RENAME)
+        assert data["posterior"]["drawn"].shape == shape
+    table = az.summary(
+        to_arviz(result, optimizer, draws=by_hand(optimizer.loss, 1, 8), rename=RENAME)
+    )
+    assert table["r_hat"].isna().all()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="ArviZ 0.23 has no modules that load late")
+def test_arviz_may_be_imported_first():
+    code = "import arviz, numpyro_regloss, numpyro; print(numpyro.distributions.distribution.Unit.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "Unit", done.stderr
+
+
+# Files.
+
+
+def compare(one, other):
+    for group in (
+        "posterior",
+        "unconstrained_posterior",
+        "sample_stats",
+        "optimization",
+        "constant_data",
+    ):
+        a, b = one[group], other[group]
+        assert set(a.data_vars) == set(b.data_vars)
+        for name in a.data_vars:
+            np.testing.assert_array_equal(a[name].values, b[name].values)
+            assert a[name].dims == b[name].dims
+
+
+def test_netcdf_round_trip(az, model_data, tmp_path):
+    path = tmp_path / "run.nc"
+    model_data.to_netcdf(str(path), engine="h5netcdf")
+    back = az.from_netcdf(str(path))
+    compare(model_data, back)
+    assert back["posterior"].attrs == model_data["posterior"].attrs | {
+        "seed": pytest.approx(model_data["posterior"].attrs["seed"])
+    }
+
+
+def test_zarr_round_trip(model_data, tmp_path):
+    import xarray as xr
+
+    tree = model_data if hasattr(model_data, "children") else model_data.to_datatree()
+    tree.to_zarr(tmp_path / "run.zarr", consolidated=False)
+    compare(model_data, xr.open_datatree(tmp_path / "run.zarr", engine="zarr", consolidated=False))
+
+
+@pytest.mark.parametrize("container", ["inferencedata", "datatree"])
+def test_files_of_both_generations_are_read(az, container):
+    """Written by `python tests/test_arviz.py FILE` under ArviZ 0.23 and 1.x."""
+    data = az.from_netcdf(str(DATA / f"arviz_{container}.nc"))
+    compare(data, small_data())
+
+
+def small_data():
+    optimizer = TwoStep(
+        Loss.from_function(bowl, PARAMS), tau=0.5, shift=shift.Implicit(), fit=fit.RobbinsMonro(1)
+    )
+    draws = by_hand(optimizer.loss)
+    return to_arviz(without_running(optimizer), optimizer, draws=draws, rename=RENAME)
+
+
+# What says what it is.
+
+
+def test_attributes(model_data):
+    attrs = model_data["posterior"].attrs
+    assert "not the model's posterior" in attrs["description"]
+    wanted = {
+        "inference_library": "numpyro_regloss",
+        "loss": "NumPyro model",
+        "density": "joint",
+        "shift": "HMC",
+        "fit": "ForwardKL",
+        "anchor": "Proximal",
+        "tau": 0.5,
+        "temperature": 1.0,
+        "temperature_mode": "fixed",
+        "resampled": 0,
+        "num_steps": NUM_STEPS,
+    }
+    assert {name: attrs[name] for name in wanted} == wanted
+    sites = json.loads(attrs["sites"])
+    assert sites["cell"] == {
+        "variable": "cell",
+        "kind": "latent",
+        "shape": [3, 2],
+        "dims": ["row", "column"],
+    }
+    assert sites["nothing"]["shape"] == [0]
+    observed = model_data["constant_data"]["y"]
+    assert observed.dims == ("row", "column")
+    np.testing.assert_array_equal(observed, np.arange(6.0).reshape(3, 2))
+
+
+def test_a_gaussian(model_run):
+    loss = model_run[0].loss
+    gaussian = Gaussian(jnp.linspace(-1, 1, loss.dim), jnp.full(loss.dim, 0.3))
+    data = gaussian_to_arviz(random.key(0), gaussian, loss, 500, deterministic=True)
+    x = data["unconstrained_posterior"]["x"]
+    assert x.shape == (1, 500, loss.dim)
+    error = 0.3 / np.sqrt(500)
+    assert (np.abs(x.mean(("chain", "draw")) - gaussian.mean) < SIGMAS * error).all()
+    posterior = data["posterior"]
+    assert (posterior["scale"] > 0).all()
+    np.testing.assert_allclose(posterior["shares"].sum("kind"), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(posterior["double"], 2 * posterior["cell"])
+    assert "fitted Gaussian" in posterior.attrs["description"]
+
+
+def test_an_engine_without_draws():
+    loss = Loss.from_function(bowl, PARAMS)
+    optimizer = TwoStep(loss, tau=0.5, shift=shift.Implicit(), fit=fit.RobbinsMonro(3))
+    data = to_arviz(without_running(optimizer), optimizer, rename=RENAME)
+    assert "gaussian_to_arviz" in data["optimization"].attrs["description"]
+    groups = set(data.children if hasattr(data, "children") else data.groups())
+    assert groups == {"optimization", "constant_data"}
+
+
+def test_groups_have_names_without_a_meaning_to_arviz(model_data):
+    groups = set(
+        model_data.children if hasattr(model_data, "children") else model_data.groups()
+    ) - {"constant_data"}
+    assert len(groups) == 5
+    for word in ("data", "warmup", "predictions", "log_likelihood"):
+        assert not [group for group in groups if word in group]
+
+
+def test_wrong_kinds_are_refused(cloud_run):
+    optimizer, result = cloud_run
+    draws = by_hand(optimizer.loss)
+    with pytest.raises(TypeError, match="the TwoStep that ran as second argument, got Loss"):
+        to_arviz(result, optimizer.loss)
+    with pytest.raises(TypeError, match=r"result of TwoStep.run, got tuple"):
+        to_arviz((result.state, result.history), optimizer)
+    with pytest.raises(TypeError, match="draws as an engine makes them, got dict"):
+        to_arviz(result, optimizer, draws={}, rename=RENAME)
+    with pytest.raises(ValueError, match="from a NumPyro model for deterministic"):
+        to_arviz(result, optimizer, deterministic=True)
+    with pytest.raises(ValueError, match="draws of 10 parameters, got x of shape"):
+        to_arviz(result, optimizer, draws=by_hand(named("a")), rename=RENAME)
+    means = BatchMeans(draws.x, draws.log_weight, draws.loss, draws.temperature, spread=draws.x)
+    with pytest.raises(ValueError, match=r"keep=\"draws\""):
+        to_arviz(result, optimizer, draws=means, rename=RENAME)
+    several = jax.tree.map(lambda a: np.stack([a, a]), result.history)
+    with pytest.raises(ValueError, match="history of one run"):
+        to_arviz(result._replace(history=several), optimizer)
+    with pytest.raises(TypeError, match="Loss as third argument"):
+        gaussian_to_arviz(random.key(0), result.history.fitted, optimizer)
+    with pytest.raises(TypeError, match="as dictionaries, got list"):
+        to_arviz(result, optimizer, rename=["a"])
+
+
+if __name__ == "__main__":
+    written = small_data()
+    # Compressed, small arrays are larger.
+    options = {} if hasattr(written, "children") else {"compress": False}
+    written.to_netcdf(sys.argv[1], engine="h5netcdf", **options)
