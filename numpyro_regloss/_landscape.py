@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Both regularized losses along a line or over a plane through given parameters.
 
-Every point x_g of the grid has the same noise, z_gj = x_g + sqrt(tau) ξ_j in antithetic pairs, so that curves are
-smooth. The heat is the mean over a point's own draws. F_tau uses the draws of the whole grid, weighted by the
-density of the point's regularizer over that of the mixture of all,
+Draws z_hj = x_h + sqrt(tau) ξ_hj about every point x_h of the grid, in antithetic pairs, serve all points: under
+the mixture of all regularizers,
 
-    F_tau(x_g) = -T log mean_hj exp(-loss(z_hj) / T) N(z_hj; x_g) / mean_h' N(z_hj; x_h'),
+    F_tau(x_g) = -T log E[w_g exp(-loss / T)],  F^H_tau(x_g) = E[w_g loss] / E[w_g],
+    w_g(z) = N(z; x_g, tau I) / mean_h N(z; x_h, tau I).
 
-which needs no further evaluations, holds where q lies many sqrt(tau) from x_g but within the grid, and costs
-little, since the ratio depends on the one or two coordinates of the grid alone.
+So curves are smooth, and F_tau holds where q lies many sqrt(tau) from x_g but within the grid, where the draws
+about x_g alone see nothing of it. The ratio w depends on the one or two coordinates of the grid only.
 
 References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
 Regularization in Deep Learning"; Veach & Guibas (1995), "Optimally Combining Sampling Techniques for Monte Carlo
@@ -17,14 +17,14 @@ Rendering" (the mixture).
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import lax, random
 from jax.scipy.special import logsumexp
 
 from numpyro_regloss._checks import check_count, check_key, check_positive
@@ -33,19 +33,18 @@ from numpyro_regloss._evidence import pair_error
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss._values import heat_of_pairs
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.regularized import RegularizedLoss
-from numpyro_regloss.shift.importance import Importance
 
 __all__ = ["Landscape", "find_parameter", "landscape"]
 
 WHAT = "values.landscape"
 # The grid reaches so many sqrt(tau) to either side, and so far beyond further parameters.
 REACH, MARGIN = 4.0, 2.0
-POINTS = {1: 81, 2: 41}
-SAMPLES = {1: 1_000, 2: 64}
+POINTS = {1: 61, 2: 31}
+SAMPLES = {1: 400, 2: 64}
+CHUNK_SIZE = 64
 # Of values, in units of the machine's precision.
 ROUNDING = 4.0
 
@@ -57,8 +56,9 @@ class Landscape(NamedTuple):
         coordinates: one array per axis of the grid, in units of the parameters: values of a named parameter, or
             distances from the origin.
         loss: the plain loss on the grid, `(n,)` or `(n, m)`.
-        local_entropy: F_tau, an `Estimate` of such arrays; its `ess` counts antithetic pairs. Above a k-hat of 0.7
-            it is not to be trusted: there q lies outside of the grid, or is too narrow for the draws.
+        local_entropy: F_tau, an `Estimate` of such arrays; its `ess` counts antithetic pairs, one about every
+            point. Above a k-hat of 0.7 it is not to be trusted: q lies outside of the grid, or is too narrow for
+            the draws.
         heat: F^H_tau, likewise.
         tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
         temperature: T.
@@ -132,7 +132,7 @@ def landscape(
     spans: Sequence[tuple[float, float]] | None = None,
     num_points: int | None = None,
     num_samples: int | None = None,
-    chunk_size: int | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Landscape:
     """The plain loss, F_tau and F^H_tau along a line or over a plane through given parameters.
 
@@ -151,9 +151,10 @@ def landscape(
             vector `(dim,)`, of which the length does not matter. Default: the parameters themselves if there
             are at most two.
         spans: lowest and highest coordinate of every axis; default: four sqrt(tau) about the parameters.
-        num_points: of the grid, along every axis; default: 81 along a line, 41 over a plane.
-        num_samples: loss evaluations per point; default: 1,000 along a line, 64 over a plane.
-        chunk_size: evaluations at once.
+        num_points: of the grid, along every axis; default: 61 along a line, 31 over a plane.
+        num_samples: loss evaluations per point; rounded up to whole chunks; default: 400 along
+            a line, 64 over a plane.
+        chunk_size: evaluations at once, an even number.
 
     Returns:
         The landscape, which `plots.landscape` draws.
@@ -193,7 +194,11 @@ def landscape(
     width = np.sqrt(basis**2 @ np.broadcast_to(np.asarray(tau, float), loss.dim))
     axes = _grid(spans, reached, width, num_points)
     kind = len(axes)
-    num_samples = check_count(num_samples or SAMPLES[kind], f"{WHAT}: num_samples", 4)
+    count = SAMPLES[kind] if num_samples is None else num_samples
+    check_count(count, f"{WHAT}: num_samples", 4)
+    # Pairs stay within a chunk.
+    chunk = min(check_count(chunk_size, f"{WHAT}: chunk_size", 2), count)
+    chunk += chunk % 2
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, kind) - start
     target = RegularizedLoss(loss, Gaussian.isotropic(origin, tau), temperature=temperature)
     values = _evaluate(
@@ -201,7 +206,8 @@ def landscape(
         target.without_batches(),
         jnp.asarray(offsets, origin.dtype),
         jnp.asarray(basis, origin.dtype),
-        Importance(num_samples + num_samples % 2, chunk_size=chunk_size),
+        num_samples=-(-count // chunk) * chunk,
+        chunk_size=chunk,
     )
     shape = tuple(map(len, axes))
     plain, entropy, heat = jax.tree.map(lambda a: a.reshape(shape), values)
@@ -298,54 +304,77 @@ def _grid(
     return [np.linspace(low, high, count) for low, high in ends]
 
 
-@partial(jax.jit, static_argnames="engine")
+@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
 def _evaluate(
-    rng_key: Key, target: RegularizedLoss, steps: Array, basis: Array, engine: Importance
+    rng_key: Key,
+    target: RegularizedLoss,
+    steps: Array,
+    basis: Array,
+    num_samples: int,
+    chunk_size: int,
 ) -> tuple[Array, Estimate, Estimate]:
     reference = target.reference
     # Coordinates on the line or plane in which the regularizer is a standard normal.
     axes, triangle = jnp.linalg.qr(reference.whiten(reference.mean + basis).T)
     places = steps @ triangle.T
-    noise = reference.whiten(engine.step(rng_key, (), target)[1].x[0]) @ axes
 
-    def at(step: Array) -> tuple[Array, Array]:
+    def at(point: tuple[Key, Array]) -> tuple[Array, Array, Array]:
+        key, step = point
         center = reference.mean + step @ basis
-        moved = RegularizedLoss.unchecked(
-            target.loss, reference._replace(mean=center), target.arguments, target.temperature
-        ).without_batches()
-        # The same key at every point.
-        return moved.value(center), engine.step(rng_key, (), moved)[1].loss[0]
-
-    plain, losses = lax.map(at, steps)
-
-    draws = places[:, None] + noise
-
-    def log_kernel(place: Array, points: Array) -> Array:
-        # Log N(points; place) but for a term that the ratio of two of them does not have.
-        return points @ place - 0.5 * place @ place
-
-    def log_mixture(points: Array) -> Array:
-        return logsumexp(points @ places.T - 0.5 * jnp.sum(places**2, 1), 1)
-
-    ratio = -losses / target.temperature - lax.map(log_mixture, draws)
-    # What fails at its own point is told there; for the others it has no weight.
-    ratio = jnp.where(jnp.isnan(losses) | (losses == -jnp.inf), -jnp.inf, ratio)
-
-    def entropy(place: Array, own: Array) -> Estimate:
-        by_draw = logsumexp(ratio + log_kernel(place, draws), 0)
-        by_pair = jnp.logaddexp(by_draw[::2], by_draw[1::2]) - jnp.log(2.0)
-        log_mean = logsumexp(by_pair) - jnp.log(by_pair.size)
-        value = jnp.where(jnp.isnan(own).any(), jnp.nan, -target.temperature * log_mean)
-        error = target.temperature * pair_error(jnp.exp(by_pair - log_mean))
-        # A smooth loss in one dimension leaves less noise than rounding.
-        error = error + ROUNDING * jnp.finfo(value.dtype).eps * (
-            jnp.abs(value) + target.temperature
+        noise = random.normal(key, (num_samples // 2, target.dim), center.dtype)
+        noise = jnp.stack([noise, -noise], 1).reshape(-1, chunk_size, target.dim)
+        losses = lax.map(
+            lambda some: jax.vmap(target.value)(center + reference.scaled(some)), noise
         )
-        error = jnp.where(jnp.isfinite(value), error, jnp.inf)
-        return Estimate(value, error, weight_ess(by_pair), pareto_khat(by_pair))
+        return target.value(center), losses.reshape(-1), (noise @ axes).reshape(num_samples, -1)
 
-    return (
-        plain,
-        lax.map(lambda pair: entropy(*pair), (places, losses)),
-        jax.vmap(heat_of_pairs)(losses),
+    plain, losses, draws = lax.map(at, (random.split(rng_key, len(steps)), steps))
+    draws = places[:, None] + draws
+    height = 0.5 * jnp.sum(places**2, 1)
+    # Log densities but for a term that cancels.
+    log_mixture = lax.map(lambda some: logsumexp(some @ places.T - height, 1), draws)
+    log_mixture = log_mixture - jnp.log(1.0 * len(places))
+    failed = jnp.isnan(losses) | (losses == -jnp.inf)
+
+    def regularized(point: tuple[Array, Array, Array]) -> tuple[Estimate, Estimate]:
+        place, height, own = point
+        log_ratio = draws @ place - height - log_mixture
+        # What fails at the point's own draws is told; at those of others it has no weight.
+        log_weight = jnp.where(failed, -jnp.inf, log_ratio - losses / target.temperature)
+        by_draw = logsumexp(log_weight, 0) - jnp.log(1.0 * len(places))
+        entropy = _entropy(_by_pair(jnp.logaddexp, by_draw) - jnp.log(2.0), target.temperature)
+        entropy = _unless(jnp.isnan(own).any(), entropy, jnp.nan)
+        usable = jnp.isfinite(losses)
+        ratio = jnp.where(usable, jnp.exp(log_ratio), 0.0)
+        weight, weighted = jnp.sum(ratio, 0), jnp.sum(ratio * jnp.where(usable, losses, 0.0), 0)
+        heat = _heat(_by_pair(jnp.add, weight), _by_pair(jnp.add, weighted))
+        return entropy, _unless(~jnp.isfinite(own).all(), heat, jnp.mean(own))
+
+    return plain, *lax.map(regularized, (places, height, losses))
+
+
+def _by_pair(combine: Callable[[Array, Array], Array], by_draw: Array) -> Array:
+    return combine(by_draw[::2], by_draw[1::2])
+
+
+def _entropy(log_weight: Array, temperature: Array) -> Estimate:
+    log_mean = logsumexp(log_weight) - jnp.log(1.0 * log_weight.size)
+    value = -temperature * log_mean
+    error = temperature * pair_error(jnp.exp(log_weight - log_mean))
+    # Of a smooth loss in one dimension rounding leaves more than noise.
+    rounding = ROUNDING * jnp.finfo(value.dtype).eps * (jnp.abs(value) + temperature)
+    error = jnp.where(jnp.isfinite(value), error + rounding, jnp.inf)
+    return Estimate(value, error, weight_ess(log_weight), pareto_khat(log_weight))
+
+
+def _heat(weight: Array, weighted: Array) -> Estimate:
+    value = jnp.sum(weighted) / jnp.sum(weight)
+    error = pair_error((weighted - value * weight) / jnp.mean(weight))
+    return Estimate(value, error, weight_ess(jnp.log(weight)), jnp.full_like(value, -jnp.inf))
+
+
+def _unless(failed: Array, estimate: Estimate, value: Array | float) -> Estimate:
+    return estimate._replace(
+        value=jnp.where(failed, value, estimate.value),
+        error=jnp.where(failed, jnp.inf, estimate.error),
     )
