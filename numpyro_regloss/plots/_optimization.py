@@ -1,0 +1,153 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Did the run get anywhere, and was each step progress?"""
+
+from typing import Any
+
+import numpy as np
+
+from numpyro_regloss._outer_step import TwoStepInfo
+from numpyro_regloss.plots._style import (
+    BLACK,
+    BLUE,
+    ENTROPY,
+    GRAY,
+    GREEN,
+    HEAT,
+    LOSS,
+    SIGMAS,
+    VERMILION,
+    band,
+    centers_of,
+    check_axes,
+    finite,
+    history_of,
+    mark_rejected,
+    use_log_scale,
+)
+
+__all__ = ["optimization"]
+
+WHAT = "plots.optimization"
+# Verdict of a record: how it is drawn.
+VERDICTS = {
+    1: {"color": GREEN, "marker": "v", "label": "decrease"},
+    0: {"color": GRAY, "marker": "o", "markerfacecolor": "white", "label": "not distinguishable"},
+    -1: {"color": VERMILION, "marker": "^", "label": "increase"},
+}
+
+
+def optimization(result: Any, axes: Any = None) -> np.ndarray:
+    """Did the run get anywhere, and was each step progress?
+
+    Three panels over steps. The losses at the centre: the plain one (of a minibatch where there is one), and with
+    a `Record` of values F_tau and F^H_tau, with bands of two standard errors. The progress of each step: with a
+    `Record` the decrease of the regularized loss and its verdict, with bars of two standard errors, else the
+    length of the step beside the Monte Carlo error of the fitted mean: a step of that length may be noise. The
+    variance of the regularizer. Crosses mark rejected steps.
+
+    Args:
+        result: of `TwoStep.run`, or its history alone.
+        axes: three axes of matplotlib; default: new ones.
+
+    Returns:
+        The axes, `(3,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_regloss import Loss, schemes
+        >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
+        >>> optimizer = schemes.local_entropy(loss, tau=0.5)
+        >>> axes = optimization(optimizer.run(random.key(0), 5, progress_bar=False))
+        >>> axes[0].get_ylabel()
+        'loss at the centre'
+    """
+    history = history_of(result, WHAT)
+    axes = check_axes(axes, (3, 1), (7.5, 7.0), WHAT, sharex=True).ravel()
+    steps = np.arange(len(history.ok))
+    _losses(axes[0], steps, history)
+    if history.record is None:
+        _step_length(axes[1], result, history)
+    else:
+        _decrease(axes[1], steps, history.record)
+    _tau(axes[2], steps, history.tau)
+    for ax in axes:
+        mark_rejected(ax, history)
+    for ax in axes[:2]:
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[2].set_xlabel("step")
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    return axes
+
+
+def _losses(ax: Any, steps: np.ndarray, history: TwoStepInfo) -> None:
+    shown = [history.loss]
+    marker = "." if steps.size < 60 else None
+    ax.plot(steps, finite(history.loss), marker=marker, **LOSS)
+    if history.record is not None:
+        for estimate, style, sign in (
+            (history.record.local_entropy, ENTROPY, "o"),
+            (history.record.heat, HEAT, "s"),
+        ):
+            # Values may be known at an interval only.
+            known = np.isfinite(estimate.value)
+            if known.any():
+                value, error = np.asarray(estimate.value)[known], np.asarray(estimate.error)[known]
+                band(ax, steps[known], value, error, marker=sign, markersize=3.5, **style)
+                shown.append(value)
+    use_log_scale(ax, *shown)
+    ax.set_ylabel("loss at the centre")
+
+
+def _decrease(ax: Any, steps: np.ndarray, record: Any) -> None:
+    value, error = finite(record.decrease), SIGMAS * finite(record.decrease_error)
+    ax.errorbar(steps, value, error, fmt="none", ecolor=GRAY, elinewidth=0.8)
+    for verdict, style in VERDICTS.items():
+        at = (np.asarray(record.verdict) == verdict) & np.isfinite(value)
+        if at.any():
+            ax.plot(steps[at], value[at], linestyle="none", markersize=5, **style)
+    ax.axhline(0.0, color=GRAY, linewidth=0.8, linestyle=":")
+    _scale_decreases(ax, value, error)
+    ax.set_ylabel("decrease by the step\n(units of the loss)")
+
+
+def _scale_decreases(ax: Any, value: np.ndarray, error: np.ndarray) -> None:
+    # The first steps are often thousands of times the last ones, which may have either sign.
+    size = np.abs(value[np.isfinite(value) & (value != 0)])
+    if size.size and size.max() > 100 * np.median(size):
+        noise = error[np.isfinite(error) & (error > 0)]
+        ax.set_yscale("symlog", linthresh=np.median(noise) if noise.size else np.median(size))
+
+
+def _step_length(ax: Any, result: Any, history: TwoStepInfo) -> None:
+    moved = np.linalg.norm(np.diff(centers_of(result, history), axis=0), axis=1)
+    error = getattr(history.fit, "mean_error", None)
+    shown = [np.where(moved > 0, moved, np.nan)]
+    ax.plot(np.arange(moved.size), shown[0], color=BLACK, marker=".", linewidth=1.0, label="step")
+    if error is not None:
+        shown.append(np.linalg.norm(finite(error), axis=1))
+        ax.plot(
+            np.arange(len(error)),
+            shown[1],
+            color=BLUE,
+            linestyle="--",
+            linewidth=1.2,
+            label="Monte Carlo error\nof the fitted mean",
+        )
+    use_log_scale(ax, *shown)
+    ax.set_ylabel("length of the step\n(units of the parameters)")
+
+
+def _tau(ax: Any, steps: np.ndarray, tau: Any) -> None:
+    tau = finite(tau)
+    if tau.ndim == 1:
+        ax.plot(steps, tau, color=BLACK, linewidth=1.2)
+    else:
+        ax.plot(steps, np.median(tau, 1), color=BLACK, linewidth=1.2, label="median")
+        ax.fill_between(
+            steps, tau.min(1), tau.max(1), color=GRAY, alpha=0.3, linewidth=0, label="range"
+        )
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    use_log_scale(ax, tau)
+    ax.set_ylabel("tau (squared units\nof the parameters)")
