@@ -45,6 +45,7 @@ REACH, MARGIN = 4.0, 2.0
 POINTS = {1: 61, 2: 31}
 SAMPLES = {1: 400, 2: 64}
 CHUNK_SIZE = 64
+MAX_KHAT, LEAST_EVEN = 0.7, 0.5
 # Of values, in units of the machine's precision.
 ROUNDING = 4.0
 
@@ -57,8 +58,7 @@ class Landscape(NamedTuple):
             distances from the origin.
         loss: the plain loss on the grid, `(n,)` or `(n, m)`.
         local_entropy: F_tau, an `Estimate` of such arrays; its `ess` counts antithetic pairs, one about every
-            point. Above a k-hat of 0.7 it is not to be trusted: q lies outside of the grid, or is too narrow for
-            the draws.
+            point; see `trusted`.
         heat: F^H_tau, likewise.
         tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
         temperature: T.
@@ -67,6 +67,7 @@ class Landscape(NamedTuple):
         start: coordinates of the origin, `(1,)` or `(2,)`.
         others: coordinates of the further parameters, `(k, 1)` or `(k, 2)`.
         labels: one per axis.
+        num_samples: loss evaluations per point.
     """
 
     coordinates: tuple[Array, ...]
@@ -80,6 +81,14 @@ class Landscape(NamedTuple):
     start: Array
     others: Array
     labels: tuple[str, ...]
+    num_samples: int
+
+    @property
+    def trusted(self) -> np.ndarray:
+        """Where F_tau may be trusted: elsewhere q lies outside of the grid, or is too narrow for the draws."""
+        # The k-hat of few pairs is itself noisy; where most of them count alike, the weights are well.
+        even = np.asarray(self.local_entropy.ess) > LEAST_EVEN * self.num_samples / 2
+        return (np.asarray(self.local_entropy.khat) <= MAX_KHAT) | even
 
     def project(self, x: Any) -> np.ndarray:
         """Coordinates of flat parameters `(..., dim)`, projected onto the line or plane."""
@@ -199,6 +208,7 @@ def landscape(
     # Pairs stay within a chunk.
     chunk = min(check_count(chunk_size, f"{WHAT}: chunk_size", 2), count)
     chunk += chunk % 2
+    num_samples = -(-count // chunk) * chunk
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, kind) - start
     target = RegularizedLoss(loss, Gaussian.isotropic(origin, tau), temperature=temperature)
     values = _evaluate(
@@ -206,7 +216,7 @@ def landscape(
         target.without_batches(),
         jnp.asarray(offsets, origin.dtype),
         jnp.asarray(basis, origin.dtype),
-        num_samples=-(-count // chunk) * chunk,
+        num_samples=num_samples,
         chunk_size=chunk,
     )
     shape = tuple(map(len, axes))
@@ -223,6 +233,7 @@ def landscape(
         start,
         reached[1:],
         labels,
+        num_samples,
     )
 
 

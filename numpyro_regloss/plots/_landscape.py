@@ -24,13 +24,13 @@ from numpyro_regloss.plots._style import (
     ellipse,
     finite,
     history_of,
+    legend_above,
     mark_path,
 )
 
 __all__ = ["landscape"]
 
 WHAT = "plots.landscape"
-MAX_KHAT = 0.7
 NUM_LEVELS = 15
 # Height of the densities of Gaussians, as a share of the axes.
 DENSITY_HEIGHT = 0.22
@@ -48,7 +48,7 @@ def landscape(
 
     Along a line: loss, F_tau and F^H_tau with bands of two standard errors. Over a plane: contours of the three
     side by side, at the same levels, which lie where the values do, not at equal distances. Where F_tau is not to
-    be trusted (k-hat above 0.7) or a value is not finite, nothing is drawn. Centres and Gaussians are projected
+    be trusted (`report.trusted`) or a value is not finite, nothing is drawn. Centres and Gaussians are projected
     onto the line or plane.
 
     Args:
@@ -102,8 +102,7 @@ def landscape(
 
 
 def _trusted(report: Landscape) -> np.ndarray:
-    good = np.asarray(report.local_entropy.khat) <= MAX_KHAT
-    return np.where(good, finite(report.local_entropy.value), np.nan)
+    return np.where(report.trusted, finite(report.local_entropy.value), np.nan)
 
 
 def _line(axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGaussian]) -> np.ndarray:
@@ -130,13 +129,14 @@ def _line(axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGauss
     ax.set_xlim(x[0], x[-1])
     ax.set_xlabel(f"{report.labels[0]} (units of the parameters)")
     ax.set_ylabel("value (units of the loss)")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    legend_above(ax)
     return axes
 
 
 def _plane(
     axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGaussian]
 ) -> np.ndarray:
+    is_new = axes is None
     axes = check_axes(axes, (1, 3), (10.5, 4.0), WHAT, sharex=True, sharey=True).ravel()
     x, y = (np.asarray(c, float) for c in report.coordinates)
     surfaces = (finite(report.loss), _trusted(report), finite(report.heat.value))
@@ -177,10 +177,10 @@ def _plane(
         bar = figure.colorbar(drawn, ax=list(axes), label="value (units of the loss)", shrink=0.9)
         bar.set_ticks(levels[::2], labels=[f"{level:.3g}" for level in levels[::2]])
     handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        axes[1].legend(
-            handles, labels, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18)
-        )
+    if handles and is_new:
+        figure.legend(handles, labels, frameon=False, ncols=8, loc="outside lower center")
+    elif handles:
+        axes[0].legend(fontsize="small")
     return axes
 
 

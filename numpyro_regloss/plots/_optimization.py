@@ -22,7 +22,11 @@ from numpyro_regloss.plots._style import (
     check_axes,
     finite,
     history_of,
+    legend_above,
     mark_rejected,
+    marker_of,
+    over_steps,
+    shade,
     use_log_scale,
 )
 
@@ -38,7 +42,7 @@ VERDICTS = {
 
 
 def optimization(result: Any, axes: Any = None) -> np.ndarray:
-    """Did the run get anywhere, and was each step progress?
+    r"""Did the run get anywhere, and was each step progress?
 
     Three panels over steps. The losses at the centre: the plain one (of a minibatch where there is one), and with
     a `Record` of values F_tau and F^H_tau, with bands of two standard errors. The progress of each step: with a
@@ -61,7 +65,7 @@ def optimization(result: Any, axes: Any = None) -> np.ndarray:
         >>> optimizer = schemes.local_entropy(loss, tau=0.5)
         >>> axes = optimization(optimizer.run(random.key(0), 5, progress_bar=False))
         >>> axes[0].get_ylabel()
-        'loss at the centre'
+        'value at the centre\\n(units of the loss)'
     """
     history = history_of(result, WHAT)
     axes = check_axes(axes, (3, 1), (7.5, 7.0), WHAT, sharex=True).ravel()
@@ -73,18 +77,15 @@ def optimization(result: Any, axes: Any = None) -> np.ndarray:
         _decrease(axes[1], steps, history.record)
     _tau(axes[2], steps, history.tau)
     for ax in axes:
-        mark_rejected(ax, history)
-    for ax in axes[:2]:
-        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes[2].set_xlabel("step")
-    axes[2].xaxis.get_major_locator().set_params(integer=True)
+        mark_rejected(ax, history, label=ax is axes[0])
+        legend_above(ax)
+    over_steps(axes, steps, "step")
     return axes
 
 
 def _losses(ax: Any, steps: np.ndarray, history: TwoStepInfo) -> None:
     shown = [history.loss]
-    marker = "." if steps.size < 60 else None
-    ax.plot(steps, finite(history.loss), marker=marker, **LOSS)
+    ax.plot(steps, finite(history.loss), marker=marker_of(steps), **LOSS)
     if history.record is not None:
         for estimate, style, sign in (
             (history.record.local_entropy, ENTROPY, "o"),
@@ -97,7 +98,7 @@ def _losses(ax: Any, steps: np.ndarray, history: TwoStepInfo) -> None:
                 band(ax, steps[known], value, error, marker=sign, markersize=3.5, **style)
                 shown.append(value)
     use_log_scale(ax, *shown)
-    ax.set_ylabel("loss at the centre")
+    ax.set_ylabel("value at the centre\n(units of the loss)")
 
 
 def _decrease(ax: Any, steps: np.ndarray, record: Any) -> None:
@@ -118,36 +119,29 @@ def _scale_decreases(ax: Any, value: np.ndarray, error: np.ndarray) -> None:
     if size.size and size.max() > 100 * np.median(size):
         noise = error[np.isfinite(error) & (error > 0)]
         ax.set_yscale("symlog", linthresh=np.median(noise) if noise.size else np.median(size))
+        ax.margins(y=0.1)
 
 
 def _step_length(ax: Any, result: Any, history: TwoStepInfo) -> None:
     moved = np.linalg.norm(np.diff(centers_of(result, history), axis=0), axis=1)
-    error = getattr(history.fit, "mean_error", None)
-    shown = [np.where(moved > 0, moved, np.nan)]
-    ax.plot(np.arange(moved.size), shown[0], color=BLACK, marker=".", linewidth=1.0, label="step")
-    if error is not None:
-        shown.append(np.linalg.norm(finite(error), axis=1))
-        ax.plot(
-            np.arange(len(error)),
-            shown[1],
-            color=BLUE,
-            linestyle="--",
-            linewidth=1.2,
-            label="Monte Carlo error\nof the fitted mean",
-        )
-    use_log_scale(ax, *shown)
+    moved = np.where(moved > 0, moved, np.nan)
+    steps, marker = np.arange(len(history.ok)), marker_of(history.ok)
+    ax.plot(steps[: moved.size], moved, color=BLACK, marker=marker, linewidth=1.0, label="step")
+    error = np.empty(0)
+    if hasattr(history.fit, "mean_error"):
+        error = np.linalg.norm(finite(history.fit.mean_error), axis=1)
+        label = "Monte Carlo error of the fitted mean"
+        ax.plot(steps, error, color=BLUE, marker=marker, linestyle="--", linewidth=1.2, label=label)
+    use_log_scale(ax, moved, error)
     ax.set_ylabel("length of the step\n(units of the parameters)")
 
 
 def _tau(ax: Any, steps: np.ndarray, tau: Any) -> None:
     tau = finite(tau)
-    if tau.ndim == 1:
-        ax.plot(steps, tau, color=BLACK, linewidth=1.2)
-    else:
-        ax.plot(steps, np.median(tau, 1), color=BLACK, linewidth=1.2, label="median")
-        ax.fill_between(
-            steps, tau.min(1), tau.max(1), color=GRAY, alpha=0.3, linewidth=0, label="range"
-        )
-        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    middle = tau if tau.ndim == 1 else np.median(tau, 1)
+    label = None if tau.ndim == 1 else "median over the parameters"
+    ax.plot(steps, middle, color=BLACK, linewidth=1.2, marker=marker_of(steps), label=label)
+    if tau.ndim > 1:
+        shade(ax, steps, tau.min(1), tau.max(1), color=GRAY, alpha=0.3, label="range")
     use_log_scale(ax, tau)
     ax.set_ylabel("tau (squared units\nof the parameters)")

@@ -12,8 +12,11 @@ from numpyro_regloss.plots._style import (
     check_axes,
     finite,
     history_of,
+    legend_above,
     mark_infinite,
     mark_rejected,
+    marker_of,
+    over_steps,
     use_log_scale,
 )
 
@@ -32,12 +35,12 @@ class Panel(NamedTuple):
 
 # In the order of the panels; what an engine does not report, or what never changes, is left out.
 PANELS = {
-    "ess": Panel("effective sample size"),
-    "rhat": Panel("split R-hat", 1.01, "chains disagree above"),
-    "khat": Panel("Pareto k-hat", 0.7, "not to be trusted above"),
-    "accept_prob": Panel("acceptance", 0.2, "too low below"),
+    "ess": Panel("effective\nsample size"),
+    "rhat": Panel("split R-hat", 1.01, "above, chains disagree"),
+    "khat": Panel("Pareto k-hat", 0.7, "above, not to be trusted"),
+    "accept_prob": Panel("acceptance", 0.2, "below, too low"),
     "num_divergent": Panel("divergent\ntransitions", 0.0, "none expected"),
-    "stability": Panel("step size\n× curvature", 2.0, "unstable above"),
+    "stability": Panel("step size\n× curvature", 2.0, "above, unstable"),
     "growth": Panel("growth of\nthe moves", 1.0, "steady"),
     "num_rejected": Panel("rejected\nevaluations", 0.0, "none expected"),
     "num_rounds": Panel("rounds"),
@@ -49,7 +52,7 @@ ALWAYS = ("ess", "rhat", "khat", "accept_prob", "num_divergent", "stability")
 
 
 def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
-    """Was each shift sampled well?
+    r"""Was each shift sampled well?
 
     One panel per diagnostic that the engine reports: effective sample size, R-hat or k-hat, acceptance,
     divergences and others, over steps, with the limits of good sampling as dashed lines. Values that are infinite
@@ -73,7 +76,7 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
         >>> optimizer = TwoStep(loss, 0.5, shift=shift.Importance(100), fit=fit.ForwardKL())
         >>> axes = shift_quality(optimizer.run(random.key(0), 5, progress_bar=False))
         >>> [ax.get_ylabel() for ax in axes]
-        ['effective sample size', 'Pareto k-hat']
+        ['effective\\nsample size', 'Pareto k-hat']
     """
     history = history_of(result, WHAT)
     info = history.shift
@@ -87,16 +90,15 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
     }
     if not found:
         raise ValueError(
-            f"{WHAT}: expected a run whose shift makes draws, got diagnostics {info._fields}; the fit has its own "
+            f"{WHAT}: expected a run whose shift makes draws, got {type(info).__name__}; the fit has its own "
             "in result.history.fit."
         )
-    size = (7.5, 0.6 + 1.6 * len(found))
+    size = (7.5, 0.6 + 1.7 * len(found))
     axes = check_axes(axes, (len(found), 1), size, WHAT, sharex=True).ravel()
     steps = np.arange(len(history.ok))
     for ax, (name, values) in zip(axes, found.items(), strict=True):
         panel = PANELS[name]
-        marker = "." if steps.size < 60 else None
-        ax.plot(steps, finite(values), color=BLACK, marker=marker, linewidth=1.0)
+        ax.plot(steps, finite(values), color=BLACK, marker=marker_of(steps), linewidth=1.0)
         use_log_scale(ax, np.where(values > 0, values, np.nan) if name == "growth" else values)
         if panel.limit is not None:
             ax.axhline(
@@ -109,8 +111,6 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
         mark_infinite(ax, steps, values, color=BLACK)
         mark_rejected(ax, history, label=ax is axes[0])
         ax.set_ylabel(panel.label)
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        legend_above(ax)
+    over_steps(axes, steps, "step")
     return axes

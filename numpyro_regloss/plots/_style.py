@@ -27,9 +27,13 @@ __all__ = [
     "ellipse",
     "finite",
     "history_of",
+    "legend_above",
     "mark_infinite",
     "mark_path",
     "mark_rejected",
+    "marker_of",
+    "over_steps",
+    "shade",
     "use_log_scale",
 ]
 
@@ -43,6 +47,7 @@ HEAT = {"color": VERMILION, "linestyle": "--", "linewidth": 1.8, "label": "heat"
 SIGMAS = 2.0
 # Positive values over so wide a range are shown on a logarithmic axis.
 WIDE = 100.0
+FEW_STEPS = 60
 
 
 def check_axes(
@@ -125,8 +130,15 @@ def band(ax: Any, x: Any, value: Any, error: Any, **style: Any) -> None:
     """A curve with two standard errors to either side; none where the error is not finite."""
     value, error = finite(value), finite(error)
     ax.plot(x, value, **style)
-    low, high = value - SIGMAS * error, value + SIGMAS * error
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    shade(ax, x, value - SIGMAS * error, value + SIGMAS * error, color=style["color"], alpha=0.2)
+
+
+def shade(ax: Any, x: Any, low: np.ndarray, high: np.ndarray, **style: Any) -> None:
+    """The area between two curves; of a single point, which has none, a bar."""
+    if np.size(x) == 1:
+        ax.vlines(x, low, high, linewidth=8.0, **style)
+    else:
+        ax.fill_between(x, low, high, linewidth=0, **style)
 
 
 def finite(values: Any) -> np.ndarray:
@@ -185,6 +197,32 @@ def mark_path(ax: Any, places: np.ndarray) -> None:
             linestyle="none",
             label=name,
             zorder=5,
+        )
+
+
+def marker_of(steps: np.ndarray) -> str | None:
+    """Dots where there is room for them, so that a single step is seen."""
+    return "." if steps.size < FEW_STEPS else None
+
+
+def over_steps(axes: np.ndarray, steps: np.ndarray, label: str) -> None:
+    """The axis of steps that panels above one another share."""
+    for ax in axes:
+        ax.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
+    axes[-1].set_xlabel(label)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+
+
+def legend_above(ax: Any) -> None:
+    """A legend between the axes and what is above them, where it covers nothing."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=5,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            borderaxespad=0.1,
         )
 
 

@@ -20,8 +20,12 @@ from numpyro_regloss.plots._style import (
     ellipse,
     finite,
     history_of,
+    legend_above,
     mark_path,
     mark_rejected,
+    marker_of,
+    over_steps,
+    shade,
 )
 from numpyro_regloss.two_step import TwoStep
 
@@ -144,7 +148,9 @@ def _principal(centers: np.ndarray) -> View:
     # The sign is arbitrary: along it the path goes upwards.
     rows = rows[:2] * np.where(rows[:2] @ (centers[-1] - centers[0]) < 0, -1.0, 1.0)[:, None]
     share = size[:2] ** 2 / np.sum(size**2)
-    labels = (f"principal direction {i} ({s:.1%} of the path)" for i, s in enumerate(share, 1))
+    labels = (
+        f"principal direction {i}\n({s:.1%} of the path's variance)" for i, s in enumerate(share, 1)
+    )
     return View(tuple(labels), origin, rows)
 
 
@@ -160,27 +166,17 @@ def _over_steps(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo
     for i, ax in enumerate(axes):
         here = places[1:, i]
         low, high = finite(here - sd[:, i]), finite(here + sd[:, i])
-        ax.fill_between(
-            later, low, high, color=SKY, alpha=0.25, linewidth=0, label="± 1 sd of the fit"
-        )
+        shade(ax, later, low, high, color=SKY, alpha=0.25, label="± 1 sd of the fit")
         if error is not None:
-            noise = SIGMAS * error[:, i]
-            ax.fill_between(
-                later,
-                here - noise,
-                here + noise,
-                color=BLUE,
-                alpha=0.45,
-                linewidth=0,
-                label="± 2 Monte Carlo\nstandard errors",
-            )
-        marker = "." if steps.size < 60 else None
+            low, high = here - SIGMAS * error[:, i], here + SIGMAS * error[:, i]
+            label = "± 2 Monte Carlo standard errors"
+            shade(ax, later, low, high, color=BLUE, alpha=0.45, label=label)
+        marker = marker_of(steps)
         ax.plot(steps, places[:, i], color=BLACK, linewidth=1.2, marker=marker, label="centre")
         mark_rejected(ax, history, offset=1)
         ax.set_ylabel(view.labels[i])
-    axes[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    axes[-1].set_xlabel("steps done")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    legend_above(axes[0])
+    over_steps(axes, steps, "steps done")
     return axes
 
 
@@ -192,7 +188,7 @@ def _plane(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo) -> 
     last = type(history.fitted)(*(np.asarray(part)[-1] for part in history.fitted))
     covariance = view.covariance(last)
     if np.isfinite(covariance).all():
-        label = "1 sd of the\nlast fit"
+        label = "1 sd of the last fit"
         ellipse(
             ax,
             view.project(np.asarray(last.mean)),
@@ -203,5 +199,5 @@ def _plane(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo) -> 
         )
     ax.set_xlabel(view.labels[0])
     ax.set_ylabel(view.labels[1])
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    legend_above(ax)
     return axes
