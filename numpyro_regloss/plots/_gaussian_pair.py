@@ -11,7 +11,7 @@ import numpy as np
 from numpyro_regloss._landscape import find_parameter
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
-from numpyro_regloss.plots._style import BLUE, GRAY, VERMILION, check_axes, ellipse
+from numpyro_regloss.plots._style import BLUE, GRAY, VERMILION, check_axes, ellipse, legend_above
 
 __all__ = ["gaussian_pair"]
 
@@ -85,8 +85,8 @@ def gaussian_pair(
     if not chosen:
         raise ValueError(f"{WHAT}: expected at least one coordinate in params, got none.")
     count = len(chosen)
-    side = max(2.2 * count, 4.5)
-    axes = check_axes(axes, (count, count), (side + 1.5, side), WHAT, sharex="col")
+    side = max(2.2 * count, 4.0)
+    axes = check_axes(axes, (count, count), (side + 0.5, side), WHAT, sharex="col")
     points = x[_resampled(weight)]
     for row, i in enumerate(chosen):
         for column, j in enumerate(chosen):
@@ -102,7 +102,12 @@ def gaussian_pair(
                 else:
                     ax.tick_params(labelleft=False)
         axes[-1, row].set_xlabel(names[i])
-    axes[0, 0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    if count == 1:
+        legend_above(axes[0, 0])
+    else:
+        axes[0, -1].legend(
+            *axes[0, 0].get_legend_handles_labels(), frameon=False, loc="upper right"
+        )
     return axes
 
 

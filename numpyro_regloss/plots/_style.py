@@ -207,10 +207,12 @@ def marker_of(steps: np.ndarray) -> str | None:
 
 def over_steps(axes: np.ndarray, steps: np.ndarray, label: str) -> None:
     """The axis of steps that panels above one another share."""
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     for ax in axes:
         ax.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
     axes[-1].set_xlabel(label)
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def legend_above(ax: Any) -> None:
