@@ -230,8 +230,8 @@ def landscape(
         target.temperature,
         origin,
         jnp.asarray(basis, origin.dtype),
-        start,
-        reached[1:],
+        jnp.asarray(start, origin.dtype),
+        jnp.asarray(reached[1:], origin.dtype),
         labels,
         num_samples,
     )
@@ -353,7 +353,9 @@ def _evaluate(
         # What fails at the point's own draws is told; at those of others it has no weight.
         log_weight = jnp.where(failed, -jnp.inf, log_ratio - losses / target.temperature)
         by_draw = logsumexp(log_weight, 0) - jnp.log(1.0 * len(places))
-        entropy = _entropy(_by_pair(jnp.logaddexp, by_draw) - jnp.log(2.0), target.temperature)
+        log_mean = _by_pair(jnp.logaddexp, by_draw) - jnp.log(2.0)
+        known = 0.5 * _by_pair(jnp.add, jnp.mean(jnp.exp(log_ratio), 0))
+        entropy = _entropy(log_mean, known, target.temperature)
         entropy = _unless(jnp.isnan(own).any(), entropy, jnp.nan)
         usable = jnp.isfinite(losses)
         ratio = jnp.where(usable, jnp.exp(log_ratio), 0.0)
@@ -368,10 +370,15 @@ def _by_pair(combine: Callable[[Array, Array], Array], by_draw: Array) -> Array:
     return combine(by_draw[::2], by_draw[1::2])
 
 
-def _entropy(log_weight: Array, temperature: Array) -> Estimate:
+def _entropy(log_weight: Array, known: Array, temperature: Array) -> Estimate:
+    # The ratios average to one: how far they do not tells of the error, as control variate of the logarithm.
     log_mean = logsumexp(log_weight) - jnp.log(1.0 * log_weight.size)
-    value = -temperature * log_mean
-    error = temperature * pair_error(jnp.exp(log_weight - log_mean))
+    weight, known_mean = jnp.exp(log_weight - log_mean), jnp.mean(known)
+    centered = known / known_mean - 1.0
+    spread = jnp.mean(centered**2)
+    slope = jnp.mean(weight * centered) / jnp.where(spread > 0, spread, 1.0)
+    value = -temperature * (log_mean - slope * jnp.log(known_mean))
+    error = temperature * pair_error(weight - slope * centered)
     # Of a smooth loss in one dimension rounding leaves more than noise.
     rounding = ROUNDING * jnp.finfo(value.dtype).eps * (jnp.abs(value) + temperature)
     error = jnp.where(jnp.isfinite(value), error + rounding, jnp.inf)

@@ -11,7 +11,15 @@ import numpy as np
 from numpyro_regloss._landscape import find_parameter
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
-from numpyro_regloss.plots._style import BLUE, GRAY, VERMILION, check_axes, ellipse, legend_above
+from numpyro_regloss.plots._style import (
+    BLUE,
+    GRAY,
+    VERMILION,
+    check_axes,
+    ellipse,
+    legend_above,
+    wrapped,
+)
 
 __all__ = ["gaussian_pair"]
 
@@ -98,10 +106,10 @@ def gaussian_pair(
             else:
                 _joint(ax, points, (j, i), gaussians)
                 if column == 0:
-                    ax.set_ylabel(names[i])
+                    ax.set_ylabel(wrapped(names[i]))
                 else:
                     ax.tick_params(labelleft=False)
-        axes[-1, row].set_xlabel(names[i])
+        axes[-1, row].set_xlabel(wrapped(names[i]))
     if count == 1:
         legend_above(axes[0, 0])
     else:

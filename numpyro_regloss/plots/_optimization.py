@@ -33,6 +33,8 @@ from numpyro_regloss.plots._style import (
 __all__ = ["optimization"]
 
 WHAT = "plots.optimization"
+# Of the largest decrease; below, the axis is linear.
+LEAST_SHOWN = 1e-4
 # Verdict of a record: how it is drawn.
 VERDICTS = {
     1: {"color": GREEN, "marker": "v", "label": "decrease"},
@@ -117,15 +119,17 @@ def _scale_decreases(ax: Any, value: np.ndarray, error: np.ndarray) -> None:
     # The first steps are often thousands of times the last ones, which may have either sign.
     size = np.abs(value[np.isfinite(value) & (value != 0)])
     if size.size and size.max() > 100 * np.median(size):
-        noise = error[np.isfinite(error) & (error > 0)]
-        ax.set_yscale("symlog", linthresh=np.median(noise) if noise.size else np.median(size))
+        noise = np.median(error[error > 0]) if np.any(error > 0) else 0.0
+        ax.set_yscale("symlog", linthresh=max(noise, LEAST_SHOWN * size.max()))
+        ax.yaxis.get_major_locator().set_params(numticks=7)
         ax.margins(y=0.1)
 
 
 def _step_length(ax: Any, result: Any, history: TwoStepInfo) -> None:
     moved = np.linalg.norm(np.diff(centers_of(result, history), axis=0), axis=1)
     moved = np.where(moved > 0, moved, np.nan)
-    steps, marker = np.arange(len(history.ok)), marker_of(history.ok)
+    steps = np.arange(len(history.ok))
+    marker = marker_of(steps)
     ax.plot(steps[: moved.size], moved, color=BLACK, marker=marker, linewidth=1.0, label="step")
     error = np.empty(0)
     if hasattr(history.fit, "mean_error"):

@@ -35,6 +35,7 @@ __all__ = [
     "over_steps",
     "shade",
     "use_log_scale",
+    "wrapped",
 ]
 
 # Of the colour-blind safe palette of Okabe and Ito.
@@ -48,6 +49,7 @@ SIGMAS = 2.0
 # Positive values over so wide a range are shown on a logarithmic axis.
 WIDE = 100.0
 FEW_STEPS = 60
+LONG_NAME = 18
 
 
 def check_axes(
@@ -221,7 +223,7 @@ def legend_above(ax: Any) -> None:
         ax.legend(
             frameon=False,
             fontsize="small",
-            ncols=5,
+            ncols=6,
             loc="lower left",
             bbox_to_anchor=(0.0, 1.0),
             borderaxespad=0.1,
@@ -243,3 +245,8 @@ def ellipse(ax: Any, mean: Any, covariance: Any, *, sigmas: float = 1.0, **style
     circle = np.sqrt(np.maximum(value, 0.0))[:, None] * np.stack([np.cos(angle), np.sin(angle)])
     points = np.asarray(mean, float)[:, None] + sigmas * vector @ circle
     ax.plot(*points, **style)
+
+
+def wrapped(name: str) -> str:
+    """A long name, a path within a pytree, over several lines."""
+    return name.replace("/", "/\n") if len(name) > LONG_NAME else name

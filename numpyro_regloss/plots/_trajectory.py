@@ -26,6 +26,7 @@ from numpyro_regloss.plots._style import (
     marker_of,
     over_steps,
     shade,
+    wrapped,
 )
 from numpyro_regloss.two_step import TwoStep
 
@@ -148,9 +149,7 @@ def _principal(centers: np.ndarray) -> View:
     # The sign is arbitrary: along it the path goes upwards.
     rows = rows[:2] * np.where(rows[:2] @ (centers[-1] - centers[0]) < 0, -1.0, 1.0)[:, None]
     share = size[:2] ** 2 / np.sum(size**2)
-    labels = (
-        f"principal direction {i}\n({s:.1%} of the path's variance)" for i, s in enumerate(share, 1)
-    )
+    labels = (f"principal axis {i}\n({s:.1%} of variance)" for i, s in enumerate(share, 1))
     return View(tuple(labels), origin, rows)
 
 
@@ -174,7 +173,7 @@ def _over_steps(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo
         marker = marker_of(steps)
         ax.plot(steps, places[:, i], color=BLACK, linewidth=1.2, marker=marker, label="centre")
         mark_rejected(ax, history, offset=1)
-        ax.set_ylabel(view.labels[i])
+        ax.set_ylabel(wrapped(view.labels[i]))
     legend_above(axes[0])
     over_steps(axes, steps, "steps done")
     return axes
