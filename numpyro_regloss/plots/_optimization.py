@@ -62,12 +62,12 @@ def optimization(result: Any, axes: Any = None) -> np.ndarray:
     Example:
         >>> import jax.numpy as jnp
         >>> from jax import random
-        >>> from numpyro_regloss import Loss, schemes
+        >>> from numpyro_regloss import Loss, TwoStep, fit, shift
         >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
-        >>> optimizer = schemes.local_entropy(loss, tau=0.5)
+        >>> optimizer = TwoStep(loss, 0.5, shift=shift.Importance(100), fit=fit.ForwardKL())
         >>> axes = optimization(optimizer.run(random.key(0), 5, progress_bar=False))
         >>> axes[0].get_ylabel()
-        'value at the centre\\n(units of the loss)'
+        'value at the centre\n(units of the loss)'
     """
     history = history_of(result, WHAT)
     axes = check_axes(axes, (3, 1), (7.5, 7.0), WHAT, sharex=True).ravel()

@@ -76,7 +76,7 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
         >>> optimizer = TwoStep(loss, 0.5, shift=shift.Importance(100), fit=fit.ForwardKL())
         >>> axes = shift_quality(optimizer.run(random.key(0), 5, progress_bar=False))
         >>> [ax.get_ylabel() for ax in axes]
-        ['effective\\nsample size', 'Pareto k-hat']
+        ['effective\nsample size', 'Pareto k-hat']
     """
     history = history_of(result, WHAT)
     info = history.shift

@@ -90,9 +90,9 @@ def trajectory(
     Example:
         >>> import jax.numpy as jnp
         >>> from jax import random
-        >>> from numpyro_regloss import Loss, schemes
+        >>> from numpyro_regloss import Loss, TwoStep, fit, shift
         >>> loss = Loss.from_function(lambda p: (p["a"] - 1.0) ** 2 + p["b"] ** 2, {"a": 0.0, "b": 1.0})
-        >>> optimizer = schemes.local_entropy(loss, tau=0.5)
+        >>> optimizer = TwoStep(loss, 0.5, shift=shift.Importance(100), fit=fit.ForwardKL())
         >>> result = optimizer.run(random.key(0), 5, progress_bar=False)
         >>> axes = trajectory(result, optimizer, ["b"])
         >>> axes[0].get_ylabel()
