@@ -25,7 +25,7 @@ __all__ = ["gaussian_pair"]
 
 WHAT = "plots.gaussian_pair"
 MOST_COORDINATES = 4
-NUM_POINTS, NUM_BINS = 1_000, 40
+NUM_POINTS, MOST_BINS = 1_000, 40
 FORWARD = {"color": BLUE, "linestyle": "-", "linewidth": 1.8}
 REVERSE = {"color": VERMILION, "linestyle": "--", "linewidth": 1.8}
 
@@ -143,7 +143,8 @@ def _resampled(weight: np.ndarray) -> np.ndarray:
 
 def _marginal(ax: Any, x: np.ndarray, weight: np.ndarray, i: int, gaussians: list) -> None:
     used = weight > 0
-    ax.hist(x[used], NUM_BINS, weights=weight[used], density=True, color="0.8", label="draws")
+    bins = int(np.clip(np.sqrt(1.0 / np.sum(weight**2)), 10, MOST_BINS))
+    ax.hist(x[used], bins, weights=weight[used], density=True, color="0.8", label="draws")
     low, high = ax.get_xlim()
     for label, gaussian, style in gaussians:
         mean, sd = float(gaussian.mean[i]), float(np.sqrt(gaussian.variance[i]))
