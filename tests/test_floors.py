@@ -14,6 +14,7 @@ FLOORS = {
     "_version": 0,
     "_typing": 0,
     "_pytree": 0,
+    "_optax": 0,
     "_stats": 0,
     "_pareto": 0,
     "_checks": 1,
