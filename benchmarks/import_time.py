@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does importing this library cost over importing NumPyro?
 
-Processor seconds of processes of their own, interleaved, with bytecode in place as after an installation: the first
-round, which writes it, does not count. The promise is a ratio of at most 1.1.
+Processor seconds of processes of their own, interleaved, with bytecode in place as after an installation: the
+first round, which writes it, does not count. The promise is a ratio of at most 1.1.
 """
 
 import os
