@@ -28,8 +28,9 @@ LEAST_ACCEPTANCE = 0.15
 # Standard deviations of the reference per parameter: 16 independent draws of q, if it is as wide, know its mean so
 # well. The noise of the centre then costs 3 % of T per parameter in F_tau.
 MAX_ERROR = 0.25
-# Share of divergent transitions that leave a hole in q; one in a thousand, as where a quartic wall is met, does not.
-MAX_DIVERGENT = 0.005
+# Share of divergent transitions that leave a hole in q: of the centred eight schools one in 250 diverges, and that is
+# harmless beside the noise of the centre.
+MAX_DIVERGENT = 0.01
 # Share of steps in which an optimizer's update may fail.
 MAX_FALLBACK = 0.1
 # Share of evaluations that are not finite: q is then another density, the loss cut off.
@@ -38,7 +39,7 @@ MAX_NOT_FINITE = 0.01
 MAX_STABILITY = 1.0
 # The temperature that the effective sample size sets counts as settled where it changes by less between two
 # quarters of a run; its noise is some per cent.
-MAX_DRIFT = 1.5
+MAX_DRIFT = 1.2
 # Verdicts of increase happen by chance in one step of forty, see `Record`; three standard deviations above that.
 FALSE_INCREASES, SIGMAS = 0.025, 3.0
 # Errors are estimates: they count twice as large in squares, as those of chains and control variates may be.
@@ -76,7 +77,7 @@ class _Run(NamedTuple):
         return max(values.mean(), values[-window(len(values)) :].mean()) > 0.5
 
     def median(self, name: str) -> float:
-        return float(np.median(self.columns[name]))
+        return float(np.nanmedian(self.columns[name]))
 
 
 def window(num_steps: int) -> int:
@@ -161,7 +162,12 @@ def _not_finite(run: _Run) -> str:
 def _khat(run: _Run) -> str:
     if not run.often("khat", lambda khat: khat > MAX_KHAT):
         return ""
-    seen = f"k-hat of the weights is {run.median('khat'):.2f} in the median, and above {MAX_KHAT} their averages "
+    khat = run.median("khat")
+    seen = f"k-hat of the weights is {khat:.2f} in the median, and above {MAX_KHAT} their averages "
+    if not np.isfinite(khat):
+        seen = (
+            "k-hat of the weights cannot be told from so few draws of any weight: their averages "
+        )
     if "negative_elbo" in run.columns:
         return (
             f"{seen}are not to be trusted: the guide is too far from q; use more num_steps of SVI, a richer "
@@ -180,8 +186,8 @@ def _ess(run: _Run) -> str:
     seen = f"the effective sample size is {run.median('ess'):.3g} in the median"
     if "khat" in run.columns:
         return (
-            f"{seen}: the cloud is degenerate; use a smaller tau, more draws, a higher temperature, or another "
-            "engine: shift.SMC, or with gradients shift.NUTS."
+            f"{seen}: the cloud is degenerate or too small; use more draws, a smaller tau, a higher temperature, or "
+            "another engine: shift.SMC, or with gradients shift.NUTS."
         )
     return f"{seen}, too few to know their own error; use more draws, or a smaller tau."
 
@@ -275,7 +281,18 @@ def _increases(run: _Run) -> str:
 
 
 def _residual(run: _Run) -> str:
-    if not hasattr(run.history.fit, "bound"):
+    fit = run.history.fit
+    if hasattr(fit, "curvature"):
+        # As long as directions in which the loss is flat take to move, see `RobbinsMonro`.
+        needed = np.median(1 + fit.curvature)
+        way = np.sqrt(np.sum(run.motion.pull**2, -1))
+        if needed <= np.median(fit.num_steps) or np.median(fit.residual[run.history.ok] - way) <= 0:
+            return ""
+        return (
+            f"RobbinsMonro did {int(np.median(fit.num_steps))} inner steps, and flat directions need about {needed:.3g}; "
+            "use more num_steps, or a smaller tau."
+        )
+    if not hasattr(fit, "bound"):
         return ""
     limit = MAX_RESIDUAL * np.sqrt(run.motion.step.shape[1])
     if not run.often("residual", lambda residual: residual > limit):

@@ -222,4 +222,6 @@ def _draws_findings(draws: DrawsSummary) -> list[Finding]:
 def _text(value: Any) -> str:
     if isinstance(value, np.integer | np.bool_ | bool | int):
         return f"{int(value)}"
-    return "-" if np.isnan(value) else f"{value:.3g}"
+    if np.isnan(value):
+        return "-"
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
