@@ -28,8 +28,8 @@ LEAST_ACCEPTANCE = 0.15
 # Standard deviations of the reference per parameter: 16 independent draws of q, if it is as wide, know its mean so
 # well. The noise of the centre then costs 3 % of T per parameter in F_tau.
 MAX_ERROR = 0.25
-# Share of divergent transitions that leave a hole in q: of the centred eight schools one in 250 diverges, and that is
-# harmless beside the noise of the centre.
+# Share of divergent transitions that leave a hole in q: of the centred eight schools one in 250 diverges, and that
+# is harmless beside the noise of the centre.
 MAX_DIVERGENT = 0.01
 # Share of steps in which an optimizer's update may fail.
 MAX_FALLBACK = 0.1
@@ -186,8 +186,8 @@ def _ess(run: _Run) -> str:
     seen = f"the effective sample size is {run.median('ess'):.3g} in the median"
     if "khat" in run.columns:
         return (
-            f"{seen}: the cloud is degenerate or too small; use more draws, a smaller tau, a higher temperature, or "
-            "another engine: shift.SMC, or with gradients shift.NUTS."
+            f"{seen}: the cloud is degenerate or too small; use more draws, a smaller tau, a higher "
+            "temperature, or another engine: shift.SMC, or with gradients shift.NUTS."
         )
     return f"{seen}, too few to know their own error; use more draws, or a smaller tau."
 
@@ -289,8 +289,8 @@ def _residual(run: _Run) -> str:
         if needed <= np.median(fit.num_steps) or np.median(fit.residual[run.history.ok] - way) <= 0:
             return ""
         return (
-            f"RobbinsMonro did {int(np.median(fit.num_steps))} inner steps, and flat directions need about {needed:.3g}; "
-            "use more num_steps, or a smaller tau."
+            f"RobbinsMonro did {int(np.median(fit.num_steps))} inner steps, and flat directions need about "
+            f"{needed:.3g}; use more num_steps, or a smaller tau."
         )
     if not hasattr(fit, "bound"):
         return ""
