@@ -75,8 +75,8 @@ def run_motion(result: TwoStepResult) -> Motion:
     after = np.concatenate([mean[1:], np.asarray(result.state.reference.mean)[None]])
     error = getattr(history.fit, "mean_error", None)
     return Motion(
-        pull=((history.fitted.mean - mean) / sd)[ok],
-        error=None if error is None else (error / sd)[ok],
+        pull=((np.asarray(history.fitted.mean) - mean) / sd)[ok],
+        error=None if error is None else (np.asarray(error) / sd)[ok],
         step=((after - mean) / sd)[ok],
     )
 

@@ -9,40 +9,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ANCHORS, HEAT_FITS, SHIFTS
+from conftest import HEAT_FITS, SHIFTS
 from jax import lax, random
 
-from numpyro_regloss import Loss, Record, TwoStep, TwoStepResult, diagnostics, fit, shift
+from numpyro_regloss import Loss, Record, TwoStep, TwoStepResult, anchor, diagnostics, fit, shift
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
 from numpyro_regloss._run_columns import Motion
 from numpyro_regloss._run_findings import LEAST_STEPS, RULES, arrival, window
+from numpyro_regloss.anchor import Proximal
 
-NUM_STEPS, NUM_SEEDS = 12, 5
+NUM_STEPS = 12
 
 
-def bowl(x):
+def landscape(x, bowl, power, cliff, canyon):
+    """Four losses, so that good and bad runs of an engine are one compiled program."""
     # Without the symmetry that would make pairs of draws exact.
-    return jnp.sum(3 * jnp.log(jnp.cosh(x - 1)) + 0.2 * jnp.exp(x)) + 0.5 * (x[0] - x[1]) ** 2
+    value = jnp.sum(3 * jnp.log(jnp.cosh(x - 1)) + 0.2 * jnp.exp(x)) + 0.5 * (x[0] - x[1]) ** 2
+    value = bowl * value + power * jnp.sum(x**4) + cliff * jax.nn.relu(x[0])
+    return value + canyon * (1e3 * jnp.log(jnp.cosh(x[0])) + x[1] + jnp.log(jnp.cosh(x[0] + x[1])))
 
 
-def make(engine=None, method=None, loss=bowl, tau=0.3, start=(0.0, 0.0), **kwargs):
+def make(engine=None, method=None, tau=0.3, start=0.0, *, anchor=None, record=None, **weights):
     engine = shift.Importance(1000) if engine is None else engine
     method = fit.ForwardKL() if method is None else method
-    return TwoStep(Loss.from_function(loss, np.array(start)), tau, engine, method, **kwargs)
+    kinds = ("bowl", "power", "cliff", "canyon")
+    weights = [weights.get(kind, float(kind == "bowl" and not weights)) for kind in kinds]
+    loss = Loss.from_function(landscape, np.full(2, start), *weights)
+    anchor = Proximal() if anchor is None else anchor
+    return TwoStep(loss, tau, engine, method, anchor, record=record)
 
 
-def several(optimizer, num_steps=NUM_STEPS, num_seeds=NUM_SEEDS):
-    """Results of several seeds for one compilation."""
+@jax.jit
+def go(optimizer, rng_keys):
+    def one(rng_key):
+        state, history = optimizer.scan(optimizer.init(rng_key), NUM_STEPS)
+        return state.reference, history
 
-    @jax.jit
-    def go(rng_keys):
-        def one(rng_key):
-            state, history = optimizer.scan(optimizer.init(rng_key), num_steps)
-            return state.reference, history
+    return lax.map(one, rng_keys)
 
-        return lax.map(one, rng_keys)
 
-    both = jax.device_get(go(random.split(random.key(0), num_seeds)))
+def several(optimizer, num_seeds=5):
+    """Results of several seeds."""
+    both = jax.device_get(go(optimizer, random.split(random.key(0), num_seeds)))
     for i in range(num_seeds):
         reference, history = jax.tree.map(lambda a, i=i: a[i], both)
         # The report looks at no more of the state.
@@ -65,21 +73,29 @@ def chains():
     return optimizer, optimizer.run(random.key(1), 8, progress_bar=False)
 
 
+CHAINS = shift.NUTS(num_warmup=100, num_samples=100, num_chains=4)
+INNER_STEPS = fit.RobbinsMonro(20)
 # One of each kind of engine; their variants report the same.
 GOOD = {
-    **{name: lambda name=name: make(SHIFTS[name]()) for name in SHIFTS if "_" not in name},
     **{
-        name: lambda name=name: make(shift.Implicit(), HEAT_FITS[name](), record=Record())
-        for name in ("robbins_monro", "robbins_monro_score", "reverse_kl")
+        name: lambda name=name: make(SHIFTS[name]())
+        for name in SHIFTS
+        # Those with bad runs below share their settings; HMC has its test with the draws at the end.
+        if "_" not in name and name not in ("importance", "nuts", "hmc", "sgld")
     },
-    **{
-        f"anchor_{name}": lambda name=name: make(
-            None, ANCHORS[name]()[1], anchor=ANCHORS[name]()[0], record=Record()
-        )
-        for name in ("newton", "anderson", "keep_covariance", "adapt_tau")
-    },
-    "adaptive": lambda: make(shift.Adaptive(shift.Importance(200), max_rounds=8)),
-    "settled_temperature": lambda: make(shift.Importance(1000, ess=0.4)),
+    "importance": make,
+    "nuts": lambda: make(CHAINS),
+    "sgld": lambda: make(shift.SGLD(0.02, 1000, num_chains=2)),
+    "robbins_monro": lambda: make(shift.Implicit(), INNER_STEPS),
+    "reverse_kl": lambda: make(shift.Implicit(), HEAT_FITS["reverse_kl"]()),
+    "keep_covariance": lambda: make(
+        None, fit.ForwardKL("dense"), anchor=anchor.KeepCovariance("dense")
+    ),
+    "adapt_tau": lambda: make(anchor=anchor.AdaptTau(Proximal()), record=Record()),
+    "adaptive": lambda: make(
+        shift.Adaptive(shift.Importance(200), max_rounds=8), anchor=anchor.Newton()
+    ),
+    "settled_temperature": lambda: make(shift.Importance(500, ess=0.4)),
 }
 
 
@@ -90,45 +106,36 @@ def test_good_runs_have_no_findings(name):
     for result in several(optimizer):
         report = diagnostics.summary(result, optimizer)
         assert report.findings == (), str(report)
-        assert report.arrived is not None or name == "reverse_kl"
+        assert report.arrived is not None
 
 
-def cliff(x):
-    return 0.5 * jnp.sum(x**2) + 1e5 * jax.nn.relu(x[0])
-
-
-def steep(x):
-    return 1e4 * jnp.sum((x - 1) ** 2)
-
-
-def quartic(x):
-    return jnp.sum(x**4)
-
-
-def canyon(x):
-    return 1e3 * jnp.log(jnp.cosh(x[0])) + x[1] + jnp.log(jnp.cosh(x[0] + x[1]))
-
-
-CHAINS = {"num_warmup": 50, "num_samples": 50, "num_chains": 2}
 # What was done wrong, what the report must call it, and words of the remedy.
 BAD = {
-    "tau_too_large": (lambda: make(loss=steep, tau=1.0), "ess", "degenerate .* smaller tau"),
-    "degenerate_cloud": (lambda: make(loss=steep, tau=0.01), "k-hat", "shift.SMC"),
+    "tau_too_large": (lambda: make(tau=1.0, bowl=1e4), "ess", "degenerate .* smaller tau"),
+    "degenerate_cloud": (lambda: make(tau=0.1, bowl=1e3), "k-hat", "shift.SMC"),
     "too_few_draws": (lambda: make(shift.Importance(10)), "ess", "too small; use more draws"),
-    "unstable": (lambda: make(shift.SGLD(0.5, 40)), "shift", "unstable .* step_size below"),
-    "biased": (lambda: make(shift.SGLD(0.2, 40)), "step size", "half of the step_size"),
+    "unstable": (
+        lambda: make(shift.SGLD(0.5, 1000, num_chains=2)),
+        "shift",
+        "unstable .* step_size below",
+    ),
+    "biased": (
+        lambda: make(shift.SGLD(0.2, 1000, num_chains=2)),
+        "step size",
+        "half of the step_size",
+    ),
     "drifting_temperature": (
-        lambda: make(shift.Importance(500, ess=0.4), loss=quartic, tau=1.0, start=(10.0, 10.0)),
+        lambda: make(shift.Importance(500, ess=0.4), tau=1.0, start=10.0, power=1.0),
         "temperature",
         "fix it: temperature=",
     ),
     "divergent": (
-        lambda: make(shift.NUTS(**CHAINS), loss=cliff, tau=1.0, start=(-0.5, -0.5)),
+        lambda: make(CHAINS, tau=1.0, start=-0.5, bowl=0.3, cliff=1e5),
         "divergences",
         "smaller tau, a target_accept_prob",
     ),
     "too_few_inner_steps": (
-        lambda: make(shift.Implicit(), fit.RobbinsMonro(20), loss=canyon, tau=1.0),
+        lambda: make(shift.Implicit(), INNER_STEPS, tau=1.0, canyon=1.0),
         "residual",
         "more num_steps",
     ),
@@ -371,7 +378,7 @@ def test_rank_diagnostics_agree_with_arviz(shape):
         column = x[..., j].astype(float)
         expected = (
             az.ess(column, method="bulk"),
-            az.ess(column, method="tail"),
+            az.ess(column, method="tail", prob=(0.05, 0.95)),
             az.rhat(column, method="rank"),
         )
         # Single precision.

@@ -105,6 +105,7 @@ class SVI(Shift):
         >>> from numpyro_regloss import Gaussian, Loss
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.full(2, 4.0))
         >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=1.0))
+        >>> import optax
         >>> engine = SVI(AutoNormal, optax.adam(0.05), num_steps=100)
         >>> state = engine.init(random.key(0), target)
         >>> state, draws, info = engine.step(random.key(1), state, target)
