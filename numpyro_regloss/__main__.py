@@ -27,6 +27,7 @@ from numpyro_regloss import (
     TwoStep,
     TwoStepResult,
     __version__,
+    diagnostics,
     fit,
     schemes,
     shift,
@@ -195,6 +196,7 @@ def _run(
     start = time.perf_counter()
     result = optimizer.run(rng_key, num_steps, progress_bar=progress_bar)
     seconds = time.perf_counter() - start
+    print(f"{diagnostics.summary(result, optimizer)}\n")
     target = RegularizedLoss(
         optimizer.loss, result.state.reference, temperature=optimizer.temperature
     )

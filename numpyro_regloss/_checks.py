@@ -8,11 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.optim import _NumPyroOptim
 
+from numpyro_regloss._optax import get_optax
 from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Key
 
-__all__ = ["check_choice", "check_count", "check_key", "check_positive", "check_schedule"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_key",
+    "check_optimizer",
+    "check_positive",
+    "check_schedule",
+]
 
 
 def check_count(value: Any, what: str, minimum: int = 1) -> int:
@@ -85,6 +94,25 @@ def check_key(rng_key: Any, what: str) -> Key:
             "for several runs."
         )
     return key
+
+
+def check_optimizer(optimizer: Any, what: str) -> None:
+    """Refuses what is neither Optax's nor NumPyro's.
+
+    Args:
+        optimizer: the optimizer, or None for a default.
+        what: begins the error message.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if optimizer is None or isinstance(optimizer, _NumPyroOptim):
+        return
+    if not isinstance(optimizer, get_optax().GradientTransformation):
+        raise TypeError(
+            f"{what}: expected optimizer as an Optax or NumPyro optimizer such as optax.adam(0.01), got "
+            f"{type(optimizer).__name__}."
+        )
 
 
 def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = ((),)) -> Any:

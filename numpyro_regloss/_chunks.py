@@ -41,7 +41,7 @@ def run_in_chunks(
     headline: Callable[[Any], dict[str, str]],
     *,
     progress_bar: bool,
-) -> tuple[Any, Any, BaseException | None]:
+) -> tuple[Any, Any, np.ndarray, BaseException | None]:
     """Advances a state chunk by chunk and collects the history on the host.
 
     Args:
@@ -55,8 +55,9 @@ def run_in_chunks(
         progress_bar: whether there is a bar.
 
     Returns:
-        The last state, the infos stacked as NumPy arrays, and what was raised on the way, or None: Ctrl-C
-        or an exception of the loss or the callback.
+        The last state, the infos stacked as NumPy arrays, the wall seconds of each step (of its chunk over the
+        steps in it; compilation counts to the first), and what was raised on the way, or None: Ctrl-C or an
+        exception of the loss or the callback.
 
     Raises:
         KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
@@ -72,7 +73,7 @@ def run_in_chunks(
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
                 seconds = (time.perf_counter() - start) / count
                 chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
-                rows = _append(rows, infos, done, num_steps)
+                rows = _append(rows, (infos, np.full(count, seconds)), done, num_steps)
                 # One assignment, so that an interrupt cannot part the state from its history.
                 past = (after, rows, done + count)
                 # Copies: a view would keep its whole chunk, or let a callback write into the history.
@@ -86,7 +87,8 @@ def run_in_chunks(
                 raise
             trouble = error
     state, rows, done = past
-    return state, jax.tree.map(lambda a: a if len(a) == done else a[:done].copy(), rows), trouble
+    infos, seconds = jax.tree.map(lambda a: a if len(a) == done else a[:done].copy(), rows)
+    return state, infos, seconds, trouble
 
 
 def _append(rows: Any, infos: Any, done: int, num_steps: int) -> Any:

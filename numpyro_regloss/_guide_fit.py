@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-import optax
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 
+from numpyro_regloss._optax import get_optax
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._variational import draw, move, noise_size, zero_step
 from numpyro_regloss.gaussian import AnyGaussian
@@ -77,7 +77,9 @@ def guide_fit(
         numpyro.factor("log_density", jnp.mean(jax.vmap(target.log_density)(x)))
 
     key_init, key_batch = random.split(rng_key)
-    optimizer = optimizer or optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
+    if optimizer is None:
+        optax = get_optax()
+        optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
     svi = SVI(model, guide, optimizer, Trace_ELBO())
     state = svi.init(key_init, target.on_batch(random.fold_in(key_batch, num_steps)))
 

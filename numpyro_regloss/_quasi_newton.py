@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
+from numpyro_regloss._optax import get_optax
 from numpyro_regloss._typing import Array
 
 __all__ = ["Minimum", "Trial", "minimize"]
@@ -98,7 +98,7 @@ def minimize(
     Returns:
         The best point met; of NaN where the function is not finite at the start.
     """
-    lbfgs = optax.scale_by_lbfgs(MEMORY)
+    lbfgs = get_optax().scale_by_lbfgs(MEMORY)
     zero = jnp.zeros((), start.dtype)
     shapes = jax.eval_shape(function, start)
     blank = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), shapes)

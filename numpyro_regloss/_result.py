@@ -13,6 +13,8 @@ __all__ = [
     "RejectedError",
     "TwoStepResult",
     "headline",
+    "rejections",
+    "remedies",
     "report_interruption",
     "report_trouble",
 ]
@@ -25,11 +27,14 @@ class TwoStepResult(NamedTuple):
         params: the parameters at the last centre, as the user wrote them.
         state: to continue from, `run(..., init_state=result.state)`.
         history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
+        seconds: wall time of each step, `(step,)`: that of its chunk over the steps in it; the first step has that
+            of compiling. No part of the history, which depends on the key alone. None unless `run` made it.
     """
 
     params: Any
     state: TwoStepState
     history: TwoStepInfo
+    seconds: Any = None
 
 
 class RejectedError(RuntimeError):
@@ -77,6 +82,38 @@ def report_interruption(
     raise trouble
 
 
+def rejections(history: TwoStepInfo) -> str:
+    """A sentence on rejected steps, or nothing."""
+    ok = history.ok
+    if ok.all():
+        return ""
+    return (
+        f"{np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, all weight on one draw, or a "
+        "sampler that did not move) and kept their reference; look at history.shift and history.fit, and use a "
+        "smaller tau, more draws or another start."
+    )
+
+
+def remedies(history: TwoStepInfo, optimizer: Any = None) -> dict[str, str]:
+    """What the engines themselves have to say of a run.
+
+    Args:
+        history: of the run.
+        optimizer: whose `shift`, `fit` and `anchor` may have a method `remedy`; without one their infos may.
+
+    Returns:
+        Sentences by part.
+    """
+    found = {}
+    for part in ("shift", "fit", "anchor"):
+        info, engine = getattr(history, part), getattr(optimizer, part, None)
+        if hasattr(engine, "remedy"):
+            found[part] = engine.remedy(info, history.ok)
+        else:
+            found[part] = getattr(info, "remedy", lambda ok: "")(history.ok)
+    return {part: sentence for part, sentence in found.items() if sentence}
+
+
 def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
     """Warns once of rejected steps and of what the engines themselves have to say of the run.
 
@@ -87,19 +124,10 @@ def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
     Raises:
         RejectedError: if every step was rejected.
     """
-    history, messages = result.history, []
-    ok = history.ok
-    if not ok.all():
-        messages.append(
-            f"TwoStep.run: {np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, all weight "
-            "on one draw, or a sampler that did not move) and kept their reference; look at "
-            "history.shift and history.fit, and use a smaller tau, more draws or another start."
-        )
-    for part in ("shift", "fit", "anchor"):
-        remedy = getattr(getattr(optimizer, part), "remedy", None)
-        messages.append(remedy(getattr(history, part), ok) if remedy is not None else "")
-    message = " ".join(filter(None, messages))
-    if not ok.any():
+    rejected = rejections(result.history)
+    parts = [rejected and f"TwoStep.run: {rejected}", *remedies(result.history, optimizer).values()]
+    message = " ".join(filter(None, parts))
+    if not result.history.ok.any():
         raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
     if message:
         warnings.warn(message, stacklevel=3)

@@ -1,6 +1,8 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-r"""How good is a Gaussian? Its distance from q in both directions, and where it differs.
+r"""How did a run go (`summary`), and how good is a Gaussian (`gaussian_fit`)?
+
+A Gaussian is judged by its distance from q in both directions, and by where it differs.
 
 The normalizing constant of q is estimated by bridge sampling between draws of q and of the Gaussian N. With
 l = log(q / N) normalized, both
@@ -29,6 +31,8 @@ from numpyro_regloss._control_variates import Chains, series_error
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
 from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss._run_findings import Finding
+from numpyro_regloss._run_summary import DrawsSummary, RunSummary, summary
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import normalize_log_weight, weight_ess
 from numpyro_regloss._typing import Array, Key
@@ -36,7 +40,7 @@ from numpyro_regloss.draws import BatchMeans
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["GaussianFit", "gaussian_fit"]
+__all__ = ["DrawsSummary", "Finding", "GaussianFit", "RunSummary", "gaussian_fit", "summary"]
 
 MAX_KHAT = 0.7
 LEAST_REACHED = 0.95

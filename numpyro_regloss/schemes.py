@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import optax
 
 from numpyro_regloss._checks import check_count, check_positive
+from numpyro_regloss._optax import get_optax, momentum
 from numpyro_regloss._replicas import Tied, replicate
 from numpyro_regloss._typing import Key
 from numpyro_regloss.anchor import Optax, Proximal
@@ -26,10 +26,6 @@ from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
 __all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
-
-# Built once, since a new optimizer is a new program. A rate of one is the plain step where the optimizer is handed
-# displacements.
-MOMENTUM = optax.sgd(1.0, momentum=0.9, nesterov=True)
 
 
 def local_entropy(
@@ -155,7 +151,7 @@ def entropy_sgd(
         True
     """
     shift = SGLD(step_size, num_samples, averaging_decay=averaging_decay, noise=noise)
-    anchor = Optax(MOMENTUM if optimizer is None else optimizer, direction="displacement")
+    anchor = Optax(momentum() if optimizer is None else optimizer, direction="displacement")
     return TwoStep(loss, tau, shift, ForwardKL(), anchor, temperature)
 
 
@@ -283,7 +279,7 @@ def anneal(
         raise ValueError(
             f"schemes.anneal: expected last_width <= width, got {last_width} > {width}; the cloud narrows."
         )
-    tau = optax.exponential_decay(
+    tau = get_optax().exponential_decay(
         float(width) ** 2,
         max(num_steps - 1, 1),
         (float(last_width) / float(width)) ** 2,

@@ -253,11 +253,11 @@ class TwoStep:
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
             return _outer_step.advance(self, state, arguments, np.int32(count), capacity)
 
-        state, history, trouble = run_in_chunks(
+        state, history, seconds, trouble = run_in_chunks(
             advance, state, num_steps, capacity, callback, headline, progress_bar=progress_bar
         )
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
-        result = TwoStepResult(params, state, history)
+        result = TwoStepResult(params, state, history, seconds)
         report_interruption(trouble, result, num_steps)
         report_trouble(result, self)
         return result

@@ -46,7 +46,7 @@ def test_readme_examples():
 
 
 def test_import_is_light():
-    heavy = ("arviz", "matplotlib", "sklearn")
+    heavy = ("arviz", "matplotlib", "optax", "pandas", "sklearn", "xarray")
     code = f"import sys, numpyro_regloss; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

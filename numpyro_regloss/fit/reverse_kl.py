@@ -20,12 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import random
-from numpyro.optim import _NumPyroOptim
 
 from numpyro_regloss._base_draws import round_up
-from numpyro_regloss._checks import check_choice, check_count, check_key
+from numpyro_regloss._checks import check_choice, check_count, check_key, check_optimizer
 from numpyro_regloss._guide_fit import guide_fit
 from numpyro_regloss._natural_gradient import natural_gradient
 from numpyro_regloss._pytree import all_finite, pytree_dataclass, static_field, strong
@@ -154,12 +152,7 @@ class ReverseKL(Fit):
         for name in ("num_steps", "num_particles"):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), f"ReverseKL: {name}")
-        known = (optax.GradientTransformation, _NumPyroOptim)
-        if self.optimizer is not None and not isinstance(self.optimizer, known):
-            raise TypeError(
-                "ReverseKL: expected optimizer as an Optax or NumPyro optimizer such as optax.adam(0.01), "
-                f"got {type(self.optimizer).__name__}."
-            )
+        check_optimizer(self.optimizer, "ReverseKL")
         if self.optimizer is not None and self.method != "svi":
             raise ValueError(
                 f'ReverseKL: expected an optimizer only with method="svi", got one with {self.method!r}, which '

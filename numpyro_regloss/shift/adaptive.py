@@ -77,6 +77,10 @@ class AdaptiveInfo(NamedTuple):
     decrease_error: Array
     engine: Any
 
+    def remedy(self, ok: Any) -> str:
+        """What the engine's info has to say of its last rounds."""
+        return getattr(self.engine, "remedy", lambda ok: "")(ok)
+
 
 @pytree_dataclass
 class Rounds:

@@ -110,5 +110,4 @@ class Shift(Protocol):
         Returns:
             A sentence, or nothing. Fits and anchors may have this method too.
         """
-        del info, ok
-        return ""
+        return getattr(info, "remedy", lambda ok: "")(ok)

@@ -88,6 +88,34 @@ class SGLDInfo(NamedTuple):
     growth: Array
     ess: Array
 
+    def remedy(self, ok: Any) -> str:
+        """What to do about chains that diverged, or whose step size is at the limit of stability.
+
+        Args:
+            ok: which steps of a run were taken; the fields are NumPy arrays of all of them.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        stability = np.nan_to_num(self.stability, posinf=0.0)
+        unstable = stability >= LIMIT
+        if np.median(stability) < LIMIT and not (unstable & ~ok).any():
+            lost = np.sum(np.isinf(self.growth))
+            if not lost:
+                return ""
+            return (
+                f"SGLD: in {lost} of {ok.size} steps chains became infinite or NaN though the step size is stable "
+                "where they start: use a smaller step_size if the loss is steeper where they went, or look for "
+                "NaN among the data."
+            )
+        worst = np.argmax(stability)
+        limit = self.step_size[worst] * LIMIT / stability[worst]
+        return (
+            f"SGLD: the step size was unstable for the regularized target in {unstable.sum()} of {ok.size} steps "
+            f"(step size times steepest curvature up to {stability[worst]:.3g}; chains diverge from 2 on): use a "
+            f"step_size below {limit:.2g}, half of it for a small bias, or a preconditioner."
+        )
+
 
 @pytree_dataclass
 class SGLD(Shift):
@@ -244,35 +272,6 @@ class SGLD(Shift):
         x = last.x if self.start == "last" else None
         state = state._replace(x=x, moment=last.moment)
         return state, draws, self._info(draws, last, stability, spent)
-
-    def remedy(self, info: SGLDInfo, ok: Array) -> str:
-        """What to do about chains that diverged, or whose step size is at the limit of stability.
-
-        Args:
-            info: of all steps of a run, as NumPy arrays.
-            ok: which steps were taken.
-
-        Returns:
-            A sentence, or nothing.
-        """
-        stability = np.nan_to_num(info.stability, posinf=0.0)
-        unstable = stability >= LIMIT
-        if np.median(stability) < LIMIT and not (unstable & ~ok).any():
-            lost = np.sum(np.isinf(info.growth))
-            if not lost:
-                return ""
-            return (
-                f"SGLD: in {lost} of {ok.size} steps chains became infinite or NaN though the step size is stable "
-                "where they start: use a smaller step_size if the loss is steeper where they went, or look for "
-                "NaN among the data."
-            )
-        worst = np.argmax(stability)
-        limit = info.step_size[worst] * LIMIT / stability[worst]
-        return (
-            f"SGLD: the step size was unstable for the regularized target in {unstable.sum()} of {ok.size} steps "
-            f"(step size times steepest curvature up to {stability[worst]:.3g}; chains diverge from 2 on): use a "
-            f"step_size below {limit:.2g}, half of it for a small bias, or a preconditioner."
-        )
 
     @property
     def _num_steps(self) -> int:

@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 import numpyro.infer
-import optax
 from jax import lax, random
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
-from numpyro.optim import _NumPyroOptim
 
-from numpyro_regloss._checks import check_count
+from numpyro_regloss._checks import check_count, check_optimizer
+from numpyro_regloss._optax import adam
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
 from numpyro_regloss._stats import weight_ess
@@ -39,8 +38,6 @@ from numpyro_regloss.shift.base import Shift
 
 __all__ = ["SVI", "SVIInfo", "SVIState"]
 
-# Built once: another optimizer of the same settings would be another program.
-ADAM = optax.adam(0.01)
 REMEDY = (
     "pass a function of a model such as numpyro.infer.autoguide.AutoNormal, lambda model: AutoNormal(model, "
     "init_scale=1.0), or, for a guide of your own, lambda model: guide"
@@ -108,6 +105,7 @@ class SVI(Shift):
         >>> from numpyro_regloss import Gaussian, Loss
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.full(2, 4.0))
         >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=1.0))
+        >>> import optax
         >>> engine = SVI(AutoNormal, optax.adam(0.05), num_steps=100)
         >>> state = engine.init(random.key(0), target)
         >>> state, draws, info = engine.step(random.key(1), state, target)
@@ -131,12 +129,7 @@ class SVI(Shift):
             raise TypeError(
                 f"SVI: expected a function that makes a guide, got {type(self.make_guide).__name__}; {REMEDY}."
             )
-        known = (optax.GradientTransformation, _NumPyroOptim)
-        if self.optimizer is not None and not isinstance(self.optimizer, known):
-            raise TypeError(
-                "SVI: expected optimizer as an Optax or NumPyro optimizer such as optax.adam(0.01), got "
-                f"{type(self.optimizer).__name__}."
-            )
+        check_optimizer(self.optimizer, "SVI")
         check_count(self.num_steps, "SVI: num_steps")
         check_count(self.num_samples, "SVI: num_samples", 2)
         check_count(self.num_warmup, "SVI: num_warmup", 0)
@@ -233,7 +226,7 @@ class SVI(Shift):
 
     def _set_up(self, rng_key: Key, target: RegularizedLoss) -> tuple[numpyro.infer.SVI, Any]:
         # Within the trace of each step: automatic guides remember what they were set up with.
-        optimizer = ADAM if self.optimizer is None else self.optimizer
+        optimizer = adam() if self.optimizer is None else self.optimizer
         loss = Trace_ELBO(num_particles=self.num_particles)
         svi = numpyro.infer.SVI(model, self._made(), optimizer, loss)
         with handlers.block():
