@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_regloss._run_findings import LEAST_ACCEPTANCE, LEAST_ESS, MAX_KHAT, MAX_RHAT
 from numpyro_regloss.plots._style import (
     BLACK,
     VERMILION,
@@ -33,12 +34,12 @@ class Panel(NamedTuple):
     meaning: str = ""
 
 
-# In the order of the panels; what an engine does not report, or what never changes, is left out.
+# In the order of the panels, with the limits of `diagnostics.summary`; what an engine does not report, or what never changes, is left out.
 PANELS = {
-    "ess": Panel("effective\nsample size"),
-    "rhat": Panel("split R-hat", 1.01, "above, chains disagree"),
-    "khat": Panel("Pareto k-hat", 0.7, "above, not to be trusted"),
-    "accept_prob": Panel("acceptance", 0.2, "below, too low"),
+    "ess": Panel("effective\nsample size", LEAST_ESS, "below, too few"),
+    "rhat": Panel("split R-hat", MAX_RHAT, "above, chains disagree"),
+    "khat": Panel("Pareto k-hat", MAX_KHAT, "above, not to be trusted"),
+    "accept_prob": Panel("acceptance", LEAST_ACCEPTANCE, "below, too low"),
     "num_divergent": Panel("divergent\ntransitions", 0.0, "none expected"),
     "stability": Panel("step size\n× curvature", 2.0, "above, unstable"),
     "growth": Panel("growth of\nthe moves", 1.0, "steady"),
