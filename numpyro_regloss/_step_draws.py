@@ -41,6 +41,7 @@ def choose_steps(result: Any, num_numbers: int, step_draws: Any) -> list[int]:
         True numbers of steps, in order, without repetition.
 
     Raises:
+        TypeError: if they are not numbers.
         ValueError: if the history has no such step.
     """
     known = iterations(result.state, result.history)
@@ -50,6 +51,11 @@ def choose_steps(result: Any, num_numbers: int, step_draws: Any) -> list[int]:
         too_large = step_draws is None and len(few) * num_numbers > MOST_NUMBERS
         wanted = step_draws is not False and taken.size and not too_large
         return [int(step) for step in taken[few]] if wanted else []
+    if np.ndim(step_draws) != 1:
+        raise TypeError(
+            "to_arviz: expected step_draws as numbers of steps such as [0, 10], True, False or None, got "
+            f"{step_draws!r}."
+        )
     steps = sorted({check_count(step, "to_arviz: step_draws", 0) for step in step_draws})
     if not set(steps) <= set(known.tolist()):
         raise ValueError(

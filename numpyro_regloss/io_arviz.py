@@ -78,7 +78,8 @@ def to_arviz(
     Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of
     their pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of
     the draws. Weighted draws are resampled to equal weights, copies side by side; draws of one chain have no
-    R-hat. Of an engine without draws (`shift.Implicit`) there are `optimization` and `constant_data` only.
+    R-hat, and the chains of an ensemble kernel are stretches of time. Of an engine without draws
+    (`shift.Implicit`) there are `optimization` and `constant_data` only.
 
     Args:
         result: of `optimizer.run`.
@@ -108,9 +109,9 @@ def to_arviz(
     Example:
         >>> import arviz as az
         >>> from jax import random
-        >>> from numpyro_regloss import schemes
+        >>> from numpyro_regloss import schemes, shift
         >>> loss = Loss.from_function(lambda p: jnp.sum(p["weight"] ** 2), {"weight": jnp.ones(2)})
-        >>> optimizer = schemes.local_entropy(loss, tau=0.5)
+        >>> optimizer = schemes.local_entropy(loss, tau=0.5, shift=shift.Importance(200))
         >>> result = optimizer.run(random.key(0), 5, progress_bar=False)
         >>> data = to_arviz(result, optimizer, coords={"weight_dim_0": ["left", "right"]})
         >>> data["optimization"]["center"].dims

@@ -590,6 +590,8 @@ def test_wrong_kinds_are_refused(cloud_run):
         to_arviz(result._replace(history=several), optimizer)
     with pytest.raises(TypeError, match="Loss as third argument"):
         gaussian_to_arviz(random.key(0), result.history.fitted, optimizer)
+    with pytest.raises(TypeError, match=r"numbers of steps such as \[0, 10\].*got 3"):
+        to_arviz(result, optimizer, draws=draws, rename=RENAME, step_draws=3)
     with pytest.raises(TypeError, match="as dictionaries, got list"):
         to_arviz(result, optimizer, rename=["a"])
 
