@@ -9,7 +9,7 @@ import numpy as np
 
 from numpyro_regloss._draw_datasets import plain
 from numpyro_regloss._estimate import Estimate
-from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
+from numpyro_regloss._result import TwoStepResult
 from numpyro_regloss._site_labels import Labels
 
 __all__ = ["history_dataset", "iterations"]
@@ -17,17 +17,17 @@ __all__ = ["history_dataset", "iterations"]
 PARTS = ("shift", "fit", "anchor", "record")
 
 
-def iterations(state: TwoStepState, history: TwoStepInfo) -> np.ndarray:
+def iterations(result: TwoStepResult) -> np.ndarray:
     """The true numbers of the steps of a history, which may continue an earlier run."""
-    return np.arange(len(history.ok)) + int(state.step) - len(history.ok)
+    count = len(result.history.ok)
+    return np.arange(count) + int(result.state.step) - count
 
 
-def history_dataset(state: TwoStepState, history: TwoStepInfo, labels: Labels) -> Any:
-    """Everything of the history that is a number, under its path there.
+def history_dataset(result: TwoStepResult, labels: Labels) -> Any:
+    """Everything of the history that is a number, under its path there, and the wall seconds of each step.
 
     Args:
-        state: after the run.
-        history: of the run.
+        result: of the run.
         labels: of the parameters.
 
     Returns:
@@ -35,8 +35,9 @@ def history_dataset(state: TwoStepState, history: TwoStepInfo, labels: Labels) -
     """
     import xarray as xr  # noqa: PLC0415
 
+    history = result.history
     centers = np.asarray(history.reference.mean)
-    after = np.concatenate([centers[1:], np.asarray(state.reference.mean)[None]])
+    after = np.concatenate([centers[1:], np.asarray(result.state.reference.mean)[None]])
     variables = {
         "ok": history.ok,
         "loss": history.loss,
@@ -48,12 +49,14 @@ def history_dataset(state: TwoStepState, history: TwoStepInfo, labels: Labels) -
         "num_loss": history.num_loss,
         "num_grad": history.num_grad,
     }
+    if result.seconds is not None:
+        variables["seconds"] = result.seconds
     for part in PARTS:
         variables |= dict(_numbers(part, getattr(history, part)))
     dim = len(labels.flat)
     return xr.Dataset(
         {name: (_dims(name, np.shape(a)[1:], dim), plain(a)) for name, a in variables.items()},
-        coords={"iteration": iterations(state, history), "param": labels.flat},
+        coords={"iteration": iterations(result), "param": labels.flat},
     )
 
 

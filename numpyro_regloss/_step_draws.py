@@ -44,7 +44,7 @@ def choose_steps(result: Any, num_numbers: int, step_draws: Any) -> list[int]:
         TypeError: if they are not numbers.
         ValueError: if the history has no such step.
     """
-    known = iterations(result.state, result.history)
+    known = iterations(result)
     if step_draws is None or isinstance(step_draws, bool):
         taken = known[np.asarray(result.history.ok)]
         few = np.unique(np.linspace(0, len(taken) - 1, MOST_STEPS).round().astype(int))
@@ -81,7 +81,7 @@ def step_dataset(
         A dataset of `x` (iteration, chain, draw, param). Weighted draws are resampled; all steps have as many
         draws as the one with the fewest, the first ones.
     """
-    first = int(iterations(result.state, result.history)[0])
+    first = int(iterations(result)[0])
     positions = []
     for step in steps:
         reference = jax.tree.map(

@@ -151,7 +151,7 @@ def to_arviz(
             groups["shift_posterior"] = step_dataset(steps, result, optimizer, arguments, labels)
     else:
         attrs["description"] = OF_NOTHING
-    groups["optimization"] = history_dataset(result.state, result.history, labels)
+    groups["optimization"] = history_dataset(result, labels)
     groups["constant_data"] = _constant_data(result, loss, arguments, labels)
     for dataset in groups.values():
         dataset.attrs.update(attrs)
@@ -324,7 +324,7 @@ def _constant_data(result: TwoStepResult, loss: Loss, arguments: Partition, labe
         variables,
         coords={
             "param": labels.flat,
-            "iteration": iterations(result.state, result.history),
+            "iteration": iterations(result),
             **labels.coords_of(sites),
         },
     )

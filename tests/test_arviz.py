@@ -355,6 +355,7 @@ def test_history_is_one_dataset(cloud_run, cloud_data):
     assert list(data["param"].values)[0] == "drawn"
     last = np.linalg.norm(result.state.reference.mean - history.reference.mean[-1])
     np.testing.assert_allclose(data["step_norm"][-1], last, rtol=1e-6)
+    np.testing.assert_array_equal(data["seconds"], result.seconds)
 
 
 def test_values_of_a_record_have_their_errors():

@@ -34,7 +34,8 @@ class Panel(NamedTuple):
     meaning: str = ""
 
 
-# In the order of the panels, with the limits of `diagnostics.summary`; what an engine does not report, or what never changes, is left out.
+# In the order of the panels, with the limits of `diagnostics.summary`; what an engine does not report, or what
+# never changes, is left out.
 PANELS = {
     "ess": Panel("effective\nsample size", LEAST_ESS, "below, too few"),
     "rhat": Panel("split R-hat", MAX_RHAT, "above, chains disagree"),
