@@ -2,17 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 # ArviZ 1.x leaves a numpyro behind that loads itself at its first use, and comes out broken where that is the
 # import of one of its submodules.
 from numpyro import __version__ as _numpyro_version  # noqa: F401
 
-from numpyro_regloss import anchor, diagnostics, fit, plots, schedules, schemes, shift, values
+from numpyro_regloss import anchor, fit, schedules, schemes, shift, values
 from numpyro_regloss._version import __version__
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.gaussian import Gaussian, kl_divergence
 from numpyro_regloss.guides import from_guide, to_guide
-from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 from numpyro_regloss.minibatch import Minibatch
@@ -25,6 +27,10 @@ from numpyro_regloss.two_step import (
     TwoStepResult,
     TwoStepState,
 )
+
+if TYPE_CHECKING:
+    from numpyro_regloss import diagnostics, plots
+    from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
 
 __all__ = [
     "Gaussian",
@@ -57,3 +63,22 @@ __all__ = [
     "to_guide",
     "values",
 ]
+
+# What looks at results, a fifth of all modules, is loaded at its first use.
+_LATER = {
+    "diagnostics": "diagnostics",
+    "gaussian_to_arviz": "io_arviz",
+    "plots": "plots",
+    "to_arviz": "io_arviz",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'numpyro_regloss' has no attribute {name!r}")
+    module = import_module(f"numpyro_regloss.{_LATER[name]}")
+    return module if _LATER[name] == name else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
