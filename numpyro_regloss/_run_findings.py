@@ -48,6 +48,8 @@ MARGIN = 2.0
 STRAIGHT = 3.0
 # Less is gained at the end of the run, in units of T, than any use of the loss notices.
 NEGLIGIBLE = 1e-3
+# Steps that shrink by less from the first to the second half of the end of a run will not end soon.
+STEADY, TREND = 0.9, 10
 # The fit by ReverseKL is far from stationary, in standard deviations of its Gaussian per parameter.
 MAX_RESIDUAL = 0.3
 
@@ -124,25 +126,42 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
     # Anchors with momentum step where the pull has gone, and ties between replicas pull where no step goes.
     went = min(way, np.sum(pull.sum(0) ** 2))
     where = f"in the last {count} steps the centre moved by {np.sqrt(way):.2g} sd of the reference"
-    if went / count < NEGLIGIBLE:
-        return True, f"Arrived: {where}, which the loss does not notice."
     error = None if motion.error is None else np.asarray(motion.error[-count:], float)
     if error is None or not np.isfinite(error).all():
-        straight = went / np.sum(pull**2)
-        if straight > STRAIGHT:
+        limit, noise = STRAIGHT * np.sum(pull**2), None
+    else:
+        squares = np.sum(error**2, 0)
+        noise = squares.sum()
+        dimension = max(noise**2 / max(np.sum(squares**2), np.finfo(float).tiny), 1.0)
+        limit = MARGIN * noise * (1 + SIGMAS * np.sqrt(2 / dimension))
+    if went / count < NEGLIGIBLE:
+        if went > limit and _is_steady(pull):
+            return None, f"Arrived? {where.capitalize()}, steadily in one direction. {FASTER}"
+        return True, f"Arrived: {where}, which the loss does not notice."
+    if noise is None:
+        if went > limit:
             return False, f"Still moving: {where}, in one direction. {CONTINUE}"
         return None, f"Arrived? {where.capitalize()}; the fit states no error to compare that with."
-    squares = np.sum(error**2, 0)
-    noise = squares.sum()
-    dimension = max(noise**2 / max(np.sum(squares**2), np.finfo(float).tiny), 1.0)
-    limit = MARGIN * noise * (1 + SIGMAS * np.sqrt(2 / dimension))
     of = f"noise alone moves it by {np.sqrt(noise):.2g}"
     if went > limit:
         return False, f"Still moving: {where}, and {of}. {CONTINUE}"
     return True, f"Arrived, as far as these draws tell: {where}, and {of}."
 
 
+def _is_steady(pull: np.ndarray) -> bool:
+    # Steps that end do so by becoming shorter, which few of them do not tell from noise.
+    if len(pull) < TREND:
+        return False
+    half = len(pull) // 2
+    early, late = (np.linalg.norm(part.sum(0)) for part in (pull[:half], pull[-half:]))
+    return bool(late > STEADY * early)
+
+
 CONTINUE = "Run more steps, with init_state=result.state."
+FASTER = (
+    "If the loss should fall further, use a larger tau or a lower temperature: steps are tau / T times "
+    "the slope."
+)
 
 
 def _not_finite(run: _Run) -> str:
@@ -163,20 +182,24 @@ def _khat(run: _Run) -> str:
     if not run.often("khat", lambda khat: khat > MAX_KHAT):
         return ""
     khat = run.median("khat")
-    seen = f"k-hat of the weights is {khat:.2f} in the median, and above {MAX_KHAT} their averages "
     if not np.isfinite(khat):
+        seen = "k-hat of the weights cannot be told from so few draws of any weight"
+    else:
         seen = (
-            "k-hat of the weights cannot be told from so few draws of any weight: their averages "
+            f"k-hat of the weights is {khat:.2f} in the median, and above {MAX_KHAT} their averages are not to be "
+            "trusted"
         )
     if "negative_elbo" in run.columns:
-        return (
-            f"{seen}are not to be trusted: the guide is too far from q; use more num_steps of SVI, a richer "
-            "guide, or shift.NUTS."
-        )
+        return f"{seen}: {GUIDE}"
+    if not np.isfinite(khat):
+        return f"{seen}; use more of them, or a smaller tau."
     return (
-        f"{seen}are not to be trusted: the cloud hangs on few draws; use a smaller tau, more draws, a higher "
-        "temperature, or another engine: shift.SMC, or with gradients shift.NUTS."
+        f"{seen}: the cloud hangs on few draws; use a smaller tau, more draws, a higher temperature, or another "
+        "engine: shift.SMC, or with gradients shift.NUTS."
     )
+
+
+GUIDE = "the guide is too far from q; use more num_steps of SVI, a richer guide, or shift.NUTS."
 
 
 def _ess(run: _Run) -> str:
@@ -184,6 +207,8 @@ def _ess(run: _Run) -> str:
     if "stability" in run.columns or not run.often("ess", lambda ess: ess < LEAST_ESS):
         return ""
     seen = f"the effective sample size is {run.median('ess'):.3g} in the median"
+    if "negative_elbo" in run.columns:
+        return f"{seen}: too few draws, or {GUIDE}"
     if "khat" in run.columns:
         return (
             f"{seen}: the cloud is degenerate or too small; use more draws, a smaller tau, a higher "

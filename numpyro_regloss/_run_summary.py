@@ -28,6 +28,10 @@ SHOWN_ROWS = 12
 SHOWN_NAMES = 3
 # Not shown: they follow from others, or are constant in most runs.
 HIDDEN = ("error", "decrease_error", "ok")
+# Findings with which a centre that rests says nothing: steps are not those that were asked for.
+UNSOLVED = ("k-hat", "ess", "R-hat", "residual")
+# Not shown where there were none.
+COUNTS = ("num_divergent", "num_rejected", "num_grad")
 
 
 class DrawsSummary(NamedTuple):
@@ -90,7 +94,11 @@ class RunSummary(NamedTuple):
         count = len(self.columns["ok"])
         most = count if most is None else max(min(most, count), 1)
         rows = np.unique(np.linspace(count - 1, 0, most).round().astype(int))
-        shown = {name: column for name, column in self.columns.items() if name not in HIDDEN}
+        shown = {
+            name: column
+            for name, column in self.columns.items()
+            if name not in HIDDEN and not (name in COUNTS and not np.any(column))
+        }
         cells = [["step #", *shown]]
         for row in rows:
             mark = "" if self.columns["ok"][row] else " x"
@@ -162,6 +170,8 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
     columns = run_columns(result, motion)
     findings = run_findings(result, columns, motion, optimizer)
     arrived, sentence = arrival(motion)
+    if arrived and any(finding.name in UNSOLVED for finding in findings):
+        arrived, sentence = None, "Arrived? The centre rests, but the steps are wrong: see below."
     ends = None
     if draws is not None:
         ends = _draws_summary(draws, optimizer)

@@ -206,6 +206,21 @@ def test_rules(cloud, name):
     assert words in findings[0].text
 
 
+def test_a_centre_that_rests_has_not_arrived_where_steps_are_not_solved(cloud):
+    infos = {"fit": {"bound": 1.0, "residual": 2.0}}
+    report = diagnostics.summary(with_infos(cloud[1], **infos))
+    assert report.arrived is None
+    assert "see below" in report.arrival
+
+
+@pytest.mark.parametrize("guide", [True, False])
+def test_k_hat_of_too_few_draws(cloud, guide):
+    shift = {"khat": np.inf, "ess": 9.0} | ({"negative_elbo": 1.0} if guide else {})
+    texts = {f.name: f.text for f in diagnostics.summary(with_infos(cloud[1], shift)).findings}
+    assert ("guide" in texts["k-hat"], "guide" in texts["ess"]) == (guide, guide)
+    assert "hangs on" not in texts["k-hat"]
+
+
 def test_every_rule_is_tried():
     tried = {name for _, name, _ in BAD.values()} | set(SYMPTOMS) | {"draws"}
     assert tried >= set(RULES)
@@ -275,6 +290,7 @@ def test_the_report(cloud, chains):
     assert len(rows) == 21
     assert len(report.table(5).splitlines()) == 6
     assert len({len(row) for row in rows}) == 1
+    assert "num_grad" not in rows[0]  # there were none
     for name in ("noise", "khat", "ess", "loss"):
         assert name in rows[0]
         assert f"{name}: " in report.describe()
@@ -351,8 +367,15 @@ def test_arrival():
     # Without errors: straight or not, or too short to matter.
     assert arrival(Motion(steady, None, steady))[0] is False
     assert arrival(Motion(noise, None, noise))[0] is None
-    assert arrival(Motion(1e-4 * steady, None, 1e-4 * steady))[0] is True
     assert arrival(Motion(steady, np.full_like(steady, np.inf), steady))[0] is False
+    # Short, but on and on: tau / T is too small a rate.
+    slow = 1e-3 * steady
+    for error_of_slow in (None, np.full_like(slow, 1e-4)):
+        moves, sentence = arrival(Motion(slow, error_of_slow, slow))
+        assert moves is None
+        assert "larger tau" in sentence
+    halved = slow * 0.5 ** np.arange(40.0)[:, None]
+    assert arrival(Motion(halved, None, halved))[0] is True
     # Replicas that are tied pull apart and stay.
     assert arrival(Motion(steady, error, 0 * steady))[0] is True
     few = steady[: LEAST_STEPS - 1]
