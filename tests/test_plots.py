@@ -402,3 +402,13 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, result):
     with pytest.raises(ImportError, match=r"numpyro_regloss\[plots\]"):
         plots.optimization(result)
     monkeypatch.undo()
+
+
+def test_long_names_are_wrapped_and_dollars_are_no_mathematics():
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    names = [r"$\nothing$", "a_long_name_without_any_slash[12,3]"]
+    axes = plots.gaussian_pair(x, Gaussian.isotropic(jnp.zeros(2), 1.0), names=names)
+    labels = [ax.get_xlabel() for ax in axes[-1]]
+    assert labels[0] == r"\$\nothing\$"  # drawn by the fixture; as mathematics it raises
+    assert max(map(len, labels[1].split("\n"))) <= 22
+    assert labels[1].replace("\n", "") == names[1]

@@ -18,6 +18,7 @@ from numpyro_regloss.plots._style import (
     LOSS,
     ORANGE,
     SKY,
+    as_text,
     band,
     centers_of,
     check_axes,
@@ -127,7 +128,7 @@ def _line(axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGauss
         ax.plot(grid, height, transform=foot, color=color, linestyle=style, label=label)
         ax.fill_between(grid, height, transform=foot, color=color, alpha=0.15, linewidth=0)
     ax.set_xlim(x[0], x[-1])
-    ax.set_xlabel(f"{report.labels[0]} (units of the parameters)")
+    ax.set_xlabel(f"{as_text(report.labels[0])} (units of the parameters)")
     ax.set_ylabel("value (units of the loss)")
     legend_above(ax)
     return axes
@@ -170,8 +171,8 @@ def _plane(
                     linewidth=1.6,
                     label=text,
                 )
-        ax.set(title=name, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel=report.labels[0])
-    axes[0].set_ylabel(report.labels[1])
+        ax.set(title=name, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel=as_text(report.labels[0]))
+    axes[0].set_ylabel(as_text(report.labels[1]))
     figure = axes[0].figure
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=list(axes), label="value (units of the loss)", shrink=0.9)

@@ -21,6 +21,7 @@ __all__ = [
     "SIGMAS",
     "SKY",
     "VERMILION",
+    "as_text",
     "band",
     "centers_of",
     "check_axes",
@@ -49,7 +50,7 @@ SIGMAS = 2.0
 # Positive values over so wide a range are shown on a logarithmic axis.
 WIDE = 100.0
 FEW_STEPS = 60
-LONG_NAME = 18
+LONG_NAME, LONG_LINE = 18, 22
 
 
 def check_axes(
@@ -248,5 +249,12 @@ def ellipse(ax: Any, mean: Any, covariance: Any, *, sigmas: float = 1.0, **style
 
 
 def wrapped(name: str) -> str:
-    """A long name, a path within a pytree, over several lines."""
-    return name.replace("/", "/\n") if len(name) > LONG_NAME else name
+    """A long name, such as a path within a pytree, over several lines."""
+    parts = name.replace("/", "/\n").split("\n") if len(name) > LONG_NAME else [name]
+    lines = [part[i : i + LONG_LINE] for part in parts for i in range(0, len(part), LONG_LINE)]
+    return as_text("\n".join(lines))
+
+
+def as_text(name: str) -> str:
+    """A name as matplotlib shows it letter by letter, where dollars begin mathematics."""
+    return name.replace("$", r"\$")

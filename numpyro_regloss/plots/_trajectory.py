@@ -135,7 +135,7 @@ def _view(centers: np.ndarray, names: Sequence[str], coordinates: Any, *, plane:
     if not chosen or plane and len(chosen) != 2:
         wanted = "two coordinates for a plane" if plane else "at least one coordinate"
         raise ValueError(f"{WHAT}: expected {wanted}, got {len(chosen)}.")
-    return View(tuple(names[i] for i in chosen), np.zeros(dim), np.eye(dim)[chosen])
+    return View(tuple(wrapped(names[i]) for i in chosen), np.zeros(dim), np.eye(dim)[chosen])
 
 
 def _principal(centers: np.ndarray) -> View:
@@ -173,7 +173,7 @@ def _over_steps(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo
         marker = marker_of(steps)
         ax.plot(steps, places[:, i], color=BLACK, linewidth=1.2, marker=marker, label="centre")
         mark_rejected(ax, history, offset=1)
-        ax.set_ylabel(wrapped(view.labels[i]))
+        ax.set_ylabel(view.labels[i])
     legend_above(axes[0])
     over_steps(axes, steps, "steps done")
     return axes
