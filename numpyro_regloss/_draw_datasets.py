@@ -11,14 +11,14 @@ import numpy as np
 from scipy.special import logsumexp
 
 from numpyro_regloss._equal_weights import equal_weights
-from numpyro_regloss._model_source import ModelSource
+from numpyro_regloss._function_source import FunctionSource
 from numpyro_regloss._pytree import Partition
 from numpyro_regloss._site_labels import Labels
 from numpyro_regloss._typing import Array
-from numpyro_regloss.draws import Draws
+from numpyro_regloss.draws import BatchMeans, Draws
 from numpyro_regloss.loss import Loss
 
-__all__ = ["draw_groups", "flat_dataset", "plain", "position_groups"]
+__all__ = ["check_draws", "draw_groups", "flat_dataset", "plain", "position_groups"]
 
 
 def plain(values: Any) -> np.ndarray:
@@ -27,6 +27,34 @@ def plain(values: Any) -> np.ndarray:
     if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4:
         array = array.astype(np.float32)
     return array
+
+
+def check_draws(draws: Any, loss: Loss) -> None:
+    """Refuses what cannot be shown as draws.
+
+    Args:
+        draws: of an engine.
+        loss: whose parameters they should be.
+
+    Raises:
+        TypeError: if they are of the wrong kind.
+        ValueError: if they are means of draws, or of another loss.
+    """
+    if not isinstance(draws, Draws):
+        raise TypeError(
+            f"to_arviz: expected draws as an engine makes them, got {type(draws).__name__}; use "
+            "optimizer.draw(rng_key, result.state)."
+        )
+    if isinstance(draws, BatchMeans) or getattr(draws, "spread", None) is not None:
+        raise ValueError(
+            "to_arviz: expected draws, got means of batches of them, which are too narrow to be shown in their "
+            'place; run with shift.SGLD(..., keep="draws"), or give draws=... of another engine at '
+            "result.state.reference, or use gaussian_to_arviz."
+        )
+    if jnp.shape(draws.x) != (*np.shape(draws.log_weight), loss.dim):
+        raise ValueError(
+            f"to_arviz: expected draws of {loss.dim} parameters, got x of shape {jnp.shape(draws.x)}."
+        )
 
 
 def draw_groups(
@@ -79,7 +107,8 @@ def position_groups(
     drawn = {site.variable: (plain(values[site.site]), site.dims) for site in labels.drawn}
     posterior = _by_draw(drawn, labels.coords_of(labels.drawn))
     for site in labels.drawn:
-        posterior[site.variable].attrs.update(site=site.site, kind=site.kind)
+        # Of the dataset itself, every look at one variable goes through all dimensions.
+        posterior.variables[site.variable].attrs.update(site=site.site, kind=site.kind)
     return {"posterior": posterior, "unconstrained_posterior": flat_dataset(x, labels)}
 
 
@@ -117,7 +146,7 @@ def _by_draw(
 def _sites_of(
     x: np.ndarray, loss: Loss, arguments: Partition, labels: Labels
 ) -> dict[str, Array | np.ndarray]:
-    if isinstance(loss.source, ModelSource):
+    if not isinstance(loss.source, FunctionSource):
         names = tuple(site.site for site in labels.drawn)
         return _constrained(loss, jnp.asarray(x), arguments, names)
     values, start = {}, 0

@@ -5,6 +5,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from numpyro_regloss._draw_datasets import plain
@@ -35,7 +36,8 @@ def history_dataset(result: TwoStepResult, labels: Labels) -> Any:
     """
     import xarray as xr  # noqa: PLC0415
 
-    history = result.history
+    # That of `TwoStep.scan` is on the device.
+    history = jax.device_get(result.history)
     centers = np.asarray(history.reference.mean)
     after = np.concatenate([centers[1:], np.asarray(result.state.reference.mean)[None]])
     variables = {

@@ -16,7 +16,7 @@ from numpyro_regloss._typing import Array
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.minibatch import Minibatch
 
-__all__ = ["Tied", "replicate"]
+__all__ = ["Tied", "replicate", "single"]
 
 
 @pytree_dataclass
@@ -127,6 +127,15 @@ def replicate(loss: Loss, num_replicas: int) -> Loss:
         source=ReplicaSource(loss.source, num_replicas, minibatch),
         minibatch=minibatch,
     )
+
+
+def single(loss: Loss) -> tuple[Loss, int | None]:
+    """The loss of one replica, without a minibatch, and how many there are; of others, the loss and None."""
+    source = loss.source
+    if not isinstance(source, ReplicaSource):
+        return loss, None
+    one = replace_fields(loss, x0=loss.x0[: source.base.dim], source=source.base, minibatch=None)
+    return one, source.num_replicas
 
 
 @pytree_dataclass

@@ -3,10 +3,11 @@
 """Names, dimensions and coordinates of a loss's parameters, as labelled datasets want them.
 
 Dimensions of a NumPyro model's sites are its plates, and what `infer={"event_dims": [...]}` names; whatever
-else has none, or could be two plates, is called `<variable>_dim_<axis>`.
+else has none, or could be two plates, is called `<variable>_dim_<axis>`. Replicas are the dimension `replica`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from numpyro import handlers
 
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition
+from numpyro_regloss._replicas import single
 from numpyro_regloss._sites import Site, flat_labels
 from numpyro_regloss._typing import Array
 from numpyro_regloss.loss import Loss
@@ -113,7 +115,8 @@ def label_sites(
     Raises:
         ValueError: if names clash or do not fit.
     """
-    if (deterministic or observed) and not isinstance(loss.source, ModelSource):
+    one, num_replicas = single(loss)
+    if (deterministic or observed) and not isinstance(one.source, ModelSource):
         raise ValueError(
             f"{what}: expected a loss from a NumPyro model for deterministic=True or observed=True, got one from "
             "a function, which has no such sites; leave them out."
@@ -121,7 +124,9 @@ def label_sites(
     kinds = {"parameter", "latent"}
     kinds |= {"deterministic"} if deterministic else set()
     kinds |= {"observed"} if observed else set()
-    found = [site for site in _find(loss, arguments, what) if site.kind in kinds]
+    found = _find(one, arguments, kinds, what)
+    if num_replicas is not None:
+        found = [_replicated(site, num_replicas) for site in found]
     dims, coords, rename = (_mapping(m, what) for m in (dims, coords, rename))
     names = [site.site for site in found]
     for option, given in (("dims", dims), ("rename", rename)):
@@ -135,8 +140,10 @@ def label_sites(
         _labelled(site, dims.get(site.site), rename.get(site.site), what) for site in found
     )
     _check_names(sites, what)
-    arrays = [site for site in loss.source.sites if hasattr(site, "shape")]
+    arrays = [site for site in one.source.sites if hasattr(site, "shape")]
     flat = flat_labels(tuple(Site(rename.get(a.name, a.name), a.shape) for a in arrays))
+    if num_replicas is not None:
+        flat = tuple(f"{label}@{replica}" for replica in range(num_replicas) for label in flat)
     if len(set(flat)) < len(flat):
         raise ValueError(
             f"{what}: expected parameters of different names, got {_repeated(flat)} more than once; "
@@ -147,10 +154,10 @@ def label_sites(
 
 def observed_values(loss: Loss, arguments: Partition) -> dict[str, np.ndarray]:
     """Values of the observed sites of a model, by name."""
-    return jax.tree.map(np.asarray, _observed(loss, arguments))
+    return jax.tree.map(np.asarray, _observed(single(loss)[0], arguments))
 
 
-def _find(loss: Loss, arguments: Partition, what: str) -> list[_Found]:
+def _find(loss: Loss, arguments: Partition, kinds: set[str], what: str) -> list[_Found]:
     source = loss.source
     if not isinstance(source, ModelSource):
         leaves = [site for site in source.sites if hasattr(site, "shape")]
@@ -160,13 +167,21 @@ def _find(loss: Loss, arguments: Partition, what: str) -> list[_Found]:
     def record(x: Array, arguments: Partition) -> None:
         for name, site in _trace(loss, x, arguments).items():
             kind = _kind(site)
-            if kind is not None:
+            if kind in kinds:
                 shape = tuple(jnp.shape(site["value"]))
                 found[name] = _Found(name, kind, shape, _named_axes(site, shape, what))
 
     jax.eval_shape(record, loss.x0, arguments)
     latent = [found.pop(name) for name in source.names]
     return latent + list(found.values())
+
+
+def _replicated(site: _Found, num_replicas: int) -> _Found:
+    # Data are the same for all.
+    if site.kind == "observed":
+        return site
+    named = {axis + 1: name for axis, name in site.named.items()}
+    return site._replace(shape=(num_replicas, *site.shape), named={0: "replica", **named})
 
 
 def _trace(loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:
@@ -238,20 +253,21 @@ def _labelled(
     if variable is None:
         # Groups of files are paths.
         variable = site.site.replace("/", ".")
-    if not isinstance(variable, str) or not variable or "/" in variable:
+    if not isinstance(variable, str) or "/" in variable or variable in ("", ".", ".."):
         raise ValueError(
-            f"{what}: expected rename to a name without '/', got {variable!r} for {site.site!r}."
+            f"{what}: expected a name that files allow, without '/', got {variable!r} for {site.site!r}; give it "
+            "another one with rename."
         )
     if dims is None:
         dims = [site.named.get(axis, f"{variable}_dim_{axis}") for axis in range(len(site.shape))]
-    if isinstance(dims, str) or len(dims) != len(site.shape) or len(set(dims)) < len(dims):
+    usable = not isinstance(dims, str) and all(isinstance(dim, str) for dim in dims)
+    named = tuple(dim.replace("/", ".") for dim in dims) if usable else ()
+    if not usable or len(named) != len(site.shape) or len(set(named)) < len(named):
         raise ValueError(
             f"{what}: expected dims of {site.site!r} of shape {site.shape} as {len(site.shape)} different names, "
-            f"got {dims!r}."
+            f"got {dims!r}; give it others with dims."
         )
-    return SiteLabel(
-        site.site, variable, site.kind, site.shape, tuple(d.replace("/", ".") for d in dims)
-    )
+    return SiteLabel(site.site, variable, site.kind, site.shape, named)
 
 
 def _check_names(sites: tuple[SiteLabel, ...], what: str) -> None:
@@ -316,4 +332,4 @@ def _mapping(given: Any, what: str) -> dict[str, Any]:
 
 
 def _repeated(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if list(names).count(name) > 1})
+    return sorted(name for name, count in Counter(names).items() if count > 1)

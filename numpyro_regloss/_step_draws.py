@@ -14,7 +14,7 @@ import numpy as np
 
 from numpyro_regloss import _outer_step
 from numpyro_regloss._checks import check_count
-from numpyro_regloss._draw_datasets import flat_dataset
+from numpyro_regloss._draw_datasets import check_draws, flat_dataset
 from numpyro_regloss._equal_weights import equal_weights
 from numpyro_regloss._history_dataset import iterations
 from numpyro_regloss._pytree import Partition
@@ -91,6 +91,7 @@ def step_dataset(
         state = _outer_step.revisit(optimizer, result.state, index, reference, arguments)
         key = _outer_step.draw_key(result.state.rng_key, index)
         draws = _outer_step.draw(optimizer, key, state, arguments)
+        check_draws(draws, optimizer.loss)
         chosen, _ = equal_weights(np.asarray(draws.log_weight))
         x = np.asarray(draws.x)
         positions.append(x.reshape(-1, x.shape[-1])[chosen])

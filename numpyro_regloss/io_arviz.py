@@ -23,23 +23,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 
 from numpyro_regloss import _outer_step
 from numpyro_regloss._arviz_compat import wrap
 from numpyro_regloss._checks import check_count, check_key
-from numpyro_regloss._draw_datasets import draw_groups, plain, position_groups
+from numpyro_regloss._draw_datasets import check_draws, draw_groups, plain, position_groups
 from numpyro_regloss._history_dataset import history_dataset, iterations
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition
+from numpyro_regloss._replicas import single
 from numpyro_regloss._result import TwoStepResult
 from numpyro_regloss._site_labels import Labels, label_sites, observed_values
 from numpyro_regloss._step_draws import choose_steps, step_dataset
 from numpyro_regloss._typing import Key
 from numpyro_regloss._version import __version__
-from numpyro_regloss.draws import BatchMeans, Draws
+from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.two_step import TwoStep
@@ -47,8 +47,8 @@ from numpyro_regloss.two_step import TwoStep
 __all__ = ["gaussian_to_arviz", "to_arviz"]
 
 OF_RUN = (
-    "posterior holds draws of the shifted density q, which is proportional to exp(-loss / temperature) times a "
-    "Gaussian of variance tau about the last centre: not the model's posterior"
+    "posterior holds draws of the shifted density q, which is proportional to exp(-loss / temperature) times the "
+    "reference, a Gaussian about the last centre: not the model's posterior"
 )
 OF_GAUSSIAN = (
     "posterior holds independent draws of a fitted Gaussian, constrained: not the model's posterior"
@@ -108,6 +108,7 @@ def to_arviz(
 
     Example:
         >>> import arviz as az
+        >>> import jax.numpy as jnp
         >>> from jax import random
         >>> from numpyro_regloss import schemes, shift
         >>> loss = Loss.from_function(lambda p: jnp.sum(p["weight"] ** 2), {"weight": jnp.ones(2)})
@@ -133,14 +134,20 @@ def to_arviz(
         rename=rename,
     )
     given = draws is not None
-    if not given and getattr(optimizer.shift, "makes_draws", True):
+    makes_draws = getattr(optimizer.shift, "makes_draws", True)
+    if not makes_draws and step_draws is not None and step_draws is not False:
+        raise ValueError(
+            f"to_arviz: expected no step_draws of {type(optimizer.shift).__name__}, which makes no draws, got "
+            f"{step_draws!r}; leave it out."
+        )
+    if not given and makes_draws:
         key = _outer_step.draw_key(result.state.rng_key, result.state.step)
         key = key if rng_key is None else check_key(rng_key, "to_arviz: rng_key")
         draws = optimizer.draw(key, result.state, *args, **kwargs)
     attrs = _attributes(loss, labels) | _of_run(result, optimizer)
     groups: dict[str, Any] = {}
     if draws is not None:
-        _check_draws(draws, loss)
+        check_draws(draws, loss)
         shown, resampled = draw_groups(draws, loss, arguments, labels)
         groups |= shown
         attrs |= {"description": OF_RUN, "resampled": int(resampled)}
@@ -194,6 +201,7 @@ def gaussian_to_arviz(
         ValueError: if the Gaussian is of another dimension, or names clash.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jax import random
         >>> from numpyro_regloss import Gaussian
         >>> loss = Loss.from_function(lambda p: jnp.sum(p["weight"] ** 2), {"weight": jnp.ones(2)})
@@ -249,34 +257,16 @@ def _check_run(result: Any, optimizer: Any) -> None:
         )
 
 
-def _check_draws(draws: Any, loss: Loss) -> None:
-    if not isinstance(draws, Draws):
-        raise TypeError(
-            f"to_arviz: expected draws as an engine makes them, got {type(draws).__name__}; use "
-            "optimizer.draw(rng_key, result.state)."
-        )
-    if isinstance(draws, BatchMeans) or getattr(draws, "spread", None) is not None:
-        raise ValueError(
-            "to_arviz: expected draws, got means of batches of them, which are too narrow to be shown in their "
-            'place; run with shift.SGLD(..., keep="draws"), or give draws=... of another engine at '
-            "result.state.reference, or use gaussian_to_arviz."
-        )
-    if jnp.shape(draws.x) != (*np.shape(draws.log_weight), loss.dim):
-        raise ValueError(
-            f"to_arviz: expected draws of {loss.dim} parameters, got x of shape {jnp.shape(draws.x)}."
-        )
-
-
 def _attributes(loss: Loss, labels: Labels) -> dict[str, Any]:
-    is_model = isinstance(loss.source, ModelSource)
+    source = single(loss)[0].source
     return {
         "inference_library": "numpyro_regloss",
         "inference_library_version": __version__,
         "numpyro_version": numpyro.__version__,
         "jax_version": jax.__version__,
         "created_at": datetime.now(UTC).isoformat(),
-        "loss": "NumPyro model" if is_model else "function",
-        "density": loss.source.density if isinstance(loss.source, ModelSource) else "",
+        "loss": "NumPyro model" if isinstance(source, ModelSource) else "function",
+        "density": source.density if isinstance(source, ModelSource) else "",
         "sites": labels.table,
     }
 
@@ -290,12 +280,21 @@ def _of_run(result: TwoStepResult, optimizer: TwoStep) -> dict[str, Any]:
         "fit": type(optimizer.fit).__name__,
         "anchor": type(optimizer.anchor).__name__,
         "num_steps": int(result.state.step),
-        "tau": "schedule" if callable(optimizer.tau) else plain(optimizer.tau).tolist(),
+        "tau": _tau(optimizer),
         "temperature": temperature,
         "temperature_mode": "set by the effective sample size" if is_set else "fixed",
         "seed": np.asarray(jax.random.key_data(key)).astype(np.int64).tolist(),
         "seed_implementation": str(jax.random.key_impl(key)),
     }
+
+
+def _tau(optimizer: TwoStep) -> float | str:
+    # What is no number is in constant_data.
+    if getattr(optimizer.anchor, "owns_scale", False):
+        return "set by the anchor"
+    if callable(optimizer.tau):
+        return "schedule"
+    return "per parameter" if np.ndim(optimizer.tau) else float(optimizer.tau)
 
 
 def _temperatures(info: Any) -> list[np.ndarray]:
@@ -313,11 +312,12 @@ def _constant_data(result: TwoStepResult, loss: Loss, arguments: Partition, labe
         "x0": ("param", plain(loss.x0)),
         "tau": (("iteration", "param")[: tau.ndim], tau),
     }
-    clash = {"x0", "tau", "param", "iteration"} & {site.variable for site in sites}
+    names = {name for site in sites for name in (site.variable, *site.dims)}
+    clash = {"x0", "tau", "param", "iteration"} & names
     if clash:
         raise ValueError(
-            f"to_arviz: the observed sites {sorted(clash)} have names of our own in constant_data; give them "
-            "others with rename."
+            f"to_arviz: observed sites, or their dimensions, have names of our own in constant_data, "
+            f"{sorted(clash)}; give them others with rename and dims."
         )
     variables |= {site.variable: (site.dims, plain(values[site.site])) for site in sites}
     return xr.Dataset(

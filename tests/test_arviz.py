@@ -26,6 +26,7 @@ from numpyro_regloss import (
     TwoStep,
     TwoStepResult,
     _outer_step,
+    anchor,
     fit,
     gaussian_to_arviz,
     schemes,
@@ -236,6 +237,8 @@ def named(*names, shape=(2,)):
         (("a", "b"), {"rename": {"a": "b"}}, "different names of variables, got .'b'"),
         (("a", "b"), {"rename": {"c": "b"}}, r"rename of the sites \['a', 'b'\], got \['c'\]"),
         (("a",), {"rename": {"a": "b/c"}}, "without '/'"),
+        (("/",), {}, "a name that files allow.*got '.'"),
+        (("a",), {"dims": {"a": [None]}}, "as 1 different names"),
         (("a/b", "a.b"), {}, "different names of variables"),
         (("a",), {"dims": {"a": ["draw"]}}, "dimension 'draw'"),
         (("a",), {"dims": {"a": ["i", "j"]}}, "as 1 different names"),
@@ -248,6 +251,62 @@ def test_names_that_clash_are_refused(names, options, words):
     loss = named(*names)
     with pytest.raises(ValueError, match=words):
         label_sites(loss, loss.bind(), "to_arviz", **options)
+
+
+def test_plates_that_files_cannot_tell_apart_are_refused():
+    def twice():
+        with numpyro.plate("a/b", 2, dim=-2), numpyro.plate("a.b", 2, dim=-1):
+            numpyro.sample("z", dist.Normal(0, 1))
+
+    loss = Loss.from_model(twice)
+    with pytest.raises(ValueError, match="as 2 different names"):
+        label_sites(loss, loss.bind(), "test")
+
+
+def test_sites_that_are_not_shown_are_not_looked_at():
+    def wrong():
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=jnp.ones(2), infer={"event_dims": ["i", "j"]})
+
+    loss = Loss.from_model(wrong)
+    assert [site.site for site in label_sites(loss, loss.bind(), "test").sites] == ["z"]
+    with pytest.raises(ValueError, match="expected 1 event_dims of the site 'y'"):
+        label_sites(loss, loss.bind(), "test", observed=True)
+
+
+@pytest.mark.parametrize("plate", ["param", "iteration", "x0"])
+def test_observed_sites_do_not_take_our_labels(plate):
+    def model(y):
+        with numpyro.plate(plate, NUM_STEPS):
+            numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
+
+    loss = Loss.from_model(model, jnp.zeros(NUM_STEPS))
+    optimizer = schemes.heat(loss, tau=0.5)
+    result = without_running(optimizer)
+    with pytest.raises(ValueError, match=rf"names of our own in constant_data, \['{plate}'\]"):
+        to_arviz(result, optimizer, observed=True)
+    data = to_arviz(result, optimizer, observed=True, dims={"y": ["row"]})
+    assert data["constant_data"]["y"].dims == ("row",)
+
+
+def test_replicas_are_a_dimension():
+    def model():
+        numpyro.sample("scale", dist.HalfNormal(1.0))
+        with numpyro.plate("row", 2):
+            numpyro.sample("cell", dist.Normal(0, 1))
+
+    optimizer = schemes.parle(Loss.from_model(model), tau=0.5, num_replicas=2)
+    draws = by_hand(optimizer.loss, 1, 3)
+    data = to_arviz(without_running(optimizer), optimizer, draws=draws)
+    posterior, flat = data["posterior"], data["unconstrained_posterior"]["x"]
+    assert posterior["cell"].dims == ("chain", "draw", "replica", "row")
+    for replica in range(2):
+        here = posterior.sel(replica=replica)
+        np.testing.assert_allclose(here["scale"], np.exp(flat.sel(param=f"scale@{replica}")), 1e-6)
+        for row in range(2):
+            element = flat.sel(param=f"cell[{row}]@{replica}")
+            np.testing.assert_array_equal(here["cell"].sel(row=row), element)
+    assert posterior.attrs["loss"] == "NumPyro model"
 
 
 def test_names_that_clash_can_be_given_others():
@@ -356,6 +415,16 @@ def test_history_is_one_dataset(cloud_run, cloud_data):
     last = np.linalg.norm(result.state.reference.mean - history.reference.mean[-1])
     np.testing.assert_allclose(data["step_norm"][-1], last, rtol=1e-6)
     np.testing.assert_array_equal(data["seconds"], result.seconds)
+
+
+def test_history_of_a_scan_is_shown_whole(cloud_run, cloud_data):
+    optimizer, result = cloud_run
+    on_device = result._replace(history=jax.device_put(result.history), seconds=None)
+    data = to_arviz(on_device, optimizer, draws=by_hand(optimizer.loss), rename=RENAME)
+    wanted = set(cloud_data["optimization"].data_vars) - {"seconds"}
+    assert set(data["optimization"].data_vars) == wanted
+    for name in wanted:
+        np.testing.assert_array_equal(data["optimization"][name], cloud_data["optimization"][name])
 
 
 def test_values_of_a_record_have_their_errors():
@@ -559,6 +628,31 @@ def test_an_engine_without_draws():
     assert "gaussian_to_arviz" in data["optimization"].attrs["description"]
     groups = set(data.children if hasattr(data, "children") else data.groups())
     assert groups == {"optimization", "constant_data"}
+    with pytest.raises(ValueError, match="no step_draws of Implicit"):
+        to_arviz(without_running(optimizer), optimizer, rename=RENAME, step_draws=True)
+
+
+def test_means_of_draws_of_a_step_are_refused():
+    engine = shift.SGLD(0.01, 200, keep="batch_means")
+    loss = Loss.from_function(bowl, PARAMS)
+    optimizer = schemes.local_entropy(loss, tau=0.5, shift=engine)
+    draws = by_hand(loss)
+    with pytest.raises(ValueError, match="means of batches"):
+        to_arviz(without_running(optimizer), optimizer, draws=draws, step_draws=[1], rename=RENAME)
+
+
+def test_tau_that_is_no_number_says_why(cloud_run):
+    optimizer, result = cloud_run
+    loss, draws = optimizer.loss, by_hand(optimizer.loss)
+    parts = {"shift": optimizer.shift, "fit": fit.ForwardKL()}
+    groups, own = np.full(loss.dim, 0.5), anchor.AdaptTau(anchor.Proximal())
+    for other, wanted in (
+        (TwoStep(loss, groups, **parts), "per parameter"),
+        (TwoStep(loss, lambda step: 0.5, **parts), "schedule"),
+        (TwoStep(loss, 0.5, **parts, anchor=own), "set by the anchor"),
+    ):
+        data = to_arviz(result, other, draws=draws, rename=RENAME)
+        assert data["optimization"].attrs["tau"] == wanted
 
 
 def test_groups_have_names_without_a_meaning_to_arviz(model_data):
