@@ -30,6 +30,8 @@ def test_tool(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# On the other stack the notebooks stand for them.
+@pytest.mark.once
 def test_readme_examples():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 5
