@@ -20,6 +20,9 @@ from jax import lax, random
 from numpyro_regloss import Loss, RejectedError, TwoStep, fit, shift
 from numpyro_regloss.fit.robbins_monro import RobbinsMonroInfo
 
+# The other stack has the named troubles of `test_trouble.py`.
+pytestmark = pytest.mark.once
+
 STEPS = 3
 SAMPLES, WARMUP, CHAINS, DEPTH = 10, 20, 2, 4
 CLOUD = 64
