@@ -38,16 +38,14 @@ def history_dataset(result: TwoStepResult, labels: Labels) -> Any:
 
     # That of `TwoStep.scan` is on the device.
     history = jax.device_get(result.history)
-    centers = np.asarray(history.reference.mean)
-    after = np.concatenate([centers[1:], np.asarray(result.state.reference.mean)[None]])
     variables = {
         "ok": history.ok,
         "loss": history.loss,
         "tau": history.tau,
-        "center": centers,
+        "center": history.reference.mean,
         "fitted_mean": history.fitted.mean,
         "fitted_sd": np.sqrt(np.asarray(history.fitted.variance)),
-        "step_norm": np.linalg.norm(after - centers, axis=-1),
+        "step_norm": np.linalg.norm(np.diff(result.centers, axis=0), axis=-1),
         "num_loss": history.num_loss,
         "num_grad": history.num_grad,
     }

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Optax, imported by the first engine that needs it: this halves what importing this library takes."""
+"""Optax, imported by the first engine that needs it and not with this library."""
 
 from functools import cache
 from typing import Any

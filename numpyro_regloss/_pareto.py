@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-__all__ = ["pareto_khat", "pareto_smooth"]
+__all__ = ["MAX_KHAT", "pareto_khat", "pareto_smooth"]
+
+# Averages of weights are unreliable above (Vehtari et al. 2024).
+MAX_KHAT = 0.7
 
 # The logarithm of the smallest normal float64: ArviZ and NumPyro end the tail at weights that small
 # relative to the largest. One constant for all dtypes, so that float32 has the same tail.

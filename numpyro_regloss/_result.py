@@ -36,6 +36,12 @@ class TwoStepResult(NamedTuple):
     history: TwoStepInfo
     seconds: Any = None
 
+    @property
+    def centers(self) -> np.ndarray:
+        """Centres before the first step and after every one, flat, `(step + 1, dim)`."""
+        before, last = self.history.reference.mean, self.state.reference.mean
+        return np.concatenate([np.asarray(before), np.asarray(last)[None]])
+
 
 class RejectedError(RuntimeError):
     """Every step of a run was rejected.

@@ -72,12 +72,11 @@ def run_motion(result: TwoStepResult) -> Motion:
     history, ok = result.history, result.history.ok
     sd = np.sqrt(np.asarray(history.reference.variance))
     mean = np.asarray(history.reference.mean)
-    after = np.concatenate([mean[1:], np.asarray(result.state.reference.mean)[None]])
     error = getattr(history.fit, "mean_error", None)
     return Motion(
         pull=((np.asarray(history.fitted.mean) - mean) / sd)[ok],
         error=None if error is None else (np.asarray(error) / sd)[ok],
-        step=((after - mean) / sd)[ok],
+        step=(np.diff(result.centers, axis=0) / sd)[ok],
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_regloss._pareto import MAX_KHAT
 from numpyro_regloss._result import TwoStepResult, rejections, remedies
 from numpyro_regloss._run_columns import Motion
 
@@ -17,8 +18,6 @@ __all__ = ["Finding", "arrival", "run_findings", "window"]
 
 # The end of a run: its last quarter, and enough steps to tell a trend from a single one.
 END, LEAST_STEPS = 0.25, 4
-# Averages of weights are unreliable above (Vehtari et al. 2024).
-MAX_KHAT = 0.7
 # So few effective draws do not tell their own error.
 LEAST_ESS = 20.0
 # With as many effective draws as that R-hat of a chain at rest is 1.03 in the median over a few coordinates.

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
 from numpyro_regloss._result import TwoStepResult
 from numpyro_regloss._run_columns import COLUMNS, run_columns, run_motion
 from numpyro_regloss._run_findings import (
     LEAST_ESS,
-    MAX_KHAT,
     MAX_RHAT,
     Finding,
     arrival,

@@ -30,7 +30,7 @@ from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._control_variates import Chains, series_error
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
-from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._run_findings import Finding
 from numpyro_regloss._run_summary import DrawsSummary, RunSummary, summary
 from numpyro_regloss._samples import as_draws
@@ -42,7 +42,6 @@ from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["DrawsSummary", "Finding", "GaussianFit", "RunSummary", "gaussian_fit", "summary"]
 
-MAX_KHAT = 0.7
 LEAST_REACHED = 0.95
 # The largest k-hat of weights whose average and error are both reliable at a few hundred draws.
 RELIABLE_KHAT = 0.4

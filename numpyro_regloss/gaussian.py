@@ -18,7 +18,7 @@ from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
-__all__ = ["AnyGaussian", "Gaussian", "check_gaussian", "kl_divergence"]
+__all__ = ["AnyGaussian", "Gaussian", "check_gaussian", "kl_divergence", "projected_covariance"]
 
 
 class Gaussian(NamedTuple):
@@ -205,6 +205,12 @@ class Gaussian(NamedTuple):
 
 
 AnyGaussian = Gaussian | LowRankGaussian
+
+
+def projected_covariance(gaussian: AnyGaussian, directions: Any) -> np.ndarray:
+    """Covariance of a Gaussian's coordinates along directions `(k, dim)`, `(k, k)`; on the host."""
+    columns = np.stack([gaussian.scaled_transpose(row) for row in jnp.asarray(directions)])
+    return columns @ columns.T
 
 
 def kl_divergence(p: AnyGaussian, q: AnyGaussian) -> Array:

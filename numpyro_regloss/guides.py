@@ -23,7 +23,7 @@ from numpyro_regloss._gaussian_guide import GaussianGuide, to_guide
 from numpyro_regloss._guide_draws import GuideDraws, batch_size, draw_continuous, draw_sites
 from numpyro_regloss._guide_moments import as_family, read_gaussian
 from numpyro_regloss._model_source import ModelSource
-from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._pytree import Partition
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._typing import Array, Key
@@ -34,8 +34,6 @@ from numpyro_regloss.loss import Loss
 
 __all__ = ["GaussianGuide", "GuideInfo", "from_guide", "to_guide"]
 
-# Above it averages over importance weights do not settle (Vehtari et al. 2024).
-MAX_KHAT = 0.7
 COVARIANCES = ("isotropic", "diagonal", "dense", "low_rank")
 NOT_GAUSSIAN = {
     autoguide.AutoDelta: "a point has no covariance; use AutoLaplaceApproximation, which adds one",

@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notebooks run as they are, in their fast mode, and were committed as they ran.
 
-They run in this process, not in kernels of their own: start and imports of seven kernels would cost half as much
-as the cells. Warnings are errors here too.
+They run in this process, without starts and imports of seven kernels. Warnings are errors here too.
 """
 
 import ast

@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_regloss._landscape import find_parameter
 from numpyro_regloss._samples import as_draws
-from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
+from numpyro_regloss.gaussian import AnyGaussian, check_gaussian, projected_covariance
 from numpyro_regloss.plots._style import (
     BLUE,
     GRAY,
@@ -158,7 +158,7 @@ def _marginal(ax: Any, x: np.ndarray, weight: np.ndarray, i: int, gaussians: lis
 def _joint(ax: Any, points: np.ndarray, pair: tuple[int, int], gaussians: list) -> None:
     ax.plot(*points[:, pair].T, ".", color=GRAY, markersize=2, alpha=0.6)
     for _, gaussian, style in gaussians:
-        rows = np.stack([gaussian.scaled_transpose(np.eye(gaussian.dim)[k]) for k in pair])
+        mean = np.asarray(gaussian.mean)[list(pair)]
+        covariance = projected_covariance(gaussian, np.eye(gaussian.dim)[list(pair)])
         for sigmas in (1.0, 2.0):
-            mean = np.asarray(gaussian.mean)[list(pair)]
-            ellipse(ax, mean, rows @ rows.T, sigmas=sigmas, **style)
+            ellipse(ax, mean, covariance, sigmas=sigmas, **style)

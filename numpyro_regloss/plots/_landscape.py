@@ -3,6 +3,7 @@
 """What do the losses look like along a line, or over a plane?"""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def _line(axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGauss
     for place in report.others[:, 0]:
         ax.axvline(place, color=GRAY, linewidth=0.8, linestyle=":")
     foot = ax.get_xaxis_transform()
-    for (label, gaussian), (color, style) in zip(gaussians.items(), _styles(), strict=False):
+    for (label, gaussian), (color, style) in zip(gaussians.items(), cycle(STYLES), strict=False):
         mean = report.project(gaussian.mean)[0]
         sd = np.sqrt(report.project_covariance(gaussian)[0, 0])
         grid = np.linspace(max(x[0], mean - 4 * sd), min(x[-1], mean + 4 * sd), 201)
@@ -157,7 +158,9 @@ def _plane(
                 markeredgecolor=BLACK,
                 label="other parameters",
             )
-        for (label, gaussian), (color, style) in zip(gaussians.items(), _styles(), strict=False):
+        for (label, gaussian), (color, style) in zip(
+            gaussians.items(), cycle(STYLES), strict=False
+        ):
             mean, covariance = report.project(gaussian.mean), report.project_covariance(gaussian)
             for sigmas in (1.0, 2.0):
                 text = label if sigmas == 1.0 else None
@@ -207,7 +210,3 @@ def _levels(surfaces: Sequence[np.ndarray]) -> np.ndarray:
     if levels.size < 2:  # a flat loss
         return levels[0] + np.array([-0.5, 0.5])
     return levels
-
-
-def _styles() -> Sequence[tuple[str, str]]:
-    return STYLES * 8

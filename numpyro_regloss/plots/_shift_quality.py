@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numpyro_regloss._run_findings import LEAST_ACCEPTANCE, LEAST_ESS, MAX_KHAT, MAX_RHAT
+from numpyro_regloss._pareto import MAX_KHAT
+from numpyro_regloss._run_findings import LEAST_ACCEPTANCE, LEAST_ESS, MAX_RHAT
 from numpyro_regloss.plots._style import (
     BLACK,
     VERMILION,

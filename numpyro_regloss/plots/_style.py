@@ -123,10 +123,8 @@ def history_of(result: Any, what: str) -> TwoStepInfo:
 
 def centers_of(result: Any, history: TwoStepInfo) -> np.ndarray:
     """Centres before the first step, after it, and so on: one more than steps where the last one is known."""
-    centers = np.asarray(history.reference.mean, float)
-    if isinstance(result, TwoStepResult):
-        return np.concatenate([centers, np.asarray(result.state.reference.mean, float)[None]])
-    return centers
+    known = result.centers if isinstance(result, TwoStepResult) else history.reference.mean
+    return np.asarray(known, float)
 
 
 def band(ax: Any, x: Any, value: Any, error: Any, **style: Any) -> None:

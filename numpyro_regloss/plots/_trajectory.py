@@ -9,7 +9,7 @@ import numpy as np
 
 from numpyro_regloss._landscape import find_parameter
 from numpyro_regloss._outer_step import TwoStepInfo
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import projected_covariance
 from numpyro_regloss.plots._style import (
     BLACK,
     BLUE,
@@ -50,10 +50,6 @@ class View(NamedTuple):
     def spread(self, error: np.ndarray) -> np.ndarray:
         # Of a coordinate its own error; of a mixture that of independent ones.
         return np.sqrt(error**2 @ (self.directions**2).T)
-
-    def covariance(self, gaussian: AnyGaussian) -> np.ndarray:
-        rows = np.stack([gaussian.scaled_transpose(row) for row in self.directions])
-        return rows @ rows.T
 
 
 def trajectory(
@@ -185,7 +181,7 @@ def _plane(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo) -> 
     places = view.project(centers)
     mark_path(ax, places)
     last = type(history.fitted)(*(np.asarray(part)[-1] for part in history.fitted))
-    covariance = view.covariance(last)
+    covariance = projected_covariance(last, view.directions)
     if np.isfinite(covariance).all():
         label = "1 sd of the last fit"
         ellipse(
