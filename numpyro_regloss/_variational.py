@@ -48,6 +48,9 @@ __all__ = [
 CHUNK = 2**20
 # Size of a column of factors at the start, in units of the diagonal: without factors their gradient is zero.
 FIRST_FACTOR = 0.1
+# Smallest share of a variance that is left to the diagonal beside factors. With less, rounding decides the
+# determinant in float32, and a minimization would find where it errs most.
+LEAST_SHARE = 1e-4
 # Widths of a start that are compared, and draws of each.
 WIDTHS, WIDTH_DRAWS = tuple(10.0 ** (k / 2) for k in range(0, -13, -1)), 8
 
@@ -248,10 +251,14 @@ def move(base: AnyGaussian, step: Step) -> AnyGaussian:
     if step.scale is None:
         return base._replace(mean=mean)
     if isinstance(base, LowRankGaussian):
-        log_ratio, change = step.scale
+        ratio, change = step.scale
         # In units of the whole deviation, since the diagonal's may vanish where factors explain all.
         factor = base.factor + jnp.sqrt(base.variance)[:, None] * change
-        return LowRankGaussian(mean, base.diagonal * jnp.exp(2.0 * log_ratio), factor)
+        # A root above the least: linear, since a logarithm that has run away has no gradient to come back by.
+        least = LEAST_SHARE * base.variance
+        diagonal = jnp.maximum(base.diagonal, 1.01 * least)
+        root = jnp.sqrt(diagonal - least) + jnp.sqrt(diagonal) * ratio
+        return LowRankGaussian(mean, least + root**2, factor)
     if base.structure == "dense":
         change = jnp.tril(step.scale, -1) + jnp.diag(jnp.exp(jnp.diagonal(step.scale)))
         return Gaussian(mean, base.scale @ change)

@@ -7,14 +7,14 @@ import sys
 
 import jax
 
-# Nearly all of the suite's time is compilation: programs are not optimized unless XLA_FLAGS says how. Processes
-# that tests start run benchmarks, which want it; XLA reads the variable once, with its first device.
+# Nearly all of the suite's time is compilation: programs are not optimized unless XLA_FLAGS says how. XLA reads
+# the variable once, with its first device; processes that tests start get it where they are not timed.
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+# XLA ends the process at a flag that it does not know; later releases do not know this one.
+if jax.__version_info__[:2] == (0, 10):
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 if "XLA_FLAGS" not in os.environ:
-    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-    # XLA ends the process at a flag that it does not know; later releases do not know this one.
-    if jax.__version_info__[:2] == (0, 10):
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["XLA_FLAGS"] = QUICK_FLAGS
     jax.devices()
     del os.environ["XLA_FLAGS"]
 

@@ -67,6 +67,7 @@ def line():
 @pytest.fixture(autouse=True)
 def no_traces():
     """A figure changes no setting of matplotlib, opens one figure at most, and can be drawn."""
+    plt.close("all")  # those of other modules' examples
     before = dict(mpl.rcParams)
     yield
     assert dict(mpl.rcParams) == before
