@@ -3,7 +3,7 @@
 """Forward KL: families, control variates, standard errors, containers of samples."""
 
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from numpyro_regloss.fit import ForwardKL
 
 FAMILIES = {"isotropic": None, "diagonal": None, "dense": None, "low_rank": 2}
 REPETITIONS = 200
+REPETITION_KEYS = random.split(random.key(5), REPETITIONS)
 # 95 % intervals of 200 repetitions: outside of 90 to 99 % they would be by chance once in a thousand.
 COVERAGE = (0.90, 0.99)
 
@@ -131,6 +132,13 @@ SKEWED = Loss.from_function(skewed, np.zeros(3))
 SKEWED_TARGET = RegularizedLoss(SKEWED, Gaussian.isotropic(SKEWED.x0 + 0.5, 0.6))
 
 
+@cache
+def chains_of_nuts():
+    # They take longest, and serve both families with control variates and without.
+    draw = partial(cloud_of, "nuts", target=SKEWED_TARGET)
+    return jax.jit(lambda keys: jax.lax.map(draw, keys))(REPETITION_KEYS)
+
+
 @pytest.fixture(scope="module")
 def skewed_moments():
     # Coordinates are independent: one integral on a fine grid.
@@ -154,21 +162,22 @@ def test_intervals_cover_the_truth(family, kind, control, skewed_moments):
     mean, variance = skewed_moments
     method = ForwardKL(family, control_variates=control)
 
-    def go(rng_key):
+    def go(rng_key, draws):
         if kind == "weighted_array":
             x = 0.5 + 0.8 * random.normal(rng_key, (1, 800, 3))
             proposal = jnp.sum(dist.Normal(0.5, 0.8).log_prob(x), -1)
             log_weight = jax.vmap(jax.vmap(SKEWED_TARGET.log_density))(x) - proposal
             draws = StoredDraws(x, log_weight, 0 * log_weight, jnp.ones(()))
-        else:
+        elif draws is None:
             draws = cloud_of(kind, rng_key, SKEWED_TARGET)
         _, gaussian, info = method.step(rng_key, (), SKEWED_TARGET, draws)
         spread = gaussian.covariance if family == "dense" else gaussian.scale**2
         return gaussian.mean, spread, info.mean_error, info.covariance_error
 
-    centers, spreads, errors, spread_errors = jax.jit(lambda keys: jax.lax.map(go, keys))(
-        random.split(random.key(5), REPETITIONS)
-    )
+    rows = (REPETITION_KEYS, chains_of_nuts() if kind == "nuts" else None)
+    centers, spreads, errors, spread_errors = jax.jit(
+        lambda rows: jax.lax.map(lambda row: go(*row), rows)
+    )(rows)
     truth = variance * np.eye(3) if family == "dense" else variance
     for value, exact, error in ((centers, mean, errors), (spreads, truth, spread_errors)):
         covered = np.abs(np.asarray(value) - exact) < 1.96 * np.asarray(error)
@@ -216,7 +225,7 @@ def squared_errors(target, truth, engine, repetitions=24):
 @pytest.mark.once
 def test_control_variates_on_a_regression(regression):
     long = nuts_draws(
-        shift.NUTS(num_warmup=500, num_samples=5000, num_chains=2), random.key(9), regression
+        shift.NUTS(num_warmup=500, num_samples=1500, num_chains=2), random.key(9), regression
     )
     _, exact, info = ForwardKL("diagonal").step(random.key(0), (), regression, long)
     assert info.control_variate >= 2
@@ -224,7 +233,7 @@ def test_control_variates_on_a_regression(regression):
         regression,
         (exact.mean, exact.variance),
         shift.NUTS(num_warmup=200, num_samples=50, num_chains=4),
-        60,
+        30,
     )
     assert plain / chosen > 50
 
@@ -258,7 +267,11 @@ def test_control_variates_do_no_harm(name):
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau))
     truth = problem.shift_mean(x, tau), np.diag(problem.shift_covariance(x, tau))
     plain, chosen, kind = squared_errors(
-        target, truth, shift.NUTS(num_warmup=200, num_samples=50, num_chains=4), 40
+        target,
+        truth,
+        # A jump makes for steps so short that whole trees would take most of this module's time.
+        shift.NUTS(num_warmup=200, num_samples=50, num_chains=4, max_tree_depth=6),
+        40,
     )
     # The mean over forty runs of a ratio of errors that mostly coincide.
     assert chosen < 1.15 * plain

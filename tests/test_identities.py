@@ -21,7 +21,7 @@ pytestmark = pytest.mark.once
 
 TEMPERATURES = (1.0, 0.1)
 QUADRATIC = random_quadratic(3, seed=11)
-WELL = problems.double_well(2)
+WELL, FOUR = problems.double_well(2), random_quadratic(4, seed=12)
 
 
 def quadratic_case(temperature):
@@ -201,7 +201,7 @@ def test_scale_of_loss_and_temperature_cancel():
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_ten_steps_follow_the_exact_iterates(temperature):
-    problem, tau = random_quadratic(4, seed=12), 0.3
+    problem, tau = FOUR, 0.3
     loss = Loss.from_function(problem.loss, np.zeros(4))
     optimizers = {
         "nuts": schemes.local_entropy(
