@@ -116,6 +116,7 @@ def test_findings_name_what_is_wrong(name):
     assert " b (" not in str(fit)
 
 
+@pytest.mark.once
 def test_reverse_kl_of_two_modes_is_seen_as_narrow():
     x = jnp.concatenate([
         random.normal(random.key(0), (2000, 1)) - 3,
@@ -134,6 +135,7 @@ def test_reverse_kl_of_two_modes_is_seen_as_narrow():
     assert "narrower" in str(fit)
 
 
+@pytest.mark.once
 def test_no_overlap_is_said_so():
     x = random.normal(random.key(0), (2000, 4))
     loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), np.zeros(4))
@@ -143,6 +145,7 @@ def test_no_overlap_is_said_so():
     assert "do not overlap" in str(fit)
 
 
+@pytest.mark.once
 def test_draws_without_weight_do_not_count():
     # A normal cut off at zero; half of the draws lie where it is zero.
     loss = Loss.from_function(lambda x: jnp.where(x[0] > 0, 0.5 * x[0] ** 2, jnp.inf), np.ones(1))

@@ -298,6 +298,7 @@ def test_fold_visits_every_draw_once(engine):
     np.testing.assert_allclose(folded, direct, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.once
 def test_evaluations_of_a_cloud_are_counted():
     calls = []
 

@@ -379,6 +379,7 @@ def test_draws_of_an_engine():
     assert np.all(np.diag(info.covariance_error) > 0)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clouds_and_arrays_agree(family):
     draws = shift.Importance(2000, antithetic=False).step(random.key(0), (), SKEWED_TARGET)[1]
@@ -389,6 +390,7 @@ def test_clouds_and_arrays_agree(family):
     np.testing.assert_allclose(cloud.covariance, array.covariance, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.once
 def test_low_rank_in_many_dimensions():
     # Beyond a thousand dimensions factors are fitted to the draws, without a matrix.
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ class Overshoot(Anchor):
         return state, plain._replace(mean=mean), info
 
 
+@pytest.mark.once
 def test_progress_and_overshooting_are_told_apart():
     problem = problems.quadratic(np.linspace(4.0, 8.0, 5))
     for moves, expected in ((anchor.Proximal(), 1), (Overshoot(), -1)):
@@ -67,6 +68,7 @@ def test_progress_and_overshooting_are_told_apart():
         assert abs(history.record.decrease[0] - exact) < SIGMAS * error + noise
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
 def test_values_are_exact_and_come_at_their_interval(temperature):
     problem = problems.double_well(3)

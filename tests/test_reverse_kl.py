@@ -190,6 +190,7 @@ PAIRS = {
 QUADRATICS = [(method, *pair) for method, pairs in PAIRS.items() for pair in pairs]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("method", "family", "structure"), QUADRATICS)
 def test_quadratics_are_solved_exactly(method, family, structure):
     reference = REFERENCES[structure]
@@ -219,6 +220,7 @@ def test_quadratics_are_solved_exactly(method, family, structure):
 PLAIN = {"sample_average": "dense", "natural": "isotropic", "svi": "diagonal"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_posterior_of_a_gaussian(method):
     # Correlated and of very different units, without a reference and from a start five deviations off.
@@ -237,6 +239,7 @@ def logistic(beta, rows, labels):
     return 0.05 * jnp.sum(beta**2) + jnp.sum(jnp.logaddexp(0.0, -labels * (rows @ beta)))
 
 
+@pytest.mark.once
 def test_logistic_regression_without_a_reference():
     rng = np.random.default_rng(5)
     rows = rng.normal(size=(60, 3)).astype(np.float32)
@@ -287,6 +290,7 @@ def thousand(x, diagonal, factor):
     return 0.5 * jnp.sum(diagonal * x**2) + 0.5 * jnp.sum((factor.T @ x) ** 2) - jnp.sum(x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("family", ["diagonal", "low_rank"])
 def test_a_thousand_parameters(family):
     rng = np.random.default_rng(7)
@@ -399,6 +403,7 @@ def test_a_wall_is_a_rejected_trial():
     assert info.num_grad == 256 * info.num_steps
 
 
+@pytest.mark.once
 def test_evaluations_are_counted():
     calls = []
 

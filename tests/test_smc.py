@@ -37,6 +37,7 @@ def run(engine, rng_key, target):
     return draws, info, fitted, fit_info
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("moves", ENGINES)
 def test_conjugate_targets_at_two_centres(moves):
     problem = random_quadratic(4, seed=5, scale=4.0)
