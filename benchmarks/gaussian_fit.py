@@ -87,7 +87,7 @@ class Sizes(NamedTuple):
 
 
 SMOKE = Sizes(
-    posteriors=("kidiq-kidscore_momhsiq", "eight_schools-eight_schools_noncentered"),
+    posteriors=("eight_schools-eight_schools_noncentered",),
     contestants=(
         "ours, reverse_kl, diagonal",
         "numpyro, AutoDiagonalNormal",

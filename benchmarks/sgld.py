@@ -73,6 +73,8 @@ def main():
         "normal, RMSprop": shift.SGLD(**settings, preconditioner=shift.RMSprop()),
         "normal, draws stored": shift.SGLD(**settings | {"keep": "draws"}),
     }
+    if options.smoke:
+        engines = {name: engines[name] for name in ("normal", "two_point")}
     # Leaf for leaf what a run carries: a look at the curvature takes ten gradients at the first step only.
     states = {
         name: jax.block_until_ready(take(engine, key, engine.init(key, target), target)[0])
