@@ -61,7 +61,8 @@ class Step(NamedTuple):
     Attributes:
         mean: `(dim,)`.
         scale: None where the scale is fixed; logarithms of factors, `()` or `(dim,)`; a lower triangle with
-            logarithms on its diagonal, `(dim, dim)`; or the pair of `(dim,)` and `(dim, rank)` of a low rank.
+            logarithms on its diagonal, `(dim, dim)`; or, of a low rank, the pair of coordinates of the diagonal,
+            `(dim,)`, and of the factors, `(dim, rank)`.
     """
 
     mean: Array
@@ -251,13 +252,15 @@ def move(base: AnyGaussian, step: Step) -> AnyGaussian:
     if step.scale is None:
         return base._replace(mean=mean)
     if isinstance(base, LowRankGaussian):
-        ratio, change = step.scale
+        ratio, columns = step.scale
         # In units of the whole deviation, since the diagonal's may vanish where factors explain all.
-        factor = base.factor + jnp.sqrt(base.variance)[:, None] * change
-        # A root above the least: linear, since a logarithm that has run away has no gradient to come back by.
+        factor = base.factor + jnp.sqrt(base.variance)[:, None] * columns
+        # A root above the least, which grows like an exponential and falls linearly: a logarithm that has run away
+        # to zero has no gradient to come back by.
         least = LEAST_SHARE * base.variance
         diagonal = jnp.maximum(base.diagonal, 1.01 * least)
-        root = jnp.sqrt(diagonal - least) + jnp.sqrt(diagonal) * ratio
+        change = jnp.where(ratio > 0, jnp.expm1(jnp.maximum(ratio, 0.0)), ratio)
+        root = jnp.sqrt(diagonal - least) + jnp.sqrt(diagonal) * change
         return LowRankGaussian(mean, least + root**2, factor)
     if base.structure == "dense":
         change = jnp.tril(step.scale, -1) + jnp.diag(jnp.exp(jnp.diagonal(step.scale)))
