@@ -113,6 +113,8 @@ def regression(*, smoke):
 def double_well(*, smoke):
     problem = problems.double_well(20)
     engine = shift.NUTS(num_warmup=100, num_samples=25, num_chains=4)
+    if smoke:
+        engine = shift.Importance(400)
     rows = []
     for start in (2.0,) if smoke else (2.0, 0.8, 0.6, 0.3):
         loss = Loss.from_function(problem.loss, np.full(20, start))

@@ -28,8 +28,8 @@ MOST_GROWTH = 2.0
 # Steps, seconds per chunk and callback: chunks of full length, of single steps as for a slow loss, callbacks.
 MODES = {
     "chunks": (20_000, _chunks.SECONDS_PER_CHUNK, None),
-    "slow": (2_000, 0.0, None),
-    "callback": (4_000, _chunks.SECONDS_PER_CHUNK, lambda *_: None),
+    "slow": (1_500, 0.0, None),
+    "callback": (2_500, _chunks.SECONDS_PER_CHUNK, lambda *_: None),
 }
 
 

@@ -35,7 +35,7 @@ def test_no_verdict_at_a_fixed_point(engine, dim):
     plain = fit.ForwardKL(control_variates="none")
     optimizer = optimizer_of(problem, np.zeros(dim), shift=engine, fit=plain)
     # Chains in many dimensions would take a minute for as many.
-    num_steps = 300 if isinstance(engine, shift.Importance) else 120
+    num_steps = 300 if isinstance(engine, shift.Importance) else 80
     history = optimizer.run(random.key(dim), num_steps, progress_bar=False).history
     assert history.ok.all()
     assert np.mean(history.record.verdict != 0) <= 0.08

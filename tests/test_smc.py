@@ -181,6 +181,7 @@ def test_a_ladder_that_is_too_short_is_not_ok():
     np.testing.assert_array_equal(state.reference.mean, np.ones(4))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("moves", ENGINES)
 def test_evaluations_are_counted(moves):
     calls = []

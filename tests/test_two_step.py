@@ -234,11 +234,14 @@ def test_history_counts_evaluations():
     assert nuts.num_grad[0] > nuts.num_grad[1] >= 43
 
 
+FAILING = ["importance", pytest.param("nuts", marks=pytest.mark.once)]
+
+
 def nan_beyond(limit):
     return lambda x: jnp.where(jnp.sum(x**2) > limit, jnp.nan, jnp.sum((x - 1.0) ** 2))
 
 
-@pytest.mark.parametrize("engine", ["importance", "nuts"])
+@pytest.mark.parametrize("engine", FAILING)
 def test_nan_for_good_keeps_the_reference_and_raises(engine):
     # Finite at the start only: no cloud and no path ever finds another finite value.
     loss = Loss.from_function(lambda x: jnp.where(jnp.all(x == 0), 0.0, jnp.nan), np.zeros(3))
@@ -250,7 +253,7 @@ def test_nan_for_good_keeps_the_reference_and_raises(engine):
     np.testing.assert_array_equal(result.params, np.zeros(3))
 
 
-@pytest.mark.parametrize("engine", ["importance", "nuts"])
+@pytest.mark.parametrize("engine", FAILING)
 def test_a_nan_region_is_survived(engine):
     loss = Loss.from_function(nan_beyond(9.0), np.zeros(3))
     optimizer = TwoStep(loss, 0.1, shift=ENGINES[engine], fit=fit.ForwardKL())
@@ -261,7 +264,7 @@ def test_a_nan_region_is_survived(engine):
     assert np.all(np.abs(result.params - 1.0) < 0.4)
 
 
-@pytest.mark.parametrize("engine", ["importance", "nuts"])
+@pytest.mark.parametrize("engine", FAILING)
 def test_a_bad_batch_is_rejected_and_the_run_recovers(engine):
     # Row 0 of the data is NaN: batches that hold it fail, the others go on.
     data = np.ones((8, 3))
