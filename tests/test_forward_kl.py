@@ -225,7 +225,7 @@ def squared_errors(target, truth, engine, repetitions=24):
 @pytest.mark.once
 def test_control_variates_on_a_regression(regression):
     long = nuts_draws(
-        shift.NUTS(num_warmup=300, num_samples=1000, num_chains=2), random.key(9), regression
+        shift.NUTS(num_warmup=500, num_samples=1500, num_chains=2), random.key(9), regression
     )
     _, exact, info = ForwardKL("diagonal").step(random.key(0), (), regression, long)
     assert info.control_variate >= 2
@@ -233,7 +233,7 @@ def test_control_variates_on_a_regression(regression):
         regression,
         (exact.mean, exact.variance),
         shift.NUTS(num_warmup=200, num_samples=50, num_chains=4),
-        15,
+        30,
     )
     assert plain / chosen > 50
 

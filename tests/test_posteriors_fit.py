@@ -19,8 +19,8 @@ NUM_SAMPLES = {"eight_schools-eight_schools_noncentered": 2000}
 def test_moments_of_nuts_draws(posterior, request):
     mcmc = MCMC(
         NUTS(posterior.model),
-        num_warmup=300,
-        num_samples=NUM_SAMPLES.get(request.node.callspec.id, 600),
+        num_warmup=500,
+        num_samples=NUM_SAMPLES.get(request.node.callspec.id, 1000),
         num_chains=4,
         chain_method="vectorized",
         progress_bar=False,
