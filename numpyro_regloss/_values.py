@@ -229,11 +229,13 @@ def _is_differentiable(target: RegularizedLoss) -> bool:
     if target.loss.returns_integers:
         return False
     try:
+        if is_concrete(target):
+            return bool(_has_gradient(target))
+        # Within a trace only the types can be looked at.
         jax.eval_shape(jax.grad(target.value), target.reference.mean)
     except (TypeError, ValueError, NotImplementedError):
         return False
-    # Within a trace only the types can be looked at.
-    return not is_concrete(target) or bool(_has_gradient(target))
+    return True
 
 
 @jax.jit
