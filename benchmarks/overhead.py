@@ -366,8 +366,6 @@ def rests(repeats, *, smoke):
     for dim in (2,) if smoke else (2, 30, 1000):
         steps = 5 if smoke else min(100, 3000 // dim)
         rows.append(rest(shift.Importance(4000), square, (), dim, steps, repeats))
-        if smoke:
-            return rows
         matrix = np.eye(dim, dtype=np.float32) + np.float32(1 / dim)
         engine = shift.NUTS(num_samples=50, num_chains=4, num_warmup=100)
         rows.append(rest(engine, quadratic, (matrix,), dim, steps, repeats))
