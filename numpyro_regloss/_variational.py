@@ -258,6 +258,7 @@ def move(base: AnyGaussian, step: Step) -> AnyGaussian:
         # A root above the least, which grows like an exponential and falls linearly: a logarithm that has run away
         # to zero has no gradient to come back by.
         least = LEAST_SHARE * base.variance
+        # A little above it, since a root of zero has no slope.
         diagonal = jnp.maximum(base.diagonal, 1.01 * least)
         change = jnp.where(ratio > 0, jnp.expm1(jnp.maximum(ratio, 0.0)), ratio)
         root = jnp.sqrt(diagonal - least) + jnp.sqrt(diagonal) * change
