@@ -79,9 +79,11 @@ class Record:
         ValueError: if a setting is out of range.
 
     Example:
-        >>> from numpyro_regloss import Loss, schemes
+        >>> from numpyro_regloss import Loss, schemes, shift
         >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
-        >>> optimizer = schemes.local_entropy(loss, tau=0.5, record=Record(values_every=5))
+        >>> optimizer = schemes.local_entropy(
+        ...     loss, tau=0.5, shift=shift.Importance(1000), record=Record(values_every=5)
+        ... )
         >>> record = optimizer.run(random.key(0), 6, progress_bar=False).history.record
         >>> VERDICTS[int(record.verdict[0])]
         'decrease'

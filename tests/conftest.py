@@ -4,6 +4,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import jax
 
@@ -25,6 +26,9 @@ from numpyro.infer import AIES, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_regloss import anchor, fit, shift
+
+# For `jax.jit` where a program computes for longer than it compiles.
+OPTIMIZED = {"xla_backend_optimization_level": "2"}
 
 # Monte Carlo tests allow this many standard errors. With the fixed seeds of this suite they pass or fail for
 # good; a new seed would fail a single comparison once in 16,000.
@@ -72,12 +76,31 @@ ANCHORS = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    """What is a matter of mathematics, such as the coverage of intervals, is tested on one of the two stacks."""
-    if sys.version_info >= (3, 13):
-        for item in items:
-            if item.get_closest_marker("once"):
-                item.add_marker(pytest.mark.skip(reason="counted on the other stack"))
+# Docstrings that show what ArviZ made, or draw; the others are tested on the first stack.
+BOTH_DOCTESTS = ("io_arviz", "plots.", "diagnostics", "_run_summary")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--everything", action="store_true", help="run on Python 3.13 what CI runs on 3.11 only"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """The second stack has what meets releases that differ; mathematics is counted on the first."""
+    if sys.version_info < (3, 13) or config.getoption("everything"):
+        return
+    for item in items:
+        doctest = isinstance(item, pytest.DoctestItem) and any(
+            f"numpyro_regloss.{name}" in item.name for name in BOTH_DOCTESTS
+        )
+        if not (doctest or item.get_closest_marker("both")):
+            item.add_marker(pytest.mark.skip(reason="run on the first stack, or with --everything"))
+
+
+def on_both(names, chosen):
+    """Names as parameters, of which the chosen ones run on both stacks."""
+    return [pytest.param(n, marks=[pytest.mark.both] if n in chosen else []) for n in names]
 
 
 class Counter:
@@ -91,11 +114,16 @@ class Counter:
         return self.fn(*args, **kwargs)
 
 
+# XLA maps each program into memory, and a process of Linux has room for 65,530 maps; a module takes some 8,000.
+MAPS, MANY_MAPS = Path("/proc/self/maps"), 30_000
+
+
 @pytest.fixture(autouse=True, scope="module")
-def fresh_programs():
-    """Drops compiled programs: XLA maps each into memory, and a process of Linux has room for 65,530 maps."""
+def room_for_programs():
+    """Drops compiled programs before there are too many; until then modules share the small ones."""
     yield
-    jax.clear_caches()
+    if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -46,7 +46,6 @@ def shift_and_fit(engine, rng_key, target):
     return draws, info, fitted, fit_info, folded, direct
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ENGINES)
 def test_effort_follows_the_progress_to_be_made(name):
     engine = shift.Adaptive(ENGINES[name], max_rounds=7)
@@ -94,7 +93,6 @@ def test_a_run_adapts_and_never_retraces():
     assert counter.count == count
 
 
-@pytest.mark.once
 def test_all_rounds_share_one_batch():
     data = jnp.arange(8.0)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ANCHORS, SIGMAS, Counter
+from conftest import ANCHORS, SIGMAS, Counter, on_both
 from harness import count_compiles
 from jax import lax, random
 from targets import breast_cancer
@@ -161,7 +161,6 @@ def test_anderson_follows_a_schedule_of_tau():
     assert bowl(ends[0]) < 0.1 * bowl(ends[1])
 
 
-@pytest.mark.once
 def test_anderson_does_not_stall_at_the_noise():
     # 200 runs at once. The flattest direction takes 200 plain steps for a factor of e, and the first step along it
     # is 0.01 long: ten times the noise, or as long as that.
@@ -203,7 +202,6 @@ def test_a_rise_sends_the_centre_back():
     assert state.used.sum() == 1
 
 
-@pytest.mark.once
 def test_at_a_fixed_point_accelerated_steps_stay():
     # 200 repetitions of plain averages of 40 draws: what sampling alone moves the centre by, in F_tau.
     target, method = target_at(CENTER, temperature=0.5), fit.ForwardKL(control_variates="none")
@@ -330,7 +328,7 @@ def test_halves_of_halves():
     assert (again[0] & pairs).sum() == (again[1] & pairs).sum() == 6
 
 
-@pytest.mark.parametrize("name", ANCHORS)
+@pytest.mark.parametrize("name", on_both(ANCHORS, {"newton", "anderson", "keep_covariance"}))
 def test_rules_of_the_driver(name):
     # Types of states, one trace then none, and a rejected step keeps the state.
     optimizer = make(name)
@@ -396,7 +394,6 @@ def test_jit_equals_eager_equals_vmap(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.once
 def test_anderson_on_a_double_well():
     # 20 dimensions, to 1 % of the first gradient of F_tau: 8 plain steps.
     problem, tau = problems.double_well(20), 0.1
@@ -411,7 +408,6 @@ def test_anderson_on_a_double_well():
     assert end < problem.local_entropy(problem.shift_mean(np.ones(20), tau), tau) + 0.01
 
 
-@pytest.mark.once
 def test_newton_on_flat_directions():
     # The plain scheme takes about 560 steps and 394,000 gradients.
     fn, x0, data = breast_cancer()

@@ -38,6 +38,8 @@ from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._site_labels import label_sites
 from numpyro_regloss.draws import BatchMeans, StoredDraws
 
+pytestmark = pytest.mark.both
+
 DATA = Path(__file__).parent / "data"
 NUM_STEPS = 4
 

@@ -31,6 +31,8 @@ from numpyro_regloss import (
     values,
 )
 
+pytestmark = pytest.mark.both
+
 KEY = random.key(0)
 CHEAP = shift.Importance(50)
 DATA = np.zeros((6, 2))

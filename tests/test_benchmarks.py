@@ -12,11 +12,8 @@ import sys
 import warnings
 from pathlib import Path
 
-import jax
 import pytest
 from conftest import QUICK_FLAGS
-
-pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_text())
@@ -32,7 +29,6 @@ def test_smoke(script, tmp_path, monkeypatch, capsys):
         # As for who runs a script: warnings of other libraries, which are compared here, stop nothing.
         warnings.simplefilter("default")
         runpy.run_path(str(script), run_name="__main__")
-    jax.clear_caches()
     shown = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert report["environment"]["versions"]["numpyro_regloss"]

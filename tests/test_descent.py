@@ -16,8 +16,6 @@ from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit import ForwardKL
 from numpyro_regloss.shift import Importance
 
-pytestmark = pytest.mark.once
-
 TAU = 0.5
 
 
@@ -109,7 +107,6 @@ def test_halves_are_whole_chains_and_whole_blocks(chains, block_size):
     assert bool(jnp.all(blocks == blocks[:, :1]))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("dim", "scores"), [(2, False), (30, False), (100, False), (30, True)])
 def test_no_decrease_is_seen_at_a_fixed_point(dim, scores):
     # At the minimum the exact step is zero; a verdict at two standard errors may fire in 8 % of runs at most.

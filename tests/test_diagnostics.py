@@ -40,7 +40,6 @@ def draws():
     return jax.jit(engine.step)(random.key(1), engine.init(random.key(0), TARGET), TARGET)[1]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("width", [0.6, 1.0, 1.4])
 def test_divergences_agree_with_quadrature(draws, width):
     best, _ = forward_kl(draws.x)
@@ -56,7 +55,6 @@ def test_divergences_agree_with_quadrature(draws, width):
     np.testing.assert_allclose(fit.khat, pareto_khat(log_weight), atol=0.02)
 
 
-@pytest.mark.once
 def test_errors_of_divergences_are_calibrated():
     # A correlated normal and a Gaussian that is off: 200 repetitions with independent draws.
     covariance = np.array([[1.0, 0.5], [0.5, 2.0]])
@@ -116,7 +114,6 @@ def test_findings_name_what_is_wrong(name):
     assert " b (" not in str(fit)
 
 
-@pytest.mark.once
 def test_reverse_kl_of_two_modes_is_seen_as_narrow():
     x = jnp.concatenate([
         random.normal(random.key(0), (2000, 1)) - 3,
@@ -135,7 +132,6 @@ def test_reverse_kl_of_two_modes_is_seen_as_narrow():
     assert "narrower" in str(fit)
 
 
-@pytest.mark.once
 def test_no_overlap_is_said_so():
     x = random.normal(random.key(0), (2000, 4))
     loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), np.zeros(4))
@@ -145,7 +141,6 @@ def test_no_overlap_is_said_so():
     assert "do not overlap" in str(fit)
 
 
-@pytest.mark.once
 def test_draws_without_weight_do_not_count():
     # A normal cut off at zero; half of the draws lie where it is zero.
     loss = Loss.from_function(lambda x: jnp.where(x[0] > 0, 0.5 * x[0] ** 2, jnp.inf), np.ones(1))

@@ -9,6 +9,8 @@ import pytest
 
 import numpyro_regloss
 
+pytestmark = pytest.mark.both
+
 ROOT = Path(numpyro_regloss.__file__).parent
 FLOORS = {
     "_version": 0,

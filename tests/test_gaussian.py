@@ -31,6 +31,7 @@ def gaussians(seed=0):
 KINDS = list(gaussians())
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_numpyro(kind):
     gaussian = gaussians()[kind]
@@ -129,6 +130,7 @@ def test_isotropic_takes_variances():
     ]
 
 
+@pytest.mark.both
 def test_from_distribution_of_other_kinds():
     low_rank = dist.LowRankMultivariateNormal(jnp.zeros(3), jnp.ones((3, 1)), jnp.full(3, 0.5))
     np.testing.assert_allclose(

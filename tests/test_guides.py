@@ -197,7 +197,6 @@ def assert_same(a, b, rtol=RTOL):
         np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-6)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_against_draws_of_the_guide(name):
     structure, guide, params = exact_case(name)
@@ -211,6 +210,7 @@ def test_exact_against_draws_of_the_guide(name):
     assert_moments(gaussian, flat_draws(MIXED, mixed, (X, Y), draw(random.key(1))))
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_against_quantiles_and_posterior(name):
     _, guide, params = exact_case(name)
@@ -250,7 +250,6 @@ def test_order_of_a_guide_initialized_under_jit():
     assert not jnp.array_equal(from_guide(eager, params).gaussian.mean, params["auto_loc"])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("build", "structure"),
     [
@@ -305,7 +304,6 @@ def within_errors(gaussian, info, exact):
     return jnp.all(jnp.abs(gaussian.mean - exact.mean) < SIGMAS * info.mean_error)
 
 
-@pytest.mark.once
 def test_right_guide_by_hand():
     gaussian, info = from_guide(by_hand, BY_HAND, loss=CONJUGATE, rng_key=KEY)
     assert info.weighted
@@ -320,7 +318,6 @@ def test_right_guide_by_hand():
 BY_HAND = {"center": jnp.array(0.75), "scale": jnp.array(0.5)}
 
 
-@pytest.mark.once
 def test_weights_correct_a_wrong_guide():
     params = {"center": jnp.array(0.3), "scale": jnp.array(0.8)}
     call = functools.partial(from_guide, by_hand, params, loss=CONJUGATE, rng_key=KEY)
@@ -379,7 +376,6 @@ def test_flow():
     np.testing.assert_allclose(weighted.ess, other_info.ess, rtol=0.5)
 
 
-@pytest.mark.once
 def test_annealed_guide_is_weighted():
     guide = autoguide.AutoDAIS(conjugate, K=2, init_scale=0.6)
     params = initialized(conjugate, guide, CONJUGATE_DATA, num_steps=200)
@@ -431,7 +427,6 @@ def test_densities_of_the_emitted_sites():
     np.testing.assert_allclose(draws.log_density, gaussian.log_prob(draws.x), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_first_elbo(structure):
     gaussian = gaussians(DIM)[structure]
@@ -446,6 +441,7 @@ def test_first_elbo(structure):
 mixed_losses = jax.jit(jax.vmap(MIXED.value))
 
 
+@pytest.mark.both
 def test_training_and_predictive_of_the_guide():
     start = gaussians(10, jnp.array([6.0, 1.0, *[6.0] * 8]))["dense"]
     guide = to_guide(start, SCHOOLS_LOSS)
@@ -489,7 +485,6 @@ def test_predictions_for_data_of_another_size():
     assert jnp.all(difference < SIGMAS * jnp.sqrt(variance / NUM_DRAWS))
 
 
-@pytest.mark.once
 def test_supports_that_depend_on_other_sites():
     def nested(upper_scale):
         upper = numpyro.sample("upper", dist.Exponential(upper_scale))

@@ -19,6 +19,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_tool(command):
     beside = Path(sys.executable).parent / command[0]
@@ -31,7 +32,6 @@ def test_tool(command):
 
 
 # On the other stack the notebooks stand for them.
-@pytest.mark.once
 def test_readme_examples():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 5
@@ -47,6 +47,7 @@ def test_readme_examples():
     assert accuracy > 0.9  # three classes of 600 rows, which the largest input decides
 
 
+@pytest.mark.both
 def test_import_is_light():
     heavy = ("arviz", "matplotlib", "optax", "pandas", "sklearn", "xarray")
     code = f"import sys, numpyro_regloss; print([m for m in {heavy} if m in sys.modules])"

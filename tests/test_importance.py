@@ -81,7 +81,6 @@ def test_scrambled_draws_are_standard_normal():
     assert np.max(np.abs(correlation)) < SIGMAS / np.sqrt(2000)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_errors_of_sobol_clouds_are_calibrated_and_smaller(antithetic):
     problem = problems.quadratic(np.array([[1.0, 0.3], [0.3, 0.5]]), center=np.array([1.0, -1.0]))
@@ -104,7 +103,6 @@ def test_errors_of_sobol_clouds_are_calibrated_and_smaller(antithetic):
     assert np.sqrt(np.mean(deviation**2)) < plain / 2
 
 
-@pytest.mark.once
 def test_nets_are_the_blocks_and_survive_chunks(monkeypatch):
     problem = problems.double_well(3)
     target = target_of(problem.loss, [0.2, 0.2, 0.2], 0.5)
@@ -130,7 +128,6 @@ def test_nets_are_the_blocks_and_survive_chunks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.once
 def test_dense_covariance_of_nets_and_its_error():
     problem = problems.quadratic(np.array([[1.0, 0.6], [0.6, 2.0]]))
     target = target_of(problem.loss, [0.1, -0.2], 0.5)
@@ -238,7 +235,6 @@ def test_a_new_share_does_not_retrace():
     np.testing.assert_allclose(sizes, [16.0, 32.0], rtol=1e-3)
 
 
-@pytest.mark.once
 def test_steps_go_on_where_fixed_weights_degenerate():
     # Weights of exp(-10,000 x) hang on one draw, and a step that hangs on one draw is rejected.
     loss = Loss.from_function(steep, np.full(3, 5.0))

@@ -8,7 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import SIGMAS, Counter
+from conftest import SIGMAS, Counter, on_both
 from jax import random
 from numpyro.infer import AIES, ESS, HMC, NUTS, SA, BarkerMH, DiscreteHMCGibbs, MixedHMC
 
@@ -60,13 +60,8 @@ def step(engine, rng_key, state, target):
     return state, draws, info, gaussian, fit_info
 
 
-# Their code is that of BarkerMH (step size and mass matrix) and of ESS (ensembles).
-ONCE = {"nuts", "hmc", "aies", "sa"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.once] if n in ONCE else []) for n in KERNELS]
-)
+# The code of the others is that of BarkerMH (step size and mass matrix) and of ESS (ensembles).
+@pytest.mark.parametrize("name", on_both(KERNELS, {"barker", "ess"}))
 def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
     engine = KERNELS[name]
     counter = Counter(PROBLEM.loss)
@@ -102,7 +97,6 @@ def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
     assert spent == ((True, False) if name in WITH_GRADIENT else (False, True))
 
 
-@pytest.mark.once
 def test_stated_error_of_an_ensemble_is_calibrated():
     engine = shift.Kernel(ESS, num_warmup=60, num_samples=400, num_chains=12)
     target = target_at(np.zeros(3))

@@ -14,8 +14,6 @@ from jax import random
 
 from numpyro_regloss import Loss, TwoStep, _chunks, fit, shift, two_step
 
-pytestmark = pytest.mark.once
-
 MEMORY = Path("/proc/self/statm")
 PAGE = 4096
 # Room grows twofold, so that old and new hold three times the rows while one is copied to the other; the rest

@@ -18,6 +18,7 @@ def run(*arguments, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
+@pytest.mark.both
 def test_quick(tmp_path):
     environment = os.environ | {"XLA_FLAGS": QUICK_FLAGS}
     done = run("--quick", "--no-progress", cwd=tmp_path, env=environment)
@@ -60,7 +61,6 @@ def test_unknown_problem_is_refused(capsys):
     assert "eight-schools" in capsys.readouterr().err
 
 
-@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_of_a_large_cloud(tmp_path):
     # 20,000 draws in 20,000 dimensions would take 1.6 GB if they were stored.

@@ -41,6 +41,7 @@ def test_all_are_there():
     assert [path.stem for path in PATHS] == NAMES
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
     monkeypatch.setenv("REGLOSS_FAST", "1")
@@ -58,7 +59,6 @@ def test_runs(path, monkeypatch):
     assert names["FAST"]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_is_committed_as_it_ran(path):
     assert path.stat().st_size < MAX_BYTES

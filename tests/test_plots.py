@@ -23,6 +23,8 @@ from numpyro_regloss import (
     values,
 )
 
+pytestmark = pytest.mark.both
+
 mpl.use("Agg")
 STEPS = 6
 # Grids have tens of points, each with its own comparison, and errors that are themselves estimated from 32 pairs.
@@ -221,7 +223,6 @@ def test_landscape_of_a_quadratic_is_exact_within_errors(line):
     np.testing.assert_allclose(line.project(points)[:, 0], along, atol=1e-5)
 
 
-@pytest.mark.once
 def test_landscape_of_a_double_well_is_exact_within_errors(plane):
     problem = problems.double_well(2)
     for i in range(0, 9, 2):

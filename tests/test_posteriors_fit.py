@@ -14,11 +14,11 @@ from numpyro_regloss import Loss, forward_kl
 NUM_SAMPLES = {"eight_schools-eight_schools_noncentered": 2000}
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("posterior", POSTERIORS.values(), ids=POSTERIORS)
 def test_moments_of_nuts_draws(posterior, request):
     mcmc = MCMC(
-        NUTS(posterior.model),
+        # Without it the correlated coefficients of regressions take long trees.
+        NUTS(posterior.model, dense_mass=True),
         num_warmup=500,
         num_samples=NUM_SAMPLES.get(request.node.callspec.id, 1000),
         num_chains=4,

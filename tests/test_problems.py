@@ -15,8 +15,6 @@ from scipy.stats import multivariate_normal, norm
 from numpyro_regloss import problems
 from numpyro_regloss.problems import quadrature
 
-pytestmark = pytest.mark.once
-
 TEMPERATURES = [1.0, 0.1, 2.5]
 # Four standard errors: 6e-5 for each of some 250 comparisons, so 1.5 % for the file, once and for
 # all since the seeds are fixed.

@@ -15,8 +15,6 @@ from scipy.special import softmax
 
 from numpyro_regloss import Loss
 
-pytestmark = pytest.mark.once
-
 DATA = {
     name: {key: np.asarray(value) for key, value in entry["data"].items()}
     for name, entry in json.loads(PATH.read_text(encoding="utf-8"))["posteriors"].items()

@@ -21,6 +21,8 @@ from test_loss import SIGMA, Y, eight_schools
 import numpyro_regloss as regloss
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems
 
+pytestmark = pytest.mark.both
+
 
 def quartic(params):
     return jnp.sum(params["a"] ** 4) + jnp.prod(params["b"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SIGMAS, Counter
+from conftest import SIGMAS, Counter, on_both
 from jax import lax, random
 from scipy import optimize, special
 
@@ -121,7 +121,6 @@ CASES += [("sample_average", 1, "isotropic"), ("natural", 1, "isotropic")]
 CASES += [("svi", 2, "reference"), ("svi", 2, "dense")]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("method", "dim", "family"), CASES)
 def test_optimum_by_quadrature(method, dim, family):
     engine, centre = ReverseKL(family, method), CENTRES[dim]
@@ -190,7 +189,6 @@ PAIRS = {
 QUADRATICS = [(method, *pair) for method, pairs in PAIRS.items() for pair in pairs]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("method", "family", "structure"), QUADRATICS)
 def test_quadratics_are_solved_exactly(method, family, structure):
     reference = REFERENCES[structure]
@@ -220,7 +218,6 @@ def test_quadratics_are_solved_exactly(method, family, structure):
 PLAIN = {"sample_average": "dense", "natural": "isotropic", "svi": "diagonal"}
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_posterior_of_a_gaussian(method):
     # Correlated and of very different units, without a reference and from a start five deviations off.
@@ -239,7 +236,6 @@ def logistic(beta, rows, labels):
     return 0.05 * jnp.sum(beta**2) + jnp.sum(jnp.logaddexp(0.0, -labels * (rows @ beta)))
 
 
-@pytest.mark.once
 def test_logistic_regression_without_a_reference():
     rng = np.random.default_rng(5)
     rows = rng.normal(size=(60, 3)).astype(np.float32)
@@ -290,7 +286,6 @@ def thousand(x, diagonal, factor):
     return 0.5 * jnp.sum(diagonal * x**2) + 0.5 * jnp.sum((factor.T @ x) ** 2) - jnp.sum(x)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("family", ["diagonal", "low_rank"])
 def test_a_thousand_parameters(family):
     rng = np.random.default_rng(7)
@@ -332,7 +327,7 @@ def hostile(x, code):
     return lax.switch(code.astype(int), branches)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", on_both(ENGINES, {"dense", "svi"}))
 def test_rules_that_all_engines_follow(name):
     engine = ENGINES[name]
     counter = Counter(hostile)
@@ -403,7 +398,6 @@ def test_a_wall_is_a_rejected_trial():
     assert info.num_grad == 256 * info.num_steps
 
 
-@pytest.mark.once
 def test_evaluations_are_counted():
     calls = []
 
@@ -459,6 +453,7 @@ def test_stated_error_of_the_bound_is_no_smaller_than_the_error():
     assert 0.2 < np.sqrt(np.mean(scores**2)) < 1.25
 
 
+@pytest.mark.both
 def test_double_precision(x64):
     reference = Gaussian.isotropic(jnp.zeros(3), 0.5)
     target, mean, precision = gaussian_problem(reference, wishart(3, 4), np.ones(3), 1.0)

@@ -99,7 +99,6 @@ GOOD = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", GOOD)
 def test_good_runs_have_no_findings(name):
     optimizer = GOOD[name]()
@@ -142,7 +141,6 @@ BAD = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("case", BAD)
 def test_bad_runs_are_named_with_their_remedies(case):
     build, name, words = BAD[case]
@@ -278,6 +276,7 @@ def test_columns(cloud):
     assert np.all(result.seconds > 0)
 
 
+@pytest.mark.both
 def test_the_report(cloud, chains):
     optimizer, result = cloud
     report = diagnostics.summary(result)
@@ -337,7 +336,6 @@ def test_what_is_refused(cloud):
         diagnostics.summary(result._replace(history=many))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("dim", [1, 30])
 @pytest.mark.parametrize("contraction", [0.0, 0.5, 0.9, 0.99])
 def test_noise_about_a_fixed_point_is_not_called_moving(contraction, dim):
@@ -383,6 +381,7 @@ def test_arrival():
     assert [window(n) for n in (1, 4, 10, 40)] == [1, 4, 4, 10]
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("shape", [(4, 100, 3), (2, 51, 3), (3, 21, 3)])
 def test_rank_diagnostics_agree_with_arviz(shape):
     with warnings.catch_warnings():

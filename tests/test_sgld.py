@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SIGMAS, Counter
+from conftest import OPTIMIZED, SIGMAS, Counter
 from jax import random
 from scipy.linalg import solve_discrete_lyapunov
 
@@ -40,6 +40,9 @@ def bowl(x, hessian):
 @jax.jit
 def one_shift(engine, rng_key, state, target):
     return engine.step(rng_key, state, target)
+
+
+long_shift = jax.jit(one_shift.__wrapped__, compiler_options=OPTIMIZED)
 
 
 @jax.jit
@@ -125,7 +128,6 @@ def skewed(x, slope):
     return jnp.mean(jnp.exp(1.5 * x[0]) - slope * x[0])
 
 
-@pytest.mark.once
 def test_bias_is_of_first_order_in_the_step_size():
     # Batches of one row of two: the slope of the loss is 1 ± 1.5. Exact mean by quadrature.
     rows = np.array([-0.5, 2.5], np.float32)
@@ -141,7 +143,7 @@ def test_bias_is_of_first_order_in_the_step_size():
             step_size, 1500, num_warmup=200, num_chains=BATCH_CHAINS, preconditioner=np.ones(1)
         )
         state = engine.init(random.key(0), target)
-        _, draws, info = one_shift(engine, random.key(3), state, target)
+        _, draws, info = long_shift(engine, random.key(3), state, target)
         assert info.ok
         means = np.asarray(draws.x[..., 0], float).mean(1)
         biases.append(means.mean() - exact)
@@ -208,7 +210,6 @@ def test_long_chains_of_many_parameters_are_not_stored():
     assert short._batches(1000) == (1, 20)  # noqa: SLF001
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("keep", ["draws", "batch_means"])
 def test_stated_error_of_the_mean_is_calibrated(keep):
     # Bounds as for the other engines, see test_engines: 200 repetitions.

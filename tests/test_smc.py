@@ -3,12 +3,13 @@
 """Sequential Monte Carlo: its ladder, its draws, its evidence and their errors."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS, Counter
+from conftest import OPTIMIZED, SIGMAS, Counter
 from jax import lax, random
 from test_engines import random_quadratic, setup
 
@@ -37,7 +38,6 @@ def run(engine, rng_key, target):
     return draws, info, fitted, fit_info
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("moves", ENGINES)
 def test_conjugate_targets_at_two_centres(moves):
     problem = random_quadratic(4, seed=5, scale=4.0)
@@ -72,14 +72,13 @@ def test_conjugate_targets_at_two_centres(moves):
         np.testing.assert_allclose(draws.score[0, :5], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.once
 def test_errors_of_mean_and_evidence_are_calibrated():
     problem = problems.double_well(3)
     x, tau = np.full(3, 0.2), 2.0
     target = setup(problem, x, tau, 0.2)
     engine = shift.SMC(num_particles=100, num_islands=16)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=OPTIMIZED)
     def standardized(keys):
         def one(rng_key):
             _, draws, info = engine.step(rng_key, (), target)
@@ -181,7 +180,6 @@ def test_a_ladder_that_is_too_short_is_not_ok():
     np.testing.assert_array_equal(state.reference.mean, np.ones(4))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("moves", ENGINES)
 def test_evaluations_are_counted(moves):
     calls = []

@@ -180,6 +180,7 @@ def test_weight_ess_counts_many_equal_weights_in_float32():
 # --- Pareto smoothing ---------------------------------------------------------------------------
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("n", [200, 10_000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pareto_smooth_matches_arviz_and_numpyro(reference, kind, n):
@@ -204,6 +205,7 @@ def test_tail_of_sizes_that_are_not_round_is_that_of_the_paper(reference, kind, 
         np.testing.assert_allclose(khat, reference.psislw(log_weight)[1], rtol=SAME_KHAT)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("kind", KINDS)
 def test_khat_matches_blackjax(kind):
     util = pytest.importorskip("blackjax.util")
@@ -360,6 +362,7 @@ def chain_statistics(x):
     return ess, _stats.split_rhat(x), _stats.monte_carlo_error(x)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize(("chains", "draws"), [(1, 101), (3, 4), (3, 7), (3, 10), (3, 1001)])
 def test_chain_statistics_match_arviz(reference, chains, draws):
     rhos = [-0.9, -0.5, 0.0, 0.5, 0.9, 0.95]
@@ -619,7 +622,6 @@ def batches():
     ]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("function", "batch"), batches(), ids=[f.__name__ for f, _ in batches()])
 def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
     def assert_close(actual, expected):

@@ -9,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from conftest import SIGMAS, Counter
+from conftest import SIGMAS, Counter, on_both
 from jax import random
 from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
@@ -68,13 +68,7 @@ ENGINES = {
 }
 
 
-# The guide's own code is NumPyro's.
-ONCE = {"diagonal", "by hand"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.once] if n in ONCE else []) for n in ENGINES]
-)
+@pytest.mark.parametrize("name", on_both(ENGINES, {"dense"}))
 def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
     engine, counter = ENGINES[name], Counter(PROBLEM.loss)
     state, count = start(engine, random.key(0), target_at(np.zeros(3), counter)), None
@@ -120,7 +114,6 @@ def test_parameters_are_carried_over_and_move_with_the_centre():
     assert np.all(np.abs(gaussian.mean - exact) < SIGMAS * fit_info.mean_error)
 
 
-@pytest.mark.once
 def test_weights_correct_a_guide_that_cannot_be_q():
     # Two valleys, |x| near one: a Gaussian guide covers both badly; weights put the mass where it is.
     problem = problems.double_well(2)
@@ -150,7 +143,6 @@ def test_weights_correct_a_guide_that_cannot_be_q():
     assert np.all(np.abs(means[1] - exact) > 0.02)
 
 
-@pytest.mark.once
 def test_flows_are_guides_too():
     target = target_at(np.full(2, 0.3), problems.double_well(2).loss)
 

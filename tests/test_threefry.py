@@ -10,6 +10,8 @@ from jax import random
 
 from numpyro_regloss._threefry import unrolled
 
+pytestmark = pytest.mark.both
+
 USES = {
     "bits8": lambda key: random.bits(key, (7,), "uint8"),
     "bits16": lambda key: random.bits(key, (7,), "uint16"),

@@ -116,6 +116,7 @@ def test_a_residual_that_cannot_be_computed_is_infinite():
     assert not np.isnan(residual).any()
 
 
+@pytest.mark.both
 def test_an_exception_of_the_callback_carries_the_result():
     def callback(state, info):
         info.reference.mean[:] = np.nan  # the history must not be what a callback is given
@@ -136,6 +137,7 @@ def test_an_exception_of_the_callback_carries_the_result():
     assert rest.state.step == 5
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("last", [0, 5])
 def test_an_exception_of_a_loss_on_the_host_carries_the_result(last):
     calls = []

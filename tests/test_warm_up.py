@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import random
+from jax import lax, random
 from numpyro.infer.hmc import IntegratorState
 from numpyro.infer.hmc_util import build_adaptation_schedule, warmup_adapter
 
@@ -21,6 +21,7 @@ def first_tuning(dense):
     return Tuning(jnp.asarray(0.5), mass, mass)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("dense", [False, True])
 def test_one_chain_adapts_as_numpyros(dense):
     num_steps = 40
@@ -58,7 +59,6 @@ def test_mass_matrix_of_all_chains():
     np.testing.assert_allclose(tuning.mass_matrix_sqrt, expected**-0.5, rtol=1e-4)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("num_warmup", [20, 25])
 def test_no_warm_up_is_too_short(num_warmup):
     # Stan's windows shrink with the warm-up, from 20 iterations on: two are left behind the mass matrix then.
@@ -67,12 +67,11 @@ def test_no_warm_up_is_too_short(num_warmup):
     # A size of zero makes it flat.
     loss = Loss.from_function(lambda x, size: size * well(x), np.zeros(2), np.float32(1.0))
     optimizer = TwoStep(loss, 0.5, engine, fit.ForwardKL())
-    run = jax.jit(
-        jax.vmap(
-            lambda key, size: optimizer.scan(optimizer.init(key, size), 2, size)[1],
-            in_axes=(0, None),
-        )
-    )
+
+    @jax.jit
+    def run(keys, size):
+        return lax.map(lambda key: optimizer.scan(optimizer.init(key, size), 2, size)[1], keys)
+
     for size in np.float32([0.0, 1.0]):
         history = run(random.split(random.key(0), 40), size)
         assert history.ok.all()

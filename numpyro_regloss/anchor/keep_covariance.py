@@ -74,7 +74,7 @@ class KeepCovariance(Anchor):
         >>> from numpyro_regloss import Loss, fit, schemes, shift
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(jnp.array([1.0, 100.0]) * x**2), jnp.ones(2))
         >>> optimizer = schemes.local_entropy(
-        ...     loss, 1.0, shift.NUTS(100, 50), fit.ForwardKL("diagonal"), KeepCovariance("diagonal", 2.0)
+        ...     loss, 1.0, shift.HMC(100, 50), fit.ForwardKL("diagonal"), KeepCovariance("diagonal", 2.0)
         ... )
         >>> scale = optimizer.run(random.key(0), 15, progress_bar=False).state.reference.scale
         >>> bool(jnp.all(jnp.abs(scale - jnp.array([1.0, 0.1])) < 0.01))  # of H⁻¹ = diag(1, 0.01)

@@ -78,7 +78,7 @@ class Newton(Anchor):
         >>> from jax import random
         >>> from numpyro_regloss import Loss, schemes, shift
         >>> loss = Loss.from_function(lambda x: jnp.sum(jnp.array([0.1, 1.0]) * (x - 1.0) ** 2), jnp.full(2, 3.0))
-        >>> optimizer = schemes.local_entropy(loss, 0.1, shift.NUTS(100, 25), anchor=Newton())
+        >>> optimizer = schemes.local_entropy(loss, 0.1, shift.HMC(100, 25), anchor=Newton())
         >>> result = optimizer.run(random.key(0), 4, progress_bar=False)
         >>> bool(jnp.all(jnp.abs(result.params - 1.0) < 0.01))
         True
