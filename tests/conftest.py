@@ -82,25 +82,32 @@ BOTH_DOCTESTS = ("io_arviz", "plots.", "diagnostics", "_run_summary")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--everything", action="store_true", help="run on Python 3.13 what CI runs on 3.11 only"
+        "--everything", action="store_true", help="also what is long, or for the other stack"
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    """The second stack has what meets releases that differ; mathematics is counted on the first."""
-    if sys.version_info < (3, 13) or config.getoption("everything"):
+    """The second stack has what meets releases that differ; what is long waits for `--everything`."""
+    if config.getoption("everything"):
         return
     for item in items:
         doctest = isinstance(item, pytest.DoctestItem) and any(
             f"numpyro_regloss.{name}" in item.name for name in BOTH_DOCTESTS
         )
-        if not (doctest or item.get_closest_marker("both")):
-            item.add_marker(pytest.mark.skip(reason="run on the first stack, or with --everything"))
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="long: runs with --everything"))
+        elif sys.version_info >= (3, 13) and not (doctest or item.get_closest_marker("both")):
+            item.add_marker(pytest.mark.skip(reason="for the first stack; runs with --everything"))
 
 
 def on_both(names, chosen):
     """Names as parameters, of which the chosen ones run on both stacks."""
     return [pytest.param(n, marks=[pytest.mark.both] if n in chosen else []) for n in names]
+
+
+def long(*values):
+    """A parameter whose cases take many seconds."""
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 class Counter:

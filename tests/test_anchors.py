@@ -408,6 +408,7 @@ def test_anderson_on_a_double_well():
     assert end < problem.local_entropy(problem.shift_mean(np.ones(20), tau), tau) + 0.01
 
 
+@pytest.mark.long
 def test_newton_on_flat_directions():
     # The plain scheme takes about 560 steps and 394,000 gradients.
     fn, x0, data = breast_cancer()

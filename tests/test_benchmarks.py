@@ -19,7 +19,17 @@ ROOT = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+# Those that compare with other libraries, or several engines.
+LONG = ("acceleration", "gaussian_fit", "outer_loop", "overhead")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] if path.stem in LONG else [])
+        for path in SCRIPTS
+    ],
+)
 def test_smoke(script, tmp_path, monkeypatch, capsys):
     out = tmp_path / "tables.json"
     monkeypatch.setattr(sys, "argv", [str(script), "--smoke", "--out", str(out)])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, long
 from jax import random
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems
@@ -107,7 +107,7 @@ def test_halves_are_whole_chains_and_whole_blocks(chains, block_size):
     assert bool(jnp.all(blocks == blocks[:, :1]))
 
 
-@pytest.mark.parametrize(("dim", "scores"), [(2, False), (30, False), (100, False), (30, True)])
+@pytest.mark.parametrize(("dim", "scores"), [(2, False), (30, False), (100, False), long(30, True)])
 def test_no_decrease_is_seen_at_a_fixed_point(dim, scores):
     # At the minimum the exact step is zero; a verdict at two standard errors may fire in 8 % of runs at most.
     problem = problems.quadratic(np.linspace(0.5, 3.0, dim))

@@ -55,6 +55,7 @@ def test_divergences_agree_with_quadrature(draws, width):
     np.testing.assert_allclose(fit.khat, pareto_khat(log_weight), atol=0.02)
 
 
+@pytest.mark.long
 def test_errors_of_divergences_are_calibrated():
     # A correlated normal and a Gaussian that is off: 200 repetitions with independent draws.
     covariance = np.array([[1.0, 0.5], [0.5, 2.0]])

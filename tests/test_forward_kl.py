@@ -217,11 +217,12 @@ def squared_errors(target, truth, engine, repetitions):
     return plain, chosen, kind
 
 
+@pytest.mark.long
 def test_control_variates_on_a_regression(regression):
     long = nuts_draws(
         shift.NUTS(num_warmup=500, num_samples=1500, num_chains=2), random.key(9), regression
     )
-    _, exact, info = ForwardKL("diagonal").step(random.key(0), (), regression, long)
+    _, exact, info = jax.jit(ForwardKL("diagonal").step)(random.key(0), (), regression, long)
     assert info.control_variate >= 2
     plain, chosen, _ = squared_errors(
         regression,
@@ -359,7 +360,6 @@ def test_sites_by_name(run_mcmc):
     np.testing.assert_allclose(again.mean, free.mean, atol=1e-5)
 
 
-@pytest.mark.both
 def test_a_run_of_the_regularized_model_brings_its_scores():
     target = SKEWED_TARGET
     mcmc = MCMC(NUTS(regloss.model), num_warmup=300, num_samples=400, progress_bar=False)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, long
 from jax import random
 from test_engines import heat_step, one_shift, random_quadratic, setup
 
@@ -21,7 +21,7 @@ TEMPERATURES = (1.0, 0.1)
 QUADRATIC = random_quadratic(3, seed=11)
 WELL, FOUR = problems.double_well(2), random_quadratic(4, seed=12)
 # One engine, so that identities of one problem share a program.
-NUTS = shift.NUTS(num_samples=1000)
+CHAINS = shift.HMC(num_samples=1000)
 
 
 def quadratic_case(temperature):
@@ -59,7 +59,7 @@ def test_decrease_identity(problem, temperature):
     )
     step_cost = temperature * np.sum((following - x) ** 2) / (2 * tau)
     # KL(q_k || q_{k+1}) from draws of q_k: log q_k - log q_{k+1} up to F, which is known.
-    engine = NUTS
+    engine = CHAINS
     target, moved = setup(problem, x, tau, temperature), setup(problem, following, tau, temperature)
     draws, info, _, _ = one_shift(engine, target)
     log_ratio = jax.vmap(jax.vmap(lambda z: target.log_density(z) - moved.log_density(z)))(draws.x)
@@ -73,10 +73,10 @@ def test_decrease_identity(problem, temperature):
 @pytest.mark.parametrize("problem", [QUADRATIC, WELL], ids=lambda p: p.name)
 def test_two_forms_of_the_gradient(problem, temperature):
     # grad F = T (x - E_q x') / tau = E_q grad loss.
-    # With tau in proportion to T the double well's other mode is out of reach, as NUTS needs it.
+    # With tau in proportion to T the double well's other mode is out of reach, as chains need it.
     x, tau = np.full(problem.dim, 0.4), 0.3 * temperature
     target = setup(problem, x, tau, temperature)
-    draws, info, fitted, fit_info = one_shift(NUTS, target)
+    draws, info, fitted, fit_info = one_shift(CHAINS, target)
     h = 1e-4
     exact = np.array([
         (
@@ -97,7 +97,7 @@ def test_two_forms_of_the_gradient(problem, temperature):
 def test_hessian(temperature):
     # Hess F = (T / tau) (I - Cov_q / tau), with the covariance fitted to draws.
     x, tau, target, _ = quadratic_case(temperature)
-    draws, info, _, _ = one_shift(NUTS, target)
+    draws, info, _, _ = one_shift(CHAINS, target)
     fitted = jax.jit(fit.ForwardKL("dense").step)(random.key(0), (), target, draws)[1]
     hessian = temperature / tau * (jnp.eye(3) - fitted.covariance / tau)
     h = np.asarray(jax.hessian(QUADRATIC.loss)(jnp.zeros(3)), float)
@@ -122,8 +122,10 @@ def test_kl_identity_of_heat(temperature):
     del target
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("problem", [QUADRATIC, WELL], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("problem", "temperature"),
+    [(QUADRATIC, 1.0), (QUADRATIC, 0.1), (WELL, 1.0), long(WELL, 0.1)],
+)
 def test_jensen_gap(problem, temperature):
     # H - F = T KL(phi || q) >= 0, from the package's own estimates.
     target = setup(problem, np.full(problem.dim, 0.4), 0.3 * temperature, temperature)
@@ -165,7 +167,7 @@ def test_both_steps_are_the_proximal_step_of_a_quadratic(temperature):
     x, tau, target, q = quadratic_case(temperature)
     heat, _ = heat_step(fit.RobbinsMonro(3000), random.key(0), target)
     np.testing.assert_allclose(heat.mean, q.mean, atol=0.01)
-    _, _, fitted, info = one_shift(NUTS, target)
+    _, _, fitted, info = one_shift(CHAINS, target)
     assert np.all(np.abs(fitted.mean - q.mean) < SIGMAS * info.mean_error)
     h = np.asarray(jax.hessian(QUADRATIC.loss)(jnp.zeros(3)), float)
     gradient = np.asarray(jax.grad(QUADRATIC.loss)(jnp.asarray(q.mean)), float)

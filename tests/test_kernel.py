@@ -8,7 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import SIGMAS, Counter, on_both
+from conftest import SIGMAS, Counter, long, on_both
 from jax import random
 from numpyro.infer import AIES, ESS, HMC, NUTS, SA, BarkerMH, DiscreteHMCGibbs, MixedHMC
 
@@ -61,7 +61,9 @@ def step(engine, rng_key, state, target):
 
 
 # The code of the others is that of BarkerMH (step size and mass matrix) and of ESS (ensembles).
-@pytest.mark.parametrize("name", on_both(KERNELS, {"barker", "ess"}))
+@pytest.mark.parametrize(
+    "name", [*on_both(list(KERNELS)[:-1], {"barker", "ess"}), long(list(KERNELS)[-1])]
+)
 def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
     engine = KERNELS[name]
     counter = Counter(PROBLEM.loss)
@@ -97,6 +99,7 @@ def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
     assert spent == ((True, False) if name in WITH_GRADIENT else (False, True))
 
 
+@pytest.mark.long
 def test_stated_error_of_an_ensemble_is_calibrated():
     engine = shift.Kernel(ESS, num_warmup=60, num_samples=400, num_chains=12)
     target = target_at(np.zeros(3))

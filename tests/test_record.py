@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, long
 from jax import random
 
 from numpyro_regloss import Loss, Record, TwoStep, anchor, fit, problems, schemes, shift
@@ -26,9 +26,9 @@ def optimizer_of(problem, x, **settings):
     ("engine", "dim"),
     [
         (shift.NUTS(100, 50), 2),
-        (shift.NUTS(100, 50), 30),
+        long(shift.NUTS(100, 50), 30),
         (shift.Importance(2000, antithetic=False), 2),
-        (shift.Importance(2000, antithetic=False), 100),
+        long(shift.Importance(2000, antithetic=False), 100),
     ],
 )
 def test_no_verdict_at_a_fixed_point(engine, dim):

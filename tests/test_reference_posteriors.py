@@ -25,6 +25,12 @@ WIDTH, NODES = 14.0, 401
 DRAWS = 10_000
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_single_precision():
+    """JAX keeps an array of NumPy that a program has taken in, and hands it out in that precision later."""
+    jax.clear_caches()
+
+
 def stan_blr(d, x):
     beta, sigma = x[:5], np.exp(x[5])
     target = stats.norm.logpdf(beta, 0, 10).sum() + stats.norm.logpdf(sigma, 0, 10)

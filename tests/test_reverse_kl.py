@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SIGMAS, Counter, on_both
+from conftest import SIGMAS, Counter, long, on_both
 from jax import lax, random
 from scipy import optimize, special
 
@@ -286,7 +286,7 @@ def thousand(x, diagonal, factor):
     return 0.5 * jnp.sum(diagonal * x**2) + 0.5 * jnp.sum((factor.T @ x) ** 2) - jnp.sum(x)
 
 
-@pytest.mark.parametrize("family", ["diagonal", "low_rank"])
+@pytest.mark.parametrize("family", ["diagonal", long("low_rank")])
 def test_a_thousand_parameters(family):
     rng = np.random.default_rng(7)
     dim = 1000

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Counter
+from conftest import Counter, long
 from jax import random
 from numpy.polynomial.hermite_e import hermegauss
 from scipy.optimize import root
@@ -62,16 +62,16 @@ def check_coverage(method, target, exact, least=0.88):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("double_well", RobbinsMonro(200)),
+        long("double_well", RobbinsMonro(200)),
         ("double_well_20", RobbinsMonro(200)),
-        ("absolute_5", RobbinsMonro(200)),
+        long("absolute_5", RobbinsMonro(200)),
         ("absolute_5", RobbinsMonro(200, antithetic=False)),
-        ("rosenbrock", RobbinsMonro(200, averaging=False)),
+        long("rosenbrock", RobbinsMonro(200, averaging=False)),
         ("double_well_20", Score(200)),
-        ("absolute", Score(200)),
+        long("absolute", Score(200)),
         ("zero_one", Score(200, num_pairs=8)),
-        ("zero_one", Score(200, antithetic=False)),
-        ("absolute_5", Score(200, averaging=False)),
+        long("zero_one", Score(200, antithetic=False)),
+        long("absolute_5", Score(200, averaging=False)),
     ],
 )
 def test_errors_cover(name, method):
@@ -102,7 +102,7 @@ def minibatch_target(dim, tau=0.2, temperature=1 / 64):
     return target, root(equation, np.zeros(dim)).x
 
 
-@pytest.mark.parametrize("method", [RobbinsMonro(300), Score(300, num_pairs=8)])
+@pytest.mark.parametrize("method", [RobbinsMonro(300), long(Score(300, num_pairs=8))])
 def test_errors_with_minibatches_cover(method):
     # Inputs are correlated: the curvature is no diagonal.
     check_coverage(method, *minibatch_target(5))

@@ -128,6 +128,7 @@ def skewed(x, slope):
     return jnp.mean(jnp.exp(1.5 * x[0]) - slope * x[0])
 
 
+@pytest.mark.long
 def test_bias_is_of_first_order_in_the_step_size():
     # Batches of one row of two: the slope of the loss is 1 ± 1.5. Exact mean by quadrature.
     rows = np.array([-0.5, 2.5], np.float32)

@@ -72,6 +72,7 @@ def test_conjugate_targets_at_two_centres(moves):
         np.testing.assert_allclose(draws.score[0, :5], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_errors_of_mean_and_evidence_are_calibrated():
     problem = problems.double_well(3)
     x, tau = np.full(3, 0.2), 2.0
