@@ -394,6 +394,7 @@ def test_jit_equals_eager_equals_vmap(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_anderson_on_a_double_well():
     # 20 dimensions, to 1 % of the first gradient of F_tau: 8 plain steps.
     problem, tau = problems.double_well(20), 0.1

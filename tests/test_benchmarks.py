@@ -20,7 +20,7 @@ SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_t
 
 
 # Those that compare with other libraries, or several engines.
-LONG = ("acceleration", "gaussian_fit", "outer_loop", "overhead")
+LONG = ("acceleration", "gaussian_fit", "outer_loop", "overhead", "sgld")
 
 
 @pytest.mark.parametrize(

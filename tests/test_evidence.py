@@ -53,7 +53,7 @@ CALIBRATED = {
 
 
 @pytest.mark.parametrize(
-    "method", ["importance", "smc", long("gaussian"), long("bridge"), long("auto")]
+    "method", ["importance", *map(long, ("gaussian", "bridge", "smc", "auto"))]
 )
 def test_errors_are_calibrated(method):
     names, repetitions = CALIBRATED[method]

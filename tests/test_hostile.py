@@ -84,7 +84,7 @@ ENGINES = {
     ),
 }
 # One in so many, and ten, without `--everything`.
-SHARE = 5
+SHARE = 8
 CASES = [(name, dim) for name, (_, _, dims) in ENGINES.items() for dim in dims]
 SIZE = st.integers(-6, 6).map(lambda exponent: 10.0**exponent)
 EXAMPLES = {

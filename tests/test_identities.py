@@ -201,7 +201,7 @@ def test_scale_of_loss_and_temperature_cancel():
     np.testing.assert_allclose(a.params, b.params, atol=1e-3)
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("temperature", [1.0, long(0.1)])
 def test_ten_steps_follow_the_exact_iterates(temperature):
     problem, tau = FOUR, 0.3
     loss = Loss.from_function(problem.loss, np.zeros(4))

@@ -622,6 +622,7 @@ def batches():
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("function", "batch"), batches(), ids=[f.__name__ for f, _ in batches()])
 def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
     def assert_close(actual, expected):

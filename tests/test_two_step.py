@@ -13,7 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from conftest import Counter, on_both
+from conftest import Counter, long, on_both
 from harness import count_compiles
 from jax import random
 from test_engines import random_quadratic
@@ -256,7 +256,7 @@ def test_nan_for_good_keeps_the_reference_and_raises():
     np.testing.assert_array_equal(result.params, np.zeros(3))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["importance", long("nuts")])
 def test_a_nan_region_is_survived(engine):
     loss = Loss.from_function(nan_beyond(9.0), np.zeros(3))
     optimizer = TwoStep(loss, 0.1, shift=ENGINES[engine], fit=fit.ForwardKL())
