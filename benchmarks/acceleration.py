@@ -95,7 +95,7 @@ def arrival(loss, tau, engine, step, *, tolerance, num_steps, seeds, relative=Fa
 def regression(*, smoke):
     fn, x0, data = breast_cancer()
     loss = Loss.from_function(fn, x0, *data)
-    exact = shift.Importance(400) if smoke else shift.NUTS(100, 1000, 4)
+    exact = shift.NUTS(100, 20 if smoke else 1000, 4)
     rows = []
     for count in (25,) if smoke else (25, 50):
         engine = shift.NUTS(num_warmup=60, num_samples=count, num_chains=4)

@@ -150,8 +150,8 @@ CONTESTANTS = {
     BASE: partial(ours, engine=shift.NUTS, num_chains=4),
     "ours, HMC 4 x 50": partial(ours, engine=shift.HMC, num_chains=4),
 }
-# A rival and one target, which tells whether everything runs.
-SMOKE = ("numpyro, one MCMC, jit_model_args", BASE)
+# One of each kind and one target, which tells whether everything runs.
+SMOKE = ("numpyro, one MCMC, jit_model_args", "blackjax, shared warm-up", BASE)
 # NumPyro turns its progress bar off where this is set, and recompiles at every step without it.
 NO_BAR = "CI" in os.environ
 

@@ -384,7 +384,7 @@ def main():
 
     report(
         "Importance: shift and fit",
-        importance("network, 25,450-d", digits(), 20 if options.smoke else 1000, repeats)
+        importance("network, 25,450-d", digits(), 100 if options.smoke else 1000, repeats)
         + importance("square, 30-d", cheap(), 1000 if options.smoke else 10_000, 3 * repeats),
     )
     report("HMC and NUTS: warm shifts", samplers(repeats, smoke=options.smoke))

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 
 
-# Those that compare with other libraries, or several engines.
-LONG = ("acceleration", "gaussian_fit", "outer_loop", "overhead", "sgld")
+# Those that compare with other libraries, or several engines, or start processes.
+LONG = ("acceleration", "gaussian_fit", "import_time", "outer_loop", "overhead", "sgld")
 
 
 @pytest.mark.parametrize(

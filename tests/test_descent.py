@@ -157,7 +157,7 @@ def test_one_draw_knows_no_error():
     assert change.error == np.inf
 
 
-@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize("scores", [False, long(True)])
 def test_steps_too_long_for_an_average_of_exponentials(scores):
     # Newton's step over flat directions: the log ratio has a variance of about forty, and 800 draws see
     # exponentials of a variance of six at most.

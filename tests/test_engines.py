@@ -405,6 +405,7 @@ def test_double_precision(engine, x64):
     assert np.all(error < SIGMAS * fit_info.mean_error)
 
 
+@pytest.mark.long
 def test_diagonal_and_dense_references():
     problem = random_quadratic(3, seed=8)
     loss = Loss.from_function(problem.loss, np.zeros(3))

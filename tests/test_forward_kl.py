@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import OPTIMIZED, SIGMAS
+from conftest import OPTIMIZED, SIGMAS, long
 from jax import random
 from numpyro.infer import MCMC, NUTS
 
@@ -78,6 +78,7 @@ def test_no_gaussian_of_the_family_is_nearer(family):
         assert jnp.mean(moved.log_prob(x)) < best + 1e-4
 
 
+@pytest.mark.long
 def test_factors_are_those_of_maximum_likelihood():
     from sklearn.decomposition import FactorAnalysis  # noqa: PLC0415
 
@@ -486,7 +487,6 @@ def test_units_do_not_matter():
     np.testing.assert_allclose(scaled_info.mean_error / unit, info.mean_error, rtol=1e-3)
 
 
-@pytest.mark.both
 def test_float64(x64):
     x, mean, covariance = samples_of(3, 500)
     score = -(x - mean) @ np.linalg.inv(covariance)
@@ -555,7 +555,6 @@ def test_a_pair_that_carries_all_weight_is_no_average():
         forward_kl(draws)
 
 
-@pytest.mark.both
 def test_keywords_of_a_run_count():
     mcmc = MCMC(NUTS(regloss.model), num_warmup=50, num_samples=60, progress_bar=False)
     mcmc.run(random.key(0), target=SKEWED_TARGET, extra_fields=("z_grad",))
@@ -578,7 +577,7 @@ def test_compiles_within_other_programs():
     assert np.max(np.abs(fitted.gaussian.mean)) < 1e-4
 
 
-@pytest.mark.parametrize("covariance", ["dense", "low_rank"])
+@pytest.mark.parametrize("covariance", ["dense", long("low_rank")])
 def test_batches_of_fits_do_not_wait_for_each_other(covariance):
     # Two batched LAPACK calls at once can wait forever for the threads of two cores.
     x = random.normal(random.key(0), (64, 200, 30))

@@ -74,8 +74,8 @@ ENGINES = {
     "importance_dense": (shift.Importance(CLOUD), fit.ForwardKL("dense"), {3: 220}),
     "nuts": (shift.NUTS(max_tree_depth=DEPTH, **CHAIN), fit.ForwardKL(), {3: 250}),
     # Where its step collapses it goes the most steps there are, at every transition.
-    "hmc": (shift.HMC(trajectory_length=1.0, **CHAIN), fit.ForwardKL(), {50: 10}),
-    "robbins_monro": (shift.Implicit(), fit.RobbinsMonro(5), {1: 590, 10_000: 20}),
+    "hmc": (shift.HMC(trajectory_length=1.0, **CHAIN), fit.ForwardKL(), {50: 30}),
+    "robbins_monro": (shift.Implicit(), fit.RobbinsMonro(5), {1: 570, 10_000: 20}),
     "reverse_kl": (shift.Implicit(), fit.ReverseKL(num_steps=10, num_particles=2), {50: 240}),
     "reverse_kl_dense": (
         shift.Implicit(),

@@ -103,6 +103,7 @@ def test_errors_of_sobol_clouds_are_calibrated_and_smaller(antithetic):
     assert np.sqrt(np.mean(deviation**2)) < plain / 2
 
 
+@pytest.mark.long
 def test_nets_are_the_blocks_and_survive_chunks(monkeypatch):
     problem = problems.double_well(3)
     target = target_of(problem.loss, [0.2, 0.2, 0.2], 0.5)

@@ -109,7 +109,6 @@ def test_callable_pytrees_are_leaves():
     np.testing.assert_allclose([loss.value(loss.x0), other.value(other.x0)], [3.0, 7.0])
 
 
-@pytest.mark.both
 @pytest.mark.parametrize(
     "model_args", [(eight_schools, (8, SIGMA, Y)), (simplex_model, (np.array([3, 1, 2]),))]
 )

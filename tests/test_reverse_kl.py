@@ -118,7 +118,7 @@ CENTRES = {1: np.array([0.3]), 2: np.array([0.3, 0.6])}
 FAMILIES = ("reference", "isotropic", "diagonal", "dense")
 CASES = [(method, 2, family) for method in ("sample_average", "natural") for family in FAMILIES]
 CASES += [("sample_average", 1, "isotropic"), ("natural", 1, "isotropic")]
-CASES += [("svi", 2, "reference"), ("svi", 2, "dense")]
+CASES += [("svi", 2, "reference"), long("svi", 2, "dense")]
 
 
 @pytest.mark.parametrize(("method", "dim", "family"), CASES)
