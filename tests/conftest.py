@@ -110,6 +110,11 @@ def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
+def with_long(names, chosen):
+    """Names as parameters, of which the chosen ones are long."""
+    return [long(n) if n in chosen else n for n in names]
+
+
 class Counter:
     """A loss that counts how often Python runs it: once per trace under jit."""
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS, Counter, long
+from conftest import SIGMAS, Counter, with_long
 from jax import random
 
 from numpyro_regloss import (
@@ -46,7 +46,7 @@ def shift_and_fit(engine, rng_key, target):
     return draws, info, fitted, fit_info, folded, direct
 
 
-@pytest.mark.parametrize("name", ["importance", long("nuts")])
+@pytest.mark.parametrize("name", with_long(ENGINES, {"nuts"}))
 def test_effort_follows_the_progress_to_be_made(name):
     engine = shift.Adaptive(ENGINES[name], max_rounds=7)
     assert engine.max_rounds == 8

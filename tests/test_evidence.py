@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS, long
+from conftest import SIGMAS, long, with_long
 from jax import random
 from values import build, plain_ess
 
@@ -53,9 +53,7 @@ CALIBRATED = {
 }
 
 
-@pytest.mark.parametrize(
-    "method", ["importance", *map(long, ("gaussian", "bridge", "smc", "auto"))]
-)
+@pytest.mark.parametrize("method", with_long(CALIBRATED, CALIBRATED.keys() - {"importance"}))
 def test_errors_are_calibrated(method):
     targets = [build(name, 3) for name in CALIBRATED[method]]
     covered, found = 0, set()

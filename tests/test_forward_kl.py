@@ -220,10 +220,10 @@ def squared_errors(target, truth, engine, repetitions):
 
 @pytest.mark.long
 def test_control_variates_on_a_regression(regression):
-    long = nuts_draws(
+    draws = nuts_draws(
         shift.NUTS(num_warmup=500, num_samples=1500, num_chains=2), random.key(9), regression
     )
-    _, exact, info = jax.jit(ForwardKL("diagonal").step)(random.key(0), (), regression, long)
+    _, exact, info = jax.jit(ForwardKL("diagonal").step)(random.key(0), (), regression, draws)
     assert info.control_variate >= 2
     plain, chosen, _ = squared_errors(
         regression,

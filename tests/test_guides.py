@@ -12,7 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import SIGMAS, long
+from conftest import SIGMAS, with_long
 from jax import random
 from numpyro.distributions.transforms import OrderedTransform
 from numpyro.infer import SVI, Predictive, Trace_ELBO, autoguide
@@ -160,7 +160,7 @@ EXACT = {
 
 
 # That of Laplace has to be trained.
-BY_NAME = [long(name) if name == "AutoLaplaceApproximation" else name for name in EXACT]
+BY_NAME = with_long(EXACT, {"AutoLaplaceApproximation"})
 
 
 @functools.cache

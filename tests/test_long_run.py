@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import long
+from conftest import with_long
 from harness import count_compiles
 from jax import random
 
@@ -33,7 +33,7 @@ MODES = {
 
 
 @pytest.mark.skipif(not MEMORY.exists(), reason="reads the memory of a process as Linux tells it")
-@pytest.mark.parametrize("mode", ["chunks", long("slow"), long("callback")])
+@pytest.mark.parametrize("mode", with_long(MODES, {"slow", "callback"}))
 def test_many_steps_cost_no_more_than_few_each(mode, monkeypatch):
     num_steps, seconds, callback = MODES[mode]
     monkeypatch.setattr(_chunks, "SECONDS_PER_CHUNK", seconds)

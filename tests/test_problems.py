@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import long
+from conftest import long, with_long
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 
@@ -463,7 +463,7 @@ def test_transformed_quadratic_and_mixture_are_of_their_kind(temperature):
     np.testing.assert_allclose(moved.minimizer, direct.minimizer, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [long(n) if n == "mixture_2" else n for n in HEATED])
+@pytest.mark.parametrize("name", with_long(HEATED, {"mixture_2"}))
 def test_transformed_answers_are_moved(name):
     problem, loss, x, tau = CASES[name]
     shift, rotation = np.linspace(-1, 1, problem.dim), turned(6, problem.dim)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HEAT_FITS, SHIFTS, long
+from conftest import HEAT_FITS, SHIFTS, with_long
 from jax import lax, random
 
 from numpyro_regloss import Loss, Record, TwoStep, TwoStepResult, anchor, diagnostics, fit, shift
@@ -101,10 +101,7 @@ GOOD = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        long(name) if name in ("kernel", "svi", "keep_covariance", "adaptive") else name
-        for name in GOOD
-    ],
+    with_long(GOOD, {"kernel", "svi", "keep_covariance", "adaptive"}),
 )
 def test_good_runs_have_no_findings(name):
     optimizer = GOOD[name]()

@@ -13,7 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from conftest import Counter, long, on_both
+from conftest import Counter, on_both, with_long
 from harness import count_compiles
 from jax import random
 from test_engines import random_quadratic
@@ -244,7 +244,7 @@ def nan_beyond(limit):
     return lambda x: jnp.where(jnp.sum(x**2) > limit, jnp.nan, jnp.sum((x - 1.0) ** 2))
 
 
-FAILING = ["importance", long("nuts")]
+FAILING = with_long(ENGINES, {"nuts"})
 
 
 @pytest.mark.parametrize("engine", FAILING)
