@@ -14,6 +14,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
+from numpyro_regloss._one_at_a_time import mapped, needs_one_at_a_time
 from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
@@ -184,10 +185,16 @@ class ModelSource:
 
 @jax.jit
 def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str, Array]:
-    args, kwargs = arguments.tree
-    with handlers.block():
-        model = handlers.seed(source.model, 0)
-        return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+    leaves, structure = jax.tree.flatten((source, x, arguments))
+
+    def sites(leaves: list[Array]) -> dict[str, Array]:
+        source, x, arguments = jax.tree.unflatten(structure, leaves)
+        args, kwargs = arguments.tree
+        with handlers.block():
+            model = handlers.seed(source.model, 0)
+            return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+
+    return (mapped(sites) if needs_one_at_a_time(sites, leaves) else sites)(leaves)
 
 
 def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:

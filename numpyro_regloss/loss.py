@@ -5,6 +5,7 @@
 Only this module and the two sources below it know how parameters are stored.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
+from numpyro_regloss._one_at_a_time import needs_one_at_a_time, one_at_a_time
 from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
@@ -250,8 +252,15 @@ class Loss:
             ValueError: if `x` is of another shape.
         """
         self._check_point(x)
-        args, kwargs = arguments.tree
-        return jnp.asarray(self.source.value(x, args, kwargs, data_scale), float)
+        leaves, structure = jax.tree.flatten((self.source, x, arguments))
+
+        def value(leaves: list[Array]) -> Scalar:
+            source, x, arguments = jax.tree.unflatten(structure, leaves)
+            args, kwargs = arguments.tree
+            return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
+
+        shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in leaves)
+        return one_at_a_time(value, leaves) if _factorizes(structure, shapes) else value(leaves)
 
     def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
         """One minibatch of the arguments and the factor `rows / batch_size`; all of them without one.
@@ -317,6 +326,15 @@ class Loss:
 def _raw_value(loss: Loss) -> Any:
     args, kwargs = loss.arguments.tree
     return loss.source.value(loss.x0, args, kwargs, 1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def _factorizes(structure: Any, shapes: tuple[Any, ...]) -> bool:
+    def value(leaves: list[Array]) -> Any:
+        source, x, arguments = jax.tree.unflatten(structure, leaves)
+        return source.value(x, *arguments.tree, 1.0)
+
+    return needs_one_at_a_time(value, shapes)
 
 
 def _explain(call: Callable[[], Any], what: str) -> Any:

@@ -21,6 +21,7 @@ FLOORS = {
     "_pareto": 0,
     "_checks": 1,
     "_estimate": 1,
+    "_one_at_a_time": 1,
     "_sites": 1,
     "_control_variates": 1,
     "_factor_analysis": 1,

@@ -1,0 +1,143 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that factorize matrices: evaluated for one draw at a time, however they are batched.
+
+On a CPU each batched LAPACK call divides its batch among XLA's threads and waits for them. Two such calls that do
+not depend on each other run at the same time, and where there are no more threads than calls each waits for threads
+that the other one holds, forever. A call for a single matrix waits for nobody. So a loss with several of them is
+mapped over draws, chains and particles, inside of whatever batches it.
+
+The map costs the loss the second core, and `vmap` over draws what it gains by long vectors.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from numpyro_regloss._typing import Array, Scalar
+
+__all__ = ["mapped", "needs_one_at_a_time", "one_at_a_time"]
+
+FACTORIZATIONS = frozenset({
+    "cholesky",
+    "cholesky_update",
+    "eig",
+    "eigh",
+    "geqp3",
+    "geqrf",
+    "hessenberg",
+    "householder_product",
+    "lu",
+    "ormqr",
+    "qr",
+    "schur",
+    "svd",
+    "triangular_solve",
+    "tridiagonal",
+    "tridiagonal_solve",
+})
+
+
+def needs_one_at_a_time(fn: Callable[[list[Array]], Any], leaves: Sequence[Any]) -> bool:
+    """Whether batches of a function can wait for themselves: it has several LAPACK calls, on a CPU.
+
+    Args:
+        fn: the function, at one point.
+        leaves: its arguments, or their shapes.
+
+    Returns:
+        Whether to evaluate it one draw at a time.
+    """
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) for leaf in leaves]
+    jaxpr = jax.make_jaxpr(fn)(shapes)
+    calls = (eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name in FACTORIZATIONS)
+    several = next(calls, None) is not None and next(calls, None) is not None
+    return several and jax.default_backend() == "cpu"
+
+
+def one_at_a_time(fn: Callable[[list[Array]], Scalar], leaves: list[Array]) -> Scalar:
+    """`fn(leaves)`, of which `jax.vmap` makes a loop; so it does of its derivatives.
+
+    JAX's `sequential_vmap` has no transpose, which a gradient needs. The derivative of a scalar function is a
+    product with its gradient, which is evaluated in the same way.
+
+    Args:
+        fn: a function to a scalar that closes over no tracer.
+        leaves: its arguments.
+
+    Returns:
+        A scalar.
+    """
+
+    # Nested loops are batched several times until all that varies is known: Python traces the loss once.
+    jitted = jax.jit(fn)
+
+    @jax.custom_jvp
+    def value(leaves: list[Array]) -> Scalar:
+        return sequential_vmap(jitted)(leaves)
+
+    def jvp(primals: tuple[list[Array]], tangents: tuple[list[Any]]) -> tuple[Scalar, Scalar]:
+        (leaves,), (dots,) = primals, tangents
+        moved = _moved(dots)
+        gradient = jax.value_and_grad(lambda some, leaves: jitted(_put(leaves, moved, some)))
+        out, slopes = mapped(lambda leaves: gradient([leaves[i] for i in moved], leaves))(leaves)
+        products = [jnp.vdot(slope, dots[i]) for slope, i in zip(slopes, moved, strict=True)]
+        return out, sum(products, start=jnp.zeros_like(out))
+
+    value.defjvp(jvp, symbolic_zeros=True)
+    return value(leaves)
+
+
+def mapped(fn: Callable[[list[Array]], Any]) -> Callable[[list[Array]], Any]:
+    """A function of arrays, of which `jax.vmap` makes a loop; its derivatives are in forward mode only.
+
+    Args:
+        fn: a function of a list of arrays that closes over no tracer.
+
+    Returns:
+        The function, for `jax.vmap` and, of a gradient, `jax.hessian`.
+    """
+    fn = jax.jit(fn)
+
+    @jax.custom_jvp
+    def call(leaves: list[Array]) -> Any:
+        return sequential_vmap(fn)(leaves)
+
+    def jvp(primals: tuple[list[Array]], tangents: tuple[list[Any]]) -> tuple[Any, Any]:
+        (leaves,), (dots,) = primals, tangents
+        moved = _moved(dots)
+
+        @mapped
+        def push(both: list[Array]) -> Any:
+            leaves, dots = both[: -len(moved)], both[-len(moved) :]
+            some = [leaves[i] for i in moved]
+            return jax.jvp(lambda some: fn(_put(leaves, moved, some)), (some,), (dots,))[1]
+
+        return call(leaves), push([*leaves, *(dots[i] for i in moved)])
+
+    call.defjvp(jvp, symbolic_zeros=True)
+    return call
+
+
+def _moved(dots: list[Any]) -> list[int]:
+    return [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
+
+
+def _put(leaves: list[Array], places: list[int], some: list[Array]) -> list[Array]:
+    new = dict(zip(places, some, strict=True))
+    return [new.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr | ClosedJaxpr)
+        ):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                yield from _equations(getattr(inner, "jaxpr", inner))

@@ -1,0 +1,149 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Losses with several matrix factorizations are not batched, and so end: two batched ones may wait forever."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from conftest import FAMILIES, SHIFTS
+from jax import random
+
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, shift
+from numpyro_regloss._one_at_a_time import FACTORIZATIONS, _equations
+
+pytestmark = pytest.mark.both
+
+POINTS = jnp.linspace(0.0, 1.0, 5)
+
+
+def processes(counts):
+    """One latent Gaussian process for each row of counts."""
+    gap = POINTS[:, None] - POINTS
+    for k in range(len(counts)):
+        scale = numpyro.sample(f"scale_{k}", dist.LogNormal(0.0, 0.3))
+        covariance = jnp.exp(-0.5 * (gap / scale) ** 2) + 1e-2 * jnp.eye(len(POINTS))
+        latent = numpyro.sample(f"f_{k}", dist.MultivariateNormal(0.0, covariance))
+        numpyro.sample(f"y_{k}", dist.Poisson(jnp.exp(latent)), obs=counts[k])
+
+
+def two_matrices(p, y):
+    one = jnp.eye(3) * (1 + p[0] ** 2) + p[1] ** 2
+    other = jnp.eye(3) * (2 + p[2] ** 2) + 0.1 * jnp.outer(p, p)
+    return jnp.linalg.slogdet(one)[1] + y @ jnp.linalg.solve(other, y)
+
+
+def batched_factorizations(fn, *args):
+    return [
+        eqn.primitive.name
+        for eqn in _equations(jax.make_jaxpr(fn)(*args).jaxpr)
+        if eqn.primitive.name in FACTORIZATIONS and max(v.aval.ndim for v in eqn.invars) > 2
+    ]
+
+
+DATA = jnp.arange(3.0)
+MATRICES = Loss.from_function(two_matrices, jnp.ones(3), DATA)
+PROCESSES = Loss.from_model(processes, jnp.ones((2, 5)))
+
+
+@pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, jax.hessian], ids=[0, 1, 2])
+def test_values_and_derivatives_are_those_of_the_loss(derivative):
+    x = random.normal(random.key(0), (4, 3))
+    mapped = jax.jit(jax.vmap(derivative(MATRICES.value)))
+    plain = derivative(lambda p: two_matrices(p, DATA))
+    # Rounding of other orders of summation.
+    np.testing.assert_allclose(mapped(x), [plain(p) for p in x], rtol=2e-4, atol=1e-5)
+    with jax.checking_leaks():
+        assert batched_factorizations(jax.vmap(jax.vmap(derivative(MATRICES.value))), x[None]) == []
+
+
+def test_gradients_for_data_are_those_of_the_loss():
+    x = jnp.array([0.5, -1.0, 2.0])
+    slope = jax.grad(lambda y: MATRICES.value(x, (y,)))(DATA)
+    np.testing.assert_allclose(slope, jax.grad(lambda y: two_matrices(x, y))(DATA), rtol=1e-5)
+
+
+def test_one_factorization_is_batched():
+    loss = Loss.from_function(lambda p: jnp.sum(jnp.linalg.eigvalsh(jnp.outer(p, p))), jnp.ones(3))
+    assert batched_factorizations(jax.vmap(loss.value), jnp.ones((4, 3))) == ["eigh"]
+
+
+ENGINES = {name: (SHIFTS[name], fit.ForwardKL) for name in (*FAMILIES, "smc", "kernel")}
+# Covariances of islands, one after the other.
+OWN = {"smc": ["cholesky", "triangular_solve"]}
+ENGINES["heat"] = (shift.Implicit, lambda: fit.RobbinsMonro(3))
+ENGINES["reverse"] = (shift.Implicit, fit.ReverseKL)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_engine_batches_several_factorizations(name):
+    make_shift, make_fit = ENGINES[name]
+    optimizer = TwoStep(PROCESSES, tau=1e-3, shift=make_shift(), fit=make_fit())
+    state = jax.eval_shape(optimizer.init, random.key(0))
+    assert batched_factorizations(optimizer.step, state) == OWN.get(name, [])
+
+
+def test_no_conversion_batches_several_factorizations():
+    target = RegularizedLoss(PROCESSES, Gaussian.isotropic(PROCESSES.x0, 1e-3))
+    x = target.reference.sample(random.key(0), (4,))
+    assert batched_factorizations(jax.vmap(target.constrain), x) == []
+
+
+# 60 draws of two processes of 40 points stood still in most runs before; it takes some seconds.
+RUN = """
+import jax, jax.numpy as jnp
+from jax import random
+import test_one_at_a_time as here
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, fit, schemes, shift, values
+
+here.POINTS = jnp.linspace(0.0, 1.0, {points})
+loss = Loss.from_model(here.processes, jnp.ones(({kernels}, {points})))
+target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1e-4))
+key = random.key(0)
+for engine in {engines}:
+    result = schemes.local_entropy(loss, 1e-4, engine).run(key, 3, progress_bar=False)
+    assert result.history.ok.all()
+result = schemes.heat(loss, 1e-4, fit=fit.RobbinsMonro(20)).run(key, 3, progress_bar=False)
+assert result.history.ok.all()
+for method in {methods}:
+    estimate = values.local_entropy(key, target, method=method, num_samples=1_000)
+    heat = values.heat(key, target, num_samples=1_000)
+    assert abs(estimate.value - heat.value) < 1.0  # nearly linear within so small a tau
+values.landscape(key, loss, loss.constrain(loss.x0), tau=1e-4, directions=["scale_0"], num_points=3, num_samples=100)
+print("done")
+"""
+CHAINS = "num_warmup=20, num_samples=20, num_chains=4"
+CASES = [
+    pytest.param(40, 2, "[shift.Importance(1000)]", ["importance", "smc"], id="clouds"),
+    *(
+        pytest.param(
+            points,
+            kernels,
+            f"[shift.Importance(1000), shift.NUTS({CHAINS}), shift.HMC({CHAINS}), shift.SMC(100), "
+            "shift.SGLD(0.05, num_samples=50, num_chains=4)]",
+            ["importance", "smc", "gaussian", "bridge"],
+            id=f"{kernels} of {points}",
+            marks=pytest.mark.long,
+        )
+        for points, kernels in [(25, 4), (60, 2), (60, 4), (120, 1), (120, 2)]
+    ),
+]
+
+
+@pytest.mark.parametrize(("points", "kernels", "engines", "methods"), CASES)
+def test_it_ends(points, kernels, engines, methods):
+    code = RUN.format(points=points, kernels=kernels, engines=engines, methods=methods)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=__file__.rsplit("/", 1)[0],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout.endswith("done\n"), done.stderr
