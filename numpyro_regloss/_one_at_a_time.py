@@ -3,11 +3,11 @@
 """Losses that factorize matrices: evaluated for one draw at a time, however they are batched.
 
 On a CPU each batched LAPACK call divides its batch among XLA's threads and waits for them. Two such calls that do
-not depend on each other run at the same time, and where there are no more threads than calls each waits for threads
+not depend on each other run at the same time. Where there are no more threads than calls, each waits for threads
 that the other one holds, forever. A call for a single matrix waits for nobody. So a loss with several of them is
 mapped over draws, chains and particles, inside of whatever batches it.
 
-The map costs the loss the second core, and `vmap` over draws what it gains by long vectors.
+The price: such a loss runs on one core, one draw after the other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,8 +73,7 @@ def one_at_a_time(fn: Callable[[list[Array]], Scalar], leaves: list[Array]) -> S
     Returns:
         A scalar.
     """
-
-    # Nested loops are batched several times until all that varies is known: Python traces the loss once.
+    # JAX batches nested loops several times, until it knows all that varies: with this, Python traces the loss once.
     jitted = jax.jit(fn)
 
     @jax.custom_jvp

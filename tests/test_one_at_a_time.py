@@ -114,7 +114,8 @@ for method in {methods}:
     estimate = values.local_entropy(key, target, method=method, num_samples=1_000)
     heat = values.heat(key, target, num_samples=1_000)
     assert abs(estimate.value - heat.value) < 1.0  # nearly linear within so small a tau
-values.landscape(key, loss, loss.constrain(loss.x0), tau=1e-4, directions=["scale_0"], num_points=3, num_samples=100)
+start = loss.constrain(loss.x0)
+values.landscape(key, loss, start, tau=1e-4, directions=["scale_0"], num_points=3, num_samples=100)
 print("done")
 """
 CHAINS = "num_warmup=20, num_samples=20, num_chains=4"
