@@ -73,7 +73,7 @@ def one_at_a_time(fn: Callable[[list[Array]], Scalar], leaves: list[Array]) -> S
     Returns:
         A scalar.
     """
-    # JAX batches nested loops several times, until it knows all that varies: with this, Python traces the loss once.
+    # JAX batches nested loops several times, until it knows all that varies. Python traces the loss only once.
     jitted = jax.jit(fn)
 
     @jax.custom_jvp
