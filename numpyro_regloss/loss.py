@@ -234,7 +234,7 @@ class Loss:
                 f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
             )
         if not args and not kwargs:
-            return with_context_axes(self.arguments)
+            return with_context_axes(self.arguments, divided=True)
         bound_args, bound_kwargs = self.arguments.tree
         arguments = Partition((tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}))
         _explain(lambda: self.source.check(arguments), "model")
@@ -256,8 +256,8 @@ class Loss:
             ValueError: if `x` is of another shape.
         """
         self._check_point(x)
-        x, arguments = with_context_axes((x, arguments))
-        args, kwargs = arguments.tree
+        args, kwargs = with_context_axes(arguments, divided=True).tree
+        x = with_context_axes(x)
         return jnp.asarray(self.source.value(x, args, kwargs, data_scale), float)
 
     def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
@@ -273,7 +273,7 @@ class Loss:
         if self.minibatch is None:
             return arguments, 1.0
         scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
-        return self.minibatch.draw(rng_key, with_context_axes(arguments)), scale
+        return self.minibatch.draw(rng_key, with_context_axes(arguments, divided=True)), scale
 
     @classmethod
     def _checked(
