@@ -11,7 +11,7 @@ import numpy as np
 from numpyro.optim import _NumPyroOptim
 
 from numpyro_regloss._optax import get_optax
-from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._typing import Key
 
 __all__ = [
@@ -76,7 +76,7 @@ def check_key(rng_key: Any, what: str) -> Key:
     Raises:
         TypeError: if it is not one random key.
     """
-    key = rng_key
+    key = with_context_axes(rng_key)
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
         try:
             key = jax.random.wrap_key_data(jnp.asarray(key))

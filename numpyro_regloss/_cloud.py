@@ -27,7 +27,8 @@ CHUNK_ELEMENTS = 500_000
 # Up to 64 megabytes of noise are kept for the fit, which else draws it again.
 KEPT_ELEMENTS = 16_000_000
 # Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
-# noise within the loss, element by element.
+# noise within the loss, element by element. A cloud that is to be evaluated at once is one chunk all the same,
+# with a barrier in the loop's place: its loss is a simulator, which has a price per call.
 CHUNKS_PER_SEGMENT = 2
 
 
@@ -58,6 +59,11 @@ class Layout(NamedTuple):
         return 2 if self.antithetic else 1
 
     @property
+    def at_once(self) -> bool:
+        """Whether all draws are evaluated in one batch."""
+        return self.chunk_size == self.segment_size
+
+    @property
     def num_segments(self) -> int:
         """How often noise is made."""
         return -(-self.num_samples // self.segment_size)
@@ -76,8 +82,8 @@ def lay_out(
     Args:
         target: what is evaluated.
         num_samples: draws.
-        chunk_size: draws at once, about; default: about two megabytes of them, fewer when the loss holds much
-            data.
+        chunk_size: draws at once, about, and all of them in one batch if there are no more; default: about two
+            megabytes of them, fewer when the loss holds much data.
         antithetic: whether draws come in pairs.
         net_size: draws per scrambled Sobol net, a power of two; None for random noise.
 
@@ -91,6 +97,10 @@ def lay_out(
         size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 8))
     per_row = 2 if antithetic else 1
     block = net_size or per_row
+    if chunk_size is not None and chunk_size >= num_samples:
+        total = -(-num_samples // block) * block
+        kept = total // per_row * target.dim <= KEPT_ELEMENTS
+        return Layout(num_samples, total, total, block, antithetic, net_size is not None, kept)
     num_segments = -(-num_samples // (CHUNKS_PER_SEGMENT * size))
     balanced = -(-num_samples // (CHUNKS_PER_SEGMENT * num_segments))
     size = -(-balanced // block) * block
@@ -113,6 +123,7 @@ class Cloud:
         temperature: scalar, the one of the weights.
         offset: of the draws (or pairs) from the center, `(1, chunk, row, dim)`, or None.
         layout: how draws lie in chunks.
+        center_loss: at the reference's mean, if it was evaluated in one batch with the draws, else None.
     """
 
     rng_key: Key
@@ -122,6 +133,7 @@ class Cloud:
     temperature: Array
     offset: Array | None
     layout: Layout = static_field()
+    center_loss: Array | None = None
 
     @property
     def block_size(self) -> int:
@@ -161,18 +173,22 @@ class Cloud:
 
 
 def evaluate(
-    rng_key: Key, target: RegularizedLoss, layout: Layout
-) -> tuple[Array, Array | None, int]:
+    rng_key: Key, target: RegularizedLoss, layout: Layout, *, with_center: bool
+) -> tuple[Array, Array | None, Array | None, int]:
     """The loss on a fresh cloud.
 
     Args:
         rng_key: the key of the noise.
         target: reference and loss, on one batch of data.
         layout: how draws lie in chunks.
+        with_center: whether a cloud that is evaluated at once takes the reference's mean along.
 
     Returns:
-        Losses `(draw,)`; the offsets of the draws if they are kept, else None; the number of evaluations.
+        Losses `(draw,)`; the offsets of the draws if they are kept, else None; the loss at the reference's mean,
+        or None; the number of evaluations.
     """
+    if layout.at_once:
+        return _evaluate_at_once(rng_key, target, layout, with_center=with_center)
 
     def of_chunk(offset: Array) -> Array:
         pairs = jnp.zeros((offset.shape[0], layout.per_row))
@@ -184,7 +200,21 @@ def evaluate(
         return lax.map(of_chunk, offset), offset if layout.kept else None
 
     loss, offset = lax.map(of_segment, jnp.arange(layout.num_segments))
-    return loss.reshape(-1)[: layout.num_samples], offset, loss.size
+    return loss.reshape(-1)[: layout.num_samples], offset, None, loss.size
+
+
+def _evaluate_at_once(
+    rng_key: Key, target: RegularizedLoss, layout: Layout, *, with_center: bool
+) -> tuple[Array, Array | None, Array | None, int]:
+    offset = lax.optimization_barrier(_offsets(rng_key, target.reference, layout, jnp.asarray(0)))
+    pairs = jnp.zeros((offset.shape[0], layout.per_row))
+    x = Chunk(target.reference.mean, offset, pairs, None).x[: layout.num_samples]
+    if with_center:
+        x = jnp.concatenate([x, target.reference.mean[None]])
+    loss = jax.vmap(target.value)(x)
+    center = loss[-1] if with_center else None
+    kept = offset[None, None] if layout.kept else None
+    return loss[: layout.num_samples], kept, center, loss.size
 
 
 @jax.jit

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._pytree import (
+    Partition,
+    pytree_dataclass,
+    static_field,
+    with_context_axes,
+)
 from numpyro_regloss._sites import flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
@@ -147,7 +152,7 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
         TypeError: if a leaf is not of a floating-point type.
         ValueError: if there is no parameter, or one is not finite.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    paths, structure = jax.tree_util.tree_flatten_with_path(with_context_axes(params))
     sites, flat = [], []
     for path, leaf in paths:
         if callable(leaf):

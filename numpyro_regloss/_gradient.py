@@ -18,6 +18,7 @@ from jax import lax, random
 from numpyro_regloss._checks import check_choice, check_count, check_key, check_positive
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._model_source import ModelSource
+from numpyro_regloss._pytree import with_context_axes
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._values import entropy_of_pairs, local_entropy
 from numpyro_regloss.fit.forward_kl import ForwardKL
@@ -89,7 +90,7 @@ def value_and_grad(
     def regularized(params: Any, rng_key: Key, *args: Any, **kwargs: Any) -> tuple[Estimate, Any]:
         rng_key = check_key(rng_key, what)
         arguments = loss.bind(args, kwargs)
-        x = loss.source.unconstrain(params, *arguments.tree)
+        x = loss.source.unconstrain(with_context_axes(params), *arguments.tree)
         target = RegularizedLoss.unchecked(loss, Gaussian.isotropic(x, tau), arguments, temperature)
         key_batch, *keys = random.split(rng_key, 4)
         target = target.on_batch(key_batch)

@@ -332,11 +332,12 @@ def _evaluate(
         key, step = point
         center = reference.mean + step @ basis
         noise = random.normal(key, (num_samples // 2, target.dim), center.dtype)
-        noise = jnp.stack([noise, -noise], 1).reshape(-1, chunk_size, target.dim)
-        losses = lax.map(
-            lambda some: jax.vmap(target.value)(center + reference.scaled(some)), noise
-        )
-        return target.value(center), losses.reshape(-1), (noise @ axes).reshape(num_samples, -1)
+        noise = jnp.stack([noise, -noise], 1).reshape(num_samples, target.dim)
+        x = jnp.concatenate([center + reference.scaled(noise), center[None]])
+        # Draws that are evaluated at once take the point along.
+        size = chunk_size + (chunk_size == num_samples)
+        losses = lax.map(target.value, x, batch_size=size)
+        return losses[-1], losses[:-1], noise @ axes
 
     plain, losses, draws = lax.map(at, (random.split(rng_key, len(steps)), steps))
     draws = places[:, None] + draws

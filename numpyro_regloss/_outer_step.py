@@ -169,16 +169,20 @@ def step(
             keys[4], state.step, target, used, propose, reference, fit_info, ok
         )
         infos = (*infos, record)
+    loss = getattr(optimizer.shift, "center_loss", lambda _: None)(draws)
+    num_loss = 0 if loss is not None else 1
+    if loss is None:
+        loss = target.on_batch(keys[3]).value(here.mean)
     info = TwoStepInfo(
         ok=ok,
-        loss=target.on_batch(keys[3]).value(here.mean),
+        loss=loss,
         reference=here,
         fitted=fitted,
         tau=_tau_in_force(optimizer, here, tau),
         shift=shift_info,
         fit=fit_info,
         anchor=anchor_info,
-        num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(1)),
+        num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(num_loss)),
         num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
         record=record,
     )

@@ -55,8 +55,10 @@ def pareto_smooth(
     if slots < _MIN_TAIL:
         return log_weight, jnp.full((), jnp.inf, log_weight.dtype)
 
-    # Without the barrier XLA merges the slices below into a sort of all draws, 20 times slower.
-    values, indices = lax.optimization_barrier(lax.top_k(log_weight, slots + 1))
+    # Without the barriers XLA merges the slices below into a sort of all draws, 20 times slower. One barrier
+    # for both ends the process where draws lie on several devices (JAX 0.10): XLA's own pass takes apart
+    # what reads a top_k, and does not know a barrier there.
+    values, indices = map(lax.optimization_barrier, lax.top_k(log_weight, slots + 1))
     largest = values[0]
     cutoff = jnp.maximum(values[slots], largest + _LOG_NEGLIGIBLE)
     values, indices = values[:slots], indices[:slots]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "Partition",
@@ -25,6 +26,7 @@ __all__ = [
     "replace_fields",
     "static_field",
     "strong",
+    "with_context_axes",
 ]
 
 
@@ -126,6 +128,52 @@ def strong(tree: Any) -> Any:
         return leaf if is_key else lax.convert_element_type(leaf, leaf.dtype)
 
     return jax.tree.map(cast, tree)
+
+
+def with_context_axes(tree: T, *, divided: bool = False) -> T:
+    """The same arrays, on meshes whose axes are Auto unless `jax.set_mesh` says that they are Explicit.
+
+    With Explicit axes, the default of `jax.make_mesh`, JAX asks of every product that sums over them how its
+    result lies on the devices: within that context it can answer by itself for most, outside of it neither it
+    nor a loss can. No data are moved, but within the context what is not divided is copied to all devices.
+
+    Args:
+        tree: a pytree, of which arrays on several devices are looked at.
+        divided: whether the arrays stay divided within `jax.set_mesh`, as data of a loss do. Parameters and draws
+            do not: engines take them apart and put them together.
+
+    Returns:
+        The same tree.
+    """
+    return jax.tree.map(lambda leaf: _with_context_axes(leaf, divided=divided), tree)
+
+
+def _with_context_axes(leaf: Any, *, divided: bool) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    traced = isinstance(leaf, Tracer)
+    sharding = jax.typeof(leaf).sharding if traced else leaf.sharding
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.axis_names:
+        return leaf
+    mesh, context = sharding.mesh, jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in mesh.axis_types:  # within jax.shard_map
+        return leaf
+    types, spec = (AxisType.Auto,) * len(mesh.axis_names), sharding.spec
+    if AxisType.Explicit in context.axis_types:
+        types, spec = context.axis_types, spec if divided else PartitionSpec()
+        if context.shape != mesh.shape:
+            raise ValueError(
+                f"numpyro_regloss: expected arrays on the mesh of jax.set_mesh, {dict(context.shape)}, whose axes "
+                f"are Explicit, got one on another mesh, {dict(mesh.shape)}; leave the context of jax.set_mesh, "
+                "or put the array on its mesh with jax.device_put."
+            )
+    if (mesh.axis_types, sharding.spec) == (types, spec):
+        return leaf
+    if traced:
+        mesh = mesh.update(axis_types=types)
+    else:
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    return jax.device_put(leaf, NamedSharding(mesh, spec))
 
 
 def replace_fields(obj: T, **changes: Any) -> T:
@@ -248,6 +296,7 @@ def _canonical(leaf: Any) -> Any:
     # A Python float is weakly typed: the same program with an array in its place would recompile.
     # NumPy arrays go to the device once here, not at every call.
     if isinstance(leaf, jax.Array):
+        leaf = with_context_axes(leaf, divided=True)
         if not getattr(leaf, "weak_type", False):
             return leaf
         # Through NumPy, since a cast on the device would compile.

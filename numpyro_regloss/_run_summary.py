@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
+from numpyro_regloss._pytree import with_context_axes
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
 from numpyro_regloss._result import TwoStepResult
 from numpyro_regloss._run_columns import COLUMNS, run_columns, run_motion
@@ -184,6 +185,7 @@ def _draws_summary(draws: Any, optimizer: Any) -> DrawsSummary:
             "diagnostics.summary: expected draws as optimizer.draw(rng_key, result.state) makes them, got "
             f"{type(draws).__name__}."
         )
+    draws = with_context_axes(draws)
     dim = draws.x.shape[-1]
     loss = getattr(optimizer, "loss", None)
     names = tuple(map(str, range(dim))) if loss is None else tuple(loss.flat_names)

@@ -11,7 +11,7 @@ from jax import Array
 from numpyro.infer import MCMC
 
 from numpyro_regloss._checks import check_choice
-from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._sites import Site, flat_labels
 from numpyro_regloss.draws import Draws, StoredDraws
 from numpyro_regloss.loss import Loss
@@ -65,7 +65,7 @@ def as_draws(
                 "instead: samples=draws.x."
             )
         log_density = _with_shape(log_density, samples.log_weight.shape, "log_density", what)
-        return _checked_draws(samples, loss, what), None, log_density
+        return _checked_draws(with_context_axes(samples), loss, what), None, log_density
     elif isinstance(samples, dict):
         samples, names = _of_sites(samples, loss, space, what, group_by_chain=group_by_chain)
         _refuse_score_of_sites(score, what)
@@ -169,7 +169,7 @@ def _refuse_score_of_sites(score: Any, what: str) -> None:
 
 def _array(value: Any, name: str, what: str) -> Array:
     try:
-        array = jnp.asarray(value)
+        array = jnp.asarray(with_context_axes(value))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{what}: expected {name} as an array, a dict of sites, an MCMC that has run or Draws, got "

@@ -247,7 +247,7 @@ def _has_gradient(target: RegularizedLoss) -> Array:
 
 @partial(jax.jit, static_argnames="engine")
 def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) -> ImportanceEstimate:
-    return entropy_of_pairs(engine.step(rng_key, (), target)[1].loss[0], target.temperature)
+    return entropy_of_pairs(engine.losses(rng_key, target), target.temperature)
 
 
 def entropy_of_pairs(loss: Array, temperature: Array) -> ImportanceEstimate:
@@ -329,7 +329,7 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
 
 @partial(jax.jit, static_argnames="engine")
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
-    return heat_of_pairs(engine.step(rng_key, (), target)[1].loss[0])
+    return heat_of_pairs(engine.losses(rng_key, target))
 
 
 def heat_of_pairs(loss: Array) -> Estimate:

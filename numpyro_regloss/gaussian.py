@@ -14,7 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Float
 
-from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
@@ -265,7 +265,7 @@ def check_gaussian(gaussian: Any, dim: int, what: str, noun: str = "Gaussian") -
             f"{what}: expected a Gaussian or LowRankGaussian, got {type(gaussian).__name__}; use "
             "Gaussian.isotropic(mean, tau), or of a distribution Gaussian.from_distribution."
         )
-    gaussian = type(gaussian)(*(jnp.asarray(part, float) for part in gaussian))
+    gaussian = type(gaussian)(*(jnp.asarray(part, float) for part in with_context_axes(gaussian)))
     wanted = f"scale (), ({dim},) or ({dim}, {dim})"
     fits = gaussian[1].shape in ((), (dim,), (dim, dim))
     if isinstance(gaussian, LowRankGaussian):

@@ -24,7 +24,7 @@ from numpyro_regloss._guide_draws import GuideDraws, batch_size, draw_continuous
 from numpyro_regloss._guide_moments import as_family, read_gaussian
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
-from numpyro_regloss._pytree import Partition
+from numpyro_regloss._pytree import Partition, with_context_axes
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -138,6 +138,7 @@ def from_guide(
         ('diagonal', True, 0.5)
     """
     _check(guide, loss, covariance, rank, weighted)
+    params = with_context_axes(params)
     gaussian = read_gaussian(guide, params, args, kwargs)
     if gaussian is not None:
         gaussian = as_family(gaussian, covariance, rank)

@@ -32,7 +32,7 @@ from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._draw_datasets import check_draws, draw_groups, plain, position_groups
 from numpyro_regloss._history_dataset import history_dataset, iterations
 from numpyro_regloss._model_source import ModelSource
-from numpyro_regloss._pytree import Partition
+from numpyro_regloss._pytree import Partition, with_context_axes
 from numpyro_regloss._replicas import single
 from numpyro_regloss._result import TwoStepResult
 from numpyro_regloss._site_labels import Labels, label_sites, observed_values
@@ -147,6 +147,7 @@ def to_arviz(
     attrs = _attributes(loss, labels) | _of_run(result, optimizer)
     groups: dict[str, Any] = {}
     if draws is not None:
+        draws = with_context_axes(draws)
         check_draws(draws, loss)
         shown, resampled = draw_groups(draws, loss, arguments, labels)
         groups |= shown

@@ -17,7 +17,13 @@ from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
 from numpyro_regloss._one_at_a_time import needs_one_at_a_time, one_at_a_time
-from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
+from numpyro_regloss._pytree import (
+    Partition,
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+    with_context_axes,
+)
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
 
@@ -186,7 +192,7 @@ class Loss:
     def constrain(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
         """The parameters as the user wrote them: their pytree, or their sites by name."""
         self._check_point(x)
-        return self.source.constrain(x, *self.bind(args, kwargs).tree)
+        return self.source.constrain(with_context_axes(x), *self.bind(args, kwargs).tree)
 
     def unconstrain(
         self, params: Any, args: tuple | None = None, kwargs: dict | None = None
@@ -205,7 +211,7 @@ class Loss:
         Raises:
             ValueError: if names, structure or shapes are other ones.
         """
-        return self.source.unconstrain(params, *self.bind(args, kwargs).tree)
+        return self.source.unconstrain(with_context_axes(params), *self.bind(args, kwargs).tree)
 
     def named_sites(self, x: Array, arguments: Partition) -> dict[str, Array]:
         """The parameters as a flat dictionary, for NumPyro traces and labels."""
@@ -230,7 +236,7 @@ class Loss:
                 f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
             )
         if not args and not kwargs:
-            return self.arguments
+            return with_context_axes(self.arguments, divided=True)
         bound_args, bound_kwargs = self.arguments.tree
         arguments = Partition((tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}))
         _explain(lambda: self.source.check(arguments), "model")
@@ -252,6 +258,7 @@ class Loss:
             ValueError: if `x` is of another shape.
         """
         self._check_point(x)
+        x, arguments = with_context_axes(x), with_context_axes(arguments, divided=True)
         leaves, structure = jax.tree.flatten((self.source, x, arguments))
 
         def value(leaves: list[Array]) -> Scalar:
@@ -275,7 +282,7 @@ class Loss:
         if self.minibatch is None:
             return arguments, 1.0
         scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
-        return self.minibatch.draw(rng_key, arguments), scale
+        return self.minibatch.draw(rng_key, with_context_axes(arguments, divided=True)), scale
 
     @classmethod
     def _checked(

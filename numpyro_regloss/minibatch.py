@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from numpyro_regloss._checks import check_count
 from numpyro_regloss._pytree import Partition
@@ -101,7 +102,7 @@ class Minibatch:
         index = jax.random.randint(rng_key, (self.batch_size,), 0, rows)
         flags, _ = self._select(arguments)
         picks = iter(flags)
-        return arguments.map(lambda leaf: jnp.take(leaf, index, axis=0) if next(picks) else leaf)
+        return arguments.map(lambda leaf: _rows(leaf, index) if next(picks) else leaf)
 
     def times(self, count: int) -> "Minibatch":
         """The same data in batches `count` times as large."""
@@ -162,3 +163,11 @@ class Minibatch:
         ]
         leaves = [leaf for flag, leaf in zip(flags, arguments.leaves, strict=True) if flag]
         return flags, leaves
+
+
+def _rows(leaf: Any, index: jax.Array) -> jax.Array:
+    mesh = jax.typeof(leaf).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return jnp.take(leaf, index, axis=0)
+    # Within jax.set_mesh JAX asks where rows from all devices shall lie: a batch is small, and lies on each.
+    return leaf.at[index].get(out_sharding=NamedSharding(mesh, PartitionSpec()))

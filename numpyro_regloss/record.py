@@ -163,7 +163,7 @@ class Record:
 
     def _values(self, rng_key: Key, target: RegularizedLoss) -> tuple[Estimate, Estimate]:
         cloud = Importance(2 * self._num_pairs)
-        loss = cloud.step(rng_key, (), target.without_batches())[1].loss[0]
+        loss = cloud.losses(rng_key, target.without_batches())
         # One type, whatever the method: a step without values has none.
         return Estimate(*entropy_of_pairs(loss, target.temperature)), heat_of_pairs(loss)
 

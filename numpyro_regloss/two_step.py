@@ -13,7 +13,13 @@ from numpyro_regloss import _outer_step
 from numpyro_regloss._checks import check_count, check_key, check_positive, check_schedule
 from numpyro_regloss._chunks import history_capacity, run_in_chunks
 from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
-from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, strong
+from numpyro_regloss._pytree import (
+    Partition,
+    is_concrete,
+    pytree_dataclass,
+    strong,
+    with_context_axes,
+)
 from numpyro_regloss._result import (
     RejectedError,
     TwoStepResult,
@@ -171,7 +177,7 @@ class TwoStep:
             The next state and what the step did.
         """
         arguments = self.loss.bind(args, kwargs)
-        self._check_state(state, arguments, "TwoStep.step: state")
+        state = self._checked_state(state, arguments, "TwoStep.step: state")
         return _outer_step.step(self, state, arguments)
 
     def scan(
@@ -190,7 +196,7 @@ class TwoStep:
         """
         check_count(num_steps, "TwoStep.scan: num_steps")
         arguments = self.loss.bind(args, kwargs)
-        self._check_state(state, arguments, "TwoStep.scan: state")
+        state = self._checked_state(state, arguments, "TwoStep.scan: state")
         return _outer_step.scan(self, state, arguments, num_steps)
 
     def run(
@@ -239,8 +245,7 @@ class TwoStep:
         if init_state is None:
             state = self.init(rng_key, *args, **kwargs)
         else:
-            self._check_state(init_state, arguments, "TwoStep.run: init_state")
-            state = strong(init_state)
+            state = strong(self._checked_state(init_state, arguments, "TwoStep.run: init_state"))
             if not all(np.isfinite(part).all() for part in state.reference):
                 raise ValueError(
                     "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
@@ -276,7 +281,7 @@ class TwoStep:
         """
         rng_key = check_key(rng_key, "TwoStep.draw")
         arguments = self.loss.bind(args, kwargs)
-        self._check_state(state, arguments, "TwoStep.draw: state")
+        state = self._checked_state(state, arguments, "TwoStep.draw: state")
         return _outer_step.draw(self, rng_key, state, arguments)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +332,7 @@ class TwoStep:
             for t in (step, step + num_steps - 1):
                 check_schedule(self.tau, t, "TwoStep: tau", ((), (self.loss.dim,)))
 
-    def _check_state(self, state: Any, arguments: Partition, what: str) -> None:
+    def _checked_state(self, state: Any, arguments: Partition, what: str) -> TwoStepState:
         _check_kind(state, what)
         if np.shape(state.reference.mean) != (self.loss.dim,):
             raise ValueError(
@@ -341,6 +346,7 @@ class TwoStep:
                 f"{what}: expected {types}, got {found}; it comes from other engines or other settings "
                 "of them: start anew with TwoStep.init."
             )
+        return with_context_axes(state)
 
 
 def _check_kind(state: Any, what: str) -> None:

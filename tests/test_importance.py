@@ -22,6 +22,7 @@ from numpyro_regloss import (
     problems,
     schemes,
     shift,
+    values,
 )
 from numpyro_regloss._pareto import pareto_smooth
 from numpyro_regloss._scrambled_sobol import MAX_DIM, _direction_numbers, sobol_normal
@@ -127,6 +128,82 @@ def test_nets_are_the_blocks_and_survive_chunks(monkeypatch):
     # Pairs: x + x' = 2 mean.
     np.testing.assert_allclose(made.x[0, ::2] + made.x[0, 1::2], 0.4, atol=1e-5)
     jax.clear_caches()
+
+
+class Simulator:
+    """A loss in Python that writes down how many points each of its calls gets."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x):
+        out = jax.ShapeDtypeStruct((), x.dtype)
+        return jax.pure_callback(self.simulate, out, x, vmap_method="expand_dims")
+
+    def simulate(self, x):
+        x = np.asarray(x)
+        self.calls.append(x[..., 0].size)
+        return np.sum((x - 1.0) ** 2, -1).astype(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(num_samples=33),
+        dict(num_samples=33, antithetic=False, ess=0.4),
+        dict(num_samples=100, noise="sobol", num_scrambles=8, chunk_size=1000),
+    ],
+    ids=["pairs", "odd", "ess", "sobol"],
+)
+def test_a_cloud_is_one_call_where_chunks_have_room(options):
+    options = {"num_samples": 40, "chunk_size": 100, **options}
+    simulator, count = Simulator(), options["num_samples"] + 1
+    loss = Loss.from_function(simulator, np.zeros(2))
+    optimizer = TwoStep(loss, 0.5, shift.Importance(**options), fit.ForwardKL())
+    result = optimizer.run(random.key(0), 3, progress_bar=False)
+    jax.block_until_ready(result)
+    history = result.history
+    assert simulator.calls == [1] + 3 * [count]
+    assert history.num_loss.tolist() == 3 * [count]
+    expected = np.sum((history.reference.mean - 1.0) ** 2, -1)
+    np.testing.assert_allclose(history.loss, expected, rtol=1e-5)
+    assert history.loss[-1] < 0.5 < history.loss[0]
+
+
+def test_chunks_with_room_change_no_number():
+    target = target_of(lambda x: jnp.sum((x - 1.0) ** 2), np.zeros(3))
+    whole, halves = (
+        cloud(shift.Importance(40, chunk_size=size), random.key(0), target)[0]
+        for size in (40, None)
+    )
+    assert whole.center_loss == 3.0
+    assert halves.center_loss is None
+    np.testing.assert_allclose(whole.loss, halves.loss, rtol=1e-6)
+    np.testing.assert_array_equal(whole.x, halves.x)
+
+
+def test_values_and_rounds_are_one_call_each_where_chunks_have_room():
+    simulator = Simulator()
+    target = target_of(simulator, np.zeros(2), 0.5)
+    settings = dict(num_samples=40, chunk_size=40)
+    values.heat(random.key(0), target, **settings)
+    values.local_entropy(random.key(0), target, method="importance", **settings)
+    jax.effects_barrier()
+    assert simulator.calls == [40, 40]
+    simulator.calls.clear()
+    engine = shift.Adaptive(shift.Importance(40, chunk_size=40), max_rounds=2)
+    optimizer = TwoStep(target.loss, 0.5, engine, fit.ForwardKL())
+    state, info = optimizer.step(optimizer.init(random.key(0)))
+    jax.block_until_ready(state)
+    assert simulator.calls == [1] + int(info.shift.num_rounds) * [41]
+    assert info.num_loss == sum(simulator.calls) - 1
+    np.testing.assert_allclose(info.loss, 2.0, rtol=1e-6)
+    simulator.calls.clear()
+    settings = dict(tau=0.5, directions=[0], num_points=3, num_samples=20)
+    values.landscape(random.key(0), target.loss, chunk_size=20, **settings)
+    jax.effects_barrier()
+    assert simulator.calls == 3 * [21]
 
 
 def test_dense_covariance_of_nets_and_its_error():

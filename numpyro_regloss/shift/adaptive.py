@@ -290,6 +290,18 @@ class Adaptive(Shift):
         )
         return AdaptiveState(engine, count), _rounds(draws, count, target), info
 
+    def center_loss(self, draws: Rounds) -> Any:
+        """The loss at the reference's mean, if the engine evaluated it with its draws.
+
+        Args:
+            draws: of `step`.
+
+        Returns:
+            A scalar, or None.
+        """
+        found = getattr(self.engine, "center_loss", lambda _: None)(draws.rounds)
+        return None if found is None else found[0]
+
 
 def _rounds(draws: Any, count: Array, target: RegularizedLoss) -> Rounds:
     drawn = jnp.arange(draws.log_weight.shape[0]) < count

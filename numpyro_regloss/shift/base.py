@@ -100,6 +100,20 @@ class Shift(Protocol):
         del new
         return old
 
+    def center_loss(self, draws: Any) -> Any:
+        """The loss at the reference's mean, if the step evaluated it together with its draws.
+
+        The driver then does not evaluate it again, and the step counts it in `num_loss`.
+
+        Args:
+            draws: of the step.
+
+        Returns:
+            A scalar, or None if it was not evaluated.
+        """
+        del draws
+        return None
+
     def remedy(self, info: Any, ok: Any) -> str:
         """What the diagnostics of a run say is wrong and what to change, for the warning at its end.
 

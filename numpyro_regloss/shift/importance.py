@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._checks import check_choice, check_count, check_positive
-from numpyro_regloss._cloud import Cloud, evaluate, lay_out
+from numpyro_regloss._cloud import Cloud, Layout, evaluate, lay_out
 from numpyro_regloss._pareto import pareto_khat, pareto_smooth
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._scrambled_sobol import MAX_DIM
@@ -45,7 +45,8 @@ class ImportanceInfo(NamedTuple):
 
     Attributes:
         ok: some draw had a finite loss.
-        num_loss: loss evaluations; a few more than `num_samples` where they do not fill equal chunks.
+        num_loss: loss evaluations; a few more than `num_samples` where they do not fill equal chunks, one more
+            where the center is evaluated with them.
         num_grad: zero.
         ess: effective sample size 1 / Σ w².
         khat: Pareto shape of the weights; above 0.7 the weighted mean is not to be trusted.
@@ -75,7 +76,8 @@ class Importance(Shift):
         num_samples: size of the cloud.
         antithetic: draw pairs mean ± scale ξ: the linear part of the loss then causes no error.
         chunk_size: draws evaluated at once; default: about two megabytes of them, fewer when the loss
-            holds much data. A Sobol net is never divided.
+            holds much data. A Sobol net is never divided. With `num_samples` or more, each step calls the loss
+            once, on all draws and the center: for a simulator that has a price per call.
         noise: `"normal"`: independent ξ_j; `"sobol"`: independently scrambled Sobol nets, each of the
             largest power of two that leaves `num_scrambles` of them: smaller errors where few directions
             matter and the loss is smooth, in up to 21,201 dimensions.
@@ -168,14 +170,8 @@ class Importance(Shift):
         key_batch, rng_key = random.split(rng_key)
         # One batch for the whole cloud: weights of different losses cannot be compared.
         target = target.on_batch(key_batch)
-        layout = lay_out(
-            target,
-            self.num_samples,
-            self.chunk_size,
-            antithetic=self.antithetic,
-            net_size=self._net_size(target.dim),
-        )
-        loss, offset, num_loss = evaluate(rng_key, target, layout)
+        layout = self._layout(target)
+        loss, offset, center_loss, num_loss = evaluate(rng_key, target, layout, with_center=True)
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         rejected = jnp.isnan(loss) | (loss == -jnp.inf)
         temperature, lowest = target.temperature, 0.0
@@ -197,9 +193,50 @@ class Importance(Shift):
             temperature=jnp.asarray(temperature, log_weight.dtype),
         )
         cloud = Cloud(
-            rng_key, target.reference, log_weight[None], loss[None], temperature, offset, layout
+            rng_key,
+            target.reference,
+            log_weight[None],
+            loss[None],
+            temperature,
+            offset,
+            layout,
+            center_loss,
         )
         return state, cloud, info
+
+    def losses(self, rng_key: Key, target: RegularizedLoss) -> Array:
+        """The losses alone of the cloud that `step` draws from this key, and not that of the center.
+
+        Args:
+            rng_key: a random key.
+            target: the target.
+
+        Returns:
+            `(draw,)`.
+        """
+        key_batch, rng_key = random.split(rng_key)
+        target = target.on_batch(key_batch)
+        return evaluate(rng_key, target, self._layout(target), with_center=False)[0]
+
+    def center_loss(self, draws: Cloud) -> Array | None:
+        """The loss at the reference's mean, if it was evaluated with the draws.
+
+        Args:
+            draws: of `step`.
+
+        Returns:
+            A scalar, or None.
+        """
+        return draws.center_loss
+
+    def _layout(self, target: RegularizedLoss) -> Layout:
+        return lay_out(
+            target,
+            self.num_samples,
+            self.chunk_size,
+            antithetic=self.antithetic,
+            net_size=self._net_size(target.dim),
+        )
 
     def _net_size(self, dim: int) -> int | None:
         if self.noise != "sobol":

@@ -1,0 +1,44 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Data on several devices give the numbers of one device: engines, values, fits and views."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUICK_FLAGS, long
+
+SCRIPT = Path(__file__).parent / "sharded_cases.py"
+# A mesh of Explicit axes ends in the same program as one of Auto axes.
+KINDS = ["plain", "auto", "explicit", "context"]
+# Chains in parallel are on a mesh of NumPyro's own, which it cannot make within another one.
+REFUSED = {("parallel_chains", "context")}
+
+
+@pytest.mark.both
+@pytest.mark.parametrize(
+    ("group", "least"), [("few", 7), long("engines", 30), long("values_and_fits", 15)]
+)
+def test_several_devices_give_the_numbers_of_one(group, least):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, group],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": QUICK_FLAGS},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    names = list(dict.fromkeys(name for name, _, _ in lines))
+    assert [(name, kind) for name, kind, _ in lines] == [(n, k) for n in names for k in KINDS]
+    assert len(names) >= least
+    wrong = [
+        (name, kind, found)
+        for name, kind, found in lines
+        if (name, kind) not in REFUSED and not (isinstance(found, float) and found <= 1)
+    ]
+    assert wrong == []
