@@ -185,22 +185,28 @@ def _replicated(site: _Found, num_replicas: int) -> _Found:
 
 
 def _trace(loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:
+    return _trace_of(loss.source.model, loss, x, arguments)  # ty: ignore[unresolved-attribute]
+
+
+def _trace_of(model: Any, loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:
     args, kwargs = arguments.tree
     values = loss.named_sites(x, arguments)
     latent = {name: values[name] for name in loss.names}
     with handlers.block():
-        model = handlers.substitute(handlers.seed(loss.source.model, 0), data=latent)  # ty: ignore
+        model = handlers.substitute(handlers.seed(model, 0), data=latent)
         return handlers.trace(model).get_trace(*args, **kwargs)
 
 
 @jax.jit
 def _observed(loss: Loss, arguments: Partition) -> dict[str, Array]:
-    trace = _trace(loss, loss.x0, arguments)
-    return {
-        name: jnp.asarray(site["value"])
-        for name, site in trace.items()
-        if _kind(site) == "observed"
-    }
+    def observed(model: Any, x: Array, arguments: Partition) -> dict[str, Array]:
+        return {
+            name: jnp.asarray(site["value"])
+            for name, site in _trace_of(model, loss, x, arguments).items()
+            if _kind(site) == "observed"
+        }
+
+    return loss.source.user.call(observed, loss.x0, arguments)
 
 
 def _kind(site: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
-from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
+from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
 from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
@@ -81,8 +81,10 @@ class Loss:
                 f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
             )
         x0, structure, sites = flatten_params(params)
-        source = FunctionSource(Partition(fn, "fn"), structure, sites)
-        return cls._checked(x0, Partition((args, kwargs)), source, minibatch)
+        arguments = Partition((args, kwargs))
+        each = _with_batch(arguments, minibatch)
+        source = _explain(lambda: FunctionSource.trace(fn, (structure, sites), x0, *each), "loss")
+        return cls._checked(x0, arguments, source, minibatch)
 
     @classmethod
     def from_model(
@@ -134,13 +136,14 @@ class Loss:
         if density not in DENSITIES:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
         arguments = Partition((args, kwargs))
-        sites = _explain(lambda: latent_sites(model, arguments), "model")
-        if density == "likelihood" and not observed_sizes(model, arguments):
+        each = _with_batch(arguments, minibatch)
+        user, ((sites, observed), *_) = _explain(lambda: trace_model(model, *each), "model")
+        if density == "likelihood" and not observed:
             raise ValueError(
                 "Loss.from_model: expected observed sites for density='likelihood', got none; pass the data "
                 "(obs=...), or use density='joint'."
             )
-        source = ModelSource(model, density, sites)
+        source = ModelSource(user, density, sites)
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
             rng_key = check_key(rng_key, "Loss.from_model: rng_key")
@@ -227,6 +230,7 @@ class Loss:
                 "Loss: expected args as a tuple and kwargs as a dict, got "
                 f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
             )
+        self.check_captured()
         if not args and not kwargs:
             return self.arguments
         bound_args, bound_kwargs = self.arguments.tree
@@ -268,14 +272,18 @@ class Loss:
         scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
         return self.minibatch.draw(rng_key, arguments), scale
 
+    def check_captured(self) -> None:
+        """Refuses to go on with data that the function no longer reads, where it reads any by itself.
+
+        Raises:
+            ValueError: if they have changed since the loss was built.
+        """
+        self.source.user.check()
+
     @classmethod
     def _checked(
         cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
     ) -> "Loss":
-        if not isinstance(minibatch, Minibatch | None):
-            raise TypeError(
-                f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
-            )
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
         return loss
@@ -317,6 +325,18 @@ class Loss:
 def _raw_value(loss: Loss) -> Any:
     args, kwargs = loss.arguments.tree
     return loss.source.value(loss.x0, args, kwargs, 1.0)
+
+
+def _with_batch(arguments: Partition, minibatch: Minibatch | None) -> list[Partition]:
+    """The arguments, and shapes of those of a batch if there are batches."""
+    if not isinstance(minibatch, Minibatch | None):
+        raise TypeError(
+            f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
+        )
+    if minibatch is None:
+        return [arguments]
+    minibatch.num_rows(arguments)
+    return [arguments, jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)]
 
 
 def _explain(call: Callable[[], Any], what: str) -> Any:

@@ -16,6 +16,8 @@ FLOORS = {
     "_version": 0,
     "_typing": 0,
     "_pytree": 0,
+    "_environment": 0,
+    "_captured": 1,
     "_optax": 0,
     "_stats": 0,
     "_pareto": 0,
