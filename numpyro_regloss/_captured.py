@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's function, with the data that it reads besides its arguments taken out of the compiled program.
 
-A function that reads its data from an object, a closure or a global would be compiled with the data of that day.
-Here it is traced once when a loss is built. The arrays that the trace found (the constants of its jaxpr) travel as
-leaves, so that new values of equal shape neither recompile nor go stale. What was baked into the trace (a mean that
-NumPy took) is part of the key of the program. Whether a loss still is what its function reads now is checked
-wherever work with it begins.
+A function that reads its data from an object, a closure or a global would be compiled with the data of that
+day. Here it is traced once when a loss is built. The arrays that the trace found (the constants of its jaxpr)
+travel as leaves, so that new values of equal shape neither recompile nor go stale. What was baked into the trace
+(a mean that NumPy took) is part of the key of the program. Whether a loss still is what its function reads now
+is checked wherever work with it begins.
 """
 
 import types
@@ -24,7 +24,7 @@ from jax.core import Tracer
 from numpyro_regloss._environment import Environment, digest
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, static_field
 
-__all__ = ["UserFunction"]
+__all__ = ["AsRead", "UserFunction"]
 
 MOST_REMEMBERED = 128
 
@@ -69,7 +69,9 @@ class _Program:
         arrays = []
         for const in (const for jaxpr in jaxprs for const in jaxpr.consts):
             if slots.setdefault(digest(const), len(slots)) == len(arrays):
-                arrays.append(const if isinstance(const, jax.Array) else jnp.asarray(np.asarray(const)))
+                arrays.append(
+                    const if isinstance(const, jax.Array) else jnp.asarray(np.asarray(const))
+                )
         self.slots, self.arrays = slots, tuple(arrays)
         self.fingerprint = tuple(_fingerprint(jaxpr, slots) for jaxpr in jaxprs)
         self.name = environment.tokens if environment.complete else _handle(self.fn)
@@ -77,14 +79,22 @@ class _Program:
         kept = is_concrete(self.arrays) and not environment.has_tracers
         self.environment = environment if kept else None
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether what the function reads may be something else now."""
+        return self.environment is not None and not self.environment.unchanged
+
     def check(self) -> None:
         """Refuses to go on with data that the function no longer reads."""
-        if self.environment is None or self.environment.unchanged:
+        if not self.has_changed:
             return
-        now = object.__new__(_Program)
-        now.fn, now.probe, now.operands, now.settings = self.fn, self.probe, self.operands, self.settings
-        now._trace()  # noqa: SLF001
-        if now.slots != self.slots or now.fingerprint != self.fingerprint:
+        now = _Program(self.fn, self.probe, self.operands, self.settings)
+        same = now.slots == self.slots
+        if same and now.fingerprint != self.fingerprint:
+            # Unless two traces that follow each other differ as well: then they say nothing.
+            again = _Program(self.fn, self.probe, self.operands, self.settings)
+            same = again.fingerprint != now.fingerprint
+        if not same:
             raise ValueError(
                 f"Loss: the data that {_name(self.fn)} reads besides its arguments (from an object, a closure or "
                 "a global) have changed since the Loss was built; build the Loss anew, or pass such data as "
@@ -122,7 +132,7 @@ class UserFunction:
     @classmethod
     def trace(
         cls, fn: Any, probe: Callable[..., Any], settings: Hashable, *operands: tuple
-    ) -> tuple["UserFunction", list[Any]]:
+    ) -> tuple[Any, Any]:
         """Traces a function, or remembers that it was, if nothing that it reads has changed.
 
         Args:
@@ -141,7 +151,7 @@ class UserFunction:
         leaves, structure = jax.tree.flatten(shapes)
         name = (_handle(fn), probe, settings, structure, tuple((s.shape, s.dtype) for s in leaves))
         program, results = _remembered.get(name, (None, None))
-        if program is None or not program.environment.unchanged:
+        if program is None or program.has_changed:
             program = _Program(fn, probe, shapes, settings)
             results = program.results
             _remembered.pop(name, None)
@@ -196,6 +206,28 @@ class UserFunction:
             self.check()
             self.program.key.is_private = True
         return const
+
+
+class AsRead:
+    """A function as a static argument of a program: another one if it, or what it reads, is another one.
+
+    Args:
+        fn: the function.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self._key = (_handle(fn), Environment(fn, by_value=True).tokens)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self.fn(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AsRead) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
 class _Tree:
@@ -278,7 +310,9 @@ def _write(jaxpr: Any, consts: list[Any], parts: list[Any]) -> None:
         parts.append(equation.primitive)
         parts.append(tuple(map(number, equation.invars)))
         parts.append(tuple(map(number, equation.outvars)))
-        parts.extend((v.aval.shape, v.aval.dtype) for v in equation.outvars if hasattr(v.aval, "dtype"))
+        parts.extend(
+            (v.aval.shape, v.aval.dtype) for v in equation.outvars if hasattr(v.aval, "dtype")
+        )
         for key in sorted(equation.params):
             _write_param(equation.params[key], parts, key)
     parts.append(tuple(map(number, jaxpr.outvars)))
@@ -307,11 +341,13 @@ def _write_param(value: Any, parts: list[Any], key: str) -> None:
 def _callback(fn: Any) -> Any:
     # It runs when the program does and then reads what is there; only what it holds was fixed by the trace.
     if isinstance(fn, partial):
-        return _callback(fn.func), *map(_Same, fn.args), *map(_Same, fn.keywords.values())
-    if not isinstance(fn, types.FunctionType):
-        return _handle(fn)
-    held = [_Same(cell.cell_contents) for cell in fn.__closure__ or ()]
-    return fn.__code__, *held, *map(_Same, fn.__defaults__ or ())
+        return _callback(fn.func), *map(_callback, (*fn.args, *fn.keywords.values()))
+    if isinstance(fn, types.FunctionType):
+        held = [cell.cell_contents for cell in fn.__closure__ or ()]
+        return fn.__code__, *map(_callback, (*held, *(fn.__defaults__ or ())))
+    if isinstance(fn, bool | int | str | jax.tree_util.PyTreeDef):
+        return _hashable(fn)
+    return tuple(map(_callback, fn)) if isinstance(fn, tuple | list) else _handle(fn)
 
 
 def _hashable(value: Any) -> Any:

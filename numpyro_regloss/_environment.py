@@ -64,7 +64,7 @@ def digest(array: Any) -> Any:
 
 def _content(array: np.ndarray) -> tuple[Any, ...]:
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return array.dtype.str, array.shape, hashlib.blake2b(data, digest_size=16).digest()
+    return array.dtype.str, array.shape, hashlib.blake2b(data.data, digest_size=16).digest()
 
 
 class Environment:
@@ -83,7 +83,8 @@ class Environment:
         self._reads: list[tuple[str, Any, Any, Any, int, int]] = []
         self._seen: dict[Any, Any] = {}
         self._left_out: list[tuple[int, int]] = []
-        self._visit(function, by_value)
+        self._by_value = by_value
+        self._visit(function)
 
     def changed(self) -> list[int]:
         """Numbers of the reads that find something else now."""
@@ -122,7 +123,7 @@ class Environment:
         visit()
         self._reads.append((kind, container, key, value, first, len(self._tokens)))
 
-    def _visit(self, obj: Any, by_value: bool) -> None:
+    def _visit(self, obj: Any) -> None:
         if isinstance(obj, CONSTANTS):
             self._tokens.append((type(obj), obj))
             return
@@ -139,69 +140,69 @@ class Environment:
             return
         if isinstance(obj, jax.Array):
             self.has_tracers |= isinstance(obj, Tracer)
-            self._tokens.append(digest(obj) if by_value else (obj.shape, obj.dtype))
+            self._tokens.append(digest(obj) if self._by_value else (obj.shape, obj.dtype))
         elif isinstance(obj, np.ndarray):
-            self._visit_array(obj, by_value)
+            self._visit_array(obj)
         elif isinstance(obj, types.ModuleType) or _is_of_library(obj):
             self._tokens.append(obj)
         elif isinstance(obj, types.FunctionType):
-            self._visit_function(obj, by_value)
+            self._visit_function(obj)
         elif isinstance(obj, types.MethodType | partial):
             self._tokens.append(type(obj))
             method = isinstance(obj, types.MethodType)
             parts = (obj.__func__, obj.__self__) if method else (obj.func, obj.args, obj.keywords)
             for part in parts:
-                self._visit(part, by_value)
+                self._visit(part)
         elif isinstance(obj, types.BuiltinFunctionType):
             self._tokens.append((type(obj), obj.__name__))
-            self._visit(obj.__self__, by_value)
+            self._visit(obj.__self__)
         elif isinstance(obj, dict | list | tuple | set | frozenset):
-            self._visit_container(obj, by_value)
+            self._visit_container(obj)
         elif isinstance(obj, type):
-            self._visit_class(obj, by_value)
+            self._visit_class(obj)
         else:
-            self._visit_object(obj, by_value)
+            self._visit_object(obj)
 
-    def _visit_array(self, array: np.ndarray, by_value: bool) -> None:
+    def _visit_array(self, array: np.ndarray) -> None:
         if array.dtype.hasobject:
             self.complete = False
             self._tokens.append(id(array))
             return
         found = digest(array)
-        token = found if by_value else (np.ndarray, array.shape, array.dtype)
+        token = found if self._by_value else (np.ndarray, array.shape, array.dtype)
         self._read("array", array, None, found, lambda: self._tokens.append(token))
 
-    def _visit_function(self, function: types.FunctionType, by_value: bool) -> None:
+    def _visit_function(self, function: types.FunctionType) -> None:
         self._tokens.append(function.__code__)
         for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
-            self._visit(part or None, by_value)
+            self._visit(part or None)
         for cell in function.__closure__ or ():
             value = _content_of(cell)
-            visit = partial(self._visit, value, by_value)
+            visit = partial(self._visit, value)
             self._read("cell", cell, None, value, visit)
         if _package(function) in LIBRARIES:
             return
         names = sorted(_names(function.__code__))
         self.complete &= BLIND.isdisjoint(names)
-        self._visit_names(function.__globals__, names, by_value)
+        self._visit_names(function.__globals__, names)
 
-    def _visit_names(self, scope: dict[str, Any], names: list[str], by_value: bool) -> None:
+    def _visit_names(self, scope: dict[str, Any], names: list[str]) -> None:
         for name in names:
             value = scope.get(name, MISSING)
             if value is MISSING and not hasattr(builtins, name):
                 value = sys.modules.get(name, MISSING)  # imported inside the function
             if value is MISSING:
                 continue
-            visit = partial(self._visit, value, by_value)
+            visit = partial(self._visit, value)
             self._read("item", scope if name in scope else sys.modules, name, value, visit)
             is_module = isinstance(value, types.ModuleType)
             if is_module and value.__name__.split(".")[0] not in LIBRARIES:
                 key = (id(value), "names", tuple(names))
                 if key not in self._seen:
                     self._seen[key] = value
-                    self._visit_names(vars(value), names, by_value)
+                    self._visit_names(vars(value), names)
 
-    def _visit_container(self, container: Any, by_value: bool) -> None:
+    def _visit_container(self, container: Any) -> None:
         items = list(container.items()) if isinstance(container, dict) else list(container)
         if isinstance(container, set | frozenset):
             items.sort(key=repr)
@@ -210,43 +211,44 @@ class Environment:
             self._tokens.append((type(container), len(items)))
             for item in items:
                 for part in item if isinstance(container, dict) else (item,):
-                    self._visit(part, by_value)
+                    self._visit(part)
 
         if isinstance(container, tuple | frozenset):
             visit()
         else:
             self._read("items", container, None, _flat(container), visit)
 
-    def _visit_class(self, cls: type, by_value: bool) -> None:
+    def _visit_class(self, cls: type) -> None:
         self._tokens.append(cls)
         for base in cls.__mro__:
             if not _is_of_library(base):
-                self._visit_attributes(vars(base), by_value, skip_dunder=True)
+                self._visit_attributes(vars(base), skip_dunder=True)
 
-    def _visit_object(self, obj: Any, by_value: bool) -> None:
+    def _visit_object(self, obj: Any) -> None:
         self._tokens.append(type(obj))
+        of_jax, before = _package(type(obj)) in {"jax", "jaxlib"}, self._by_value
         # What JAX wraps (jit, custom rules) keeps its constants inside, where they compile.
-        of_jax = _package(type(obj)) in {"jax", "jaxlib"}
-        by_value = by_value or of_jax
+        self._by_value = before or of_jax
         wrapped = getattr(obj, "__wrapped__", None)
         if of_jax and callable(wrapped):
-            self._visit(wrapped, by_value)
+            self._visit(wrapped)
         elif isinstance(obj, classmethod | staticmethod):
-            self._visit(obj.__func__, by_value)
+            self._visit(obj.__func__)
         elif isinstance(obj, property):
-            self._visit((obj.fget,), by_value)
+            self._visit((obj.fget,))
         elif hasattr(obj, "__dict__"):
-            self._visit(type(obj), by_value)
-            self._visit_attributes(vars(obj), by_value)
+            self._visit(type(obj))
+            self._visit_attributes(vars(obj))
         else:
             self.complete = False
             self._tokens.append(id(obj))
+        self._by_value = before
 
-    def _visit_attributes(self, attributes: Any, by_value: bool, *, skip_dunder: bool = False) -> None:
+    def _visit_attributes(self, attributes: Any, *, skip_dunder: bool = False) -> None:
         for name, value in list(attributes.items()):
             if skip_dunder and name.startswith("__") and name != "__call__":
                 continue
-            visit = partial(self._visit, value, by_value)
+            visit = partial(self._visit, value)
             self._read("item", attributes, name, value, visit)
 
 

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from numpyro_regloss._captured import UserFunction
 from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._rounding import check_rounding
 from numpyro_regloss._sites import flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
@@ -36,7 +37,9 @@ class FunctionSource:
     sites: tuple[Leaf | Any, ...] = static_field()
 
     @classmethod
-    def trace(cls, fn: Any, settings: tuple[Any, Any], x0: Array, *each: Partition) -> "FunctionSource":
+    def trace(
+        cls, fn: Any, settings: tuple[Any, Any], x0: Array, *each: Partition
+    ) -> "FunctionSource":
         """Traces a function.
 
         Args:
@@ -76,7 +79,9 @@ class FunctionSource:
         """The parameters as a flat dictionary of sites."""
         del args, kwargs
         arrays = [
-            a for a, s in zip(_arrays(self.sites, x), self.sites, strict=True) if isinstance(s, Leaf)
+            a
+            for a, s in zip(_arrays(self.sites, x), self.sites, strict=True)
+            if isinstance(s, Leaf)
         ]
         return dict(zip(self.names, arrays, strict=True))
 
@@ -197,6 +202,8 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
                 f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
                 "as an argument of the loss instead."
             )
+        if isinstance(leaf, np.ndarray):
+            check_rounding(leaf, f"Loss.from_function: {where}")
         with np.errstate(over="ignore"):
             array = jnp.asarray(leaf)
         sites.append(Leaf(_name(path), array.shape, array.dtype))

@@ -18,6 +18,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.util import compute_log_probs
 
+from numpyro_regloss._captured import AsRead
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition, is_concrete
 from numpyro_regloss._typing import Array, Key
@@ -92,7 +93,7 @@ def draw_sites(
     """
     check_params(params, param_shapes(guide, arguments))
     has_density = _check_sites(guide, source, arguments)
-    x, log_density = _draw_sites(_hashable(guide), params, source, arguments, rng_key, num_samples)
+    x, log_density = _draw_sites(AsRead(guide), params, source, arguments, rng_key, num_samples)
     finite = np.isfinite(np.asarray(x)).all(-1)
     if not finite.all():
         raise ValueError(
@@ -189,14 +190,6 @@ def check_params(params: Any, shapes: dict[str, Any]) -> None:
                 f"from_guide: expected finite params, got NaN or infinity in {name!r}; train again with a "
                 "smaller step size, or with SVI.run(..., stable_update=True)."
             )
-
-
-def _hashable(guide: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        hash(guide)
-    except TypeError:
-        return lambda *args, **kwargs: guide(*args, **kwargs)
-    return guide
 
 
 def _latent_site(guide: AutoContinuous) -> Callable[[], Any]:

@@ -234,7 +234,8 @@ def _probe(_: Any, model: Callable, arguments: Partition) -> tuple[Any, Any]:
     with handlers.block():
         start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
         trace = handlers.trace(start).get_trace(*args, **kwargs)
-    sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
+    drawn = [site for site in trace.values() if not _is_drawn(site, trace)]
+    sites = tuple(sorted(filter(None, map(_latent, drawn))))
     if not sites:
         raise ValueError(
             "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
@@ -250,6 +251,18 @@ def _probe(_: Any, model: Callable, arguments: Partition) -> tuple[Any, Any]:
     # All that the model reads shows in the densities of its sites and in its deterministic values.
     others = [site["value"] for site in trace.values() if site["type"] == "deterministic"]
     return (terms, others), (sites, observed)
+
+
+def _is_drawn(site: dict[str, Any], trace: dict[str, Any]) -> bool:
+    # random_eqx_module leaves a param site with the weights of the module that it was given. They do not count
+    # where there is a sample site for each.
+    module = site["name"].removesuffix("$params")
+    if site["type"] != "param" or module == site["name"]:
+        return False
+    drawn = [
+        name for name, s in trace.items() if s["type"] == "sample" and name.startswith(f"{module}/")
+    ]
+    return len(drawn) == len(jax.tree.leaves(site["value"]))
 
 
 def _latent(site: dict[str, Any]) -> Site | None:

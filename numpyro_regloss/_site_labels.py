@@ -185,7 +185,7 @@ def _replicated(site: _Found, num_replicas: int) -> _Found:
 
 
 def _trace(loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:
-    return _trace_of(loss.source.model, loss, x, arguments)  # ty: ignore[unresolved-attribute]
+    return _trace_of(loss.source.model, loss, x, arguments)  # ty: ignore[missing-union-attribute]
 
 
 def _trace_of(model: Any, loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:

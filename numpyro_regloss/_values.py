@@ -178,6 +178,7 @@ def _checked(rng_key: Key, target: RegularizedLoss, num_samples: int, what: str)
             "RegularizedLoss(loss, Gaussian.isotropic(x, tau))."
         )
     check_count(num_samples, f"{what}: num_samples", 4)
+    target.loss.check_captured()
     return check_key(rng_key, what)
 
 

@@ -161,6 +161,7 @@ def gaussian_fit(
                 "jax.random.key(0)."
             )
         rng_key = check_key(rng_key, "gaussian_fit: rng_key")
+        target.loss.check_captured()
         check_count(num_samples, "gaussian_fit: num_samples", 10)
         y = gaussian.sample(rng_key, (num_samples,))
         divergences = _divergences(x, log_weight, gaussian, target, y)

@@ -5,6 +5,7 @@
 Only this module and the two sources below it know how parameters are stored.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_regloss._arguments import Arguments, explain
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
@@ -81,9 +83,8 @@ class Loss:
                 f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
             )
         x0, structure, sites = flatten_params(params)
-        arguments = Partition((args, kwargs))
-        each = _with_batch(arguments, minibatch)
-        source = _explain(lambda: FunctionSource.trace(fn, (structure, sites), x0, *each), "loss")
+        trace = functools.partial(FunctionSource.trace, fn, (structure, sites), x0)
+        arguments, source = Arguments(fn, 1).bind(args, kwargs, trace, _checked(minibatch), "loss")
         return cls._checked(x0, arguments, source, minibatch)
 
     @classmethod
@@ -135,9 +136,10 @@ class Loss:
             )
         if density not in DENSITIES:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
-        arguments = Partition((args, kwargs))
-        each = _with_batch(arguments, minibatch)
-        user, ((sites, observed), *_) = _explain(lambda: trace_model(model, *each), "model")
+        trace = functools.partial(trace_model, model)
+        arguments, (user, ((sites, observed), *_)) = Arguments(model, 0).bind(
+            args, kwargs, trace, _checked(minibatch), "model"
+        )
         if density == "likelihood" and not observed:
             raise ValueError(
                 "Loss.from_model: expected observed sites for density='likelihood', got none; pass the data "
@@ -234,8 +236,10 @@ class Loss:
         if not args and not kwargs:
             return self.arguments
         bound_args, bound_kwargs = self.arguments.tree
-        arguments = Partition((tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}))
-        _explain(lambda: self.source.check(arguments), "model")
+        split = Arguments(self.source.user.fn, int(not hasattr(self.source, "density")))
+        given = tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}
+        constants = self.arguments.constants
+        arguments, _ = split.bind(*given, self.source.check, None, "model", constants)
         replace_fields(self, arguments=arguments)._check_value()
         return arguments
 
@@ -299,9 +303,9 @@ class Loss:
         if self.minibatch is not None:
             self.minibatch.num_rows(self.arguments)
             batch = jax.eval_shape(self.minibatch.draw, jax.random.key(0), self.arguments)
-            _explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
+            explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
-        out = _explain(lambda: _raw_value.eval_shape(self), "loss")
+        out = explain(lambda: _raw_value.eval_shape(self), "loss")
         if not hasattr(out, "shape") or out.shape != ():
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
@@ -327,36 +331,9 @@ def _raw_value(loss: Loss) -> Any:
     return loss.source.value(loss.x0, args, kwargs, 1.0)
 
 
-def _with_batch(arguments: Partition, minibatch: Minibatch | None) -> list[Partition]:
-    """The arguments, and shapes of those of a batch if there are batches."""
+def _checked(minibatch: Any) -> Minibatch | None:
     if not isinstance(minibatch, Minibatch | None):
         raise TypeError(
             f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
         )
-    if minibatch is None:
-        return [arguments]
-    minibatch.num_rows(arguments)
-    return [arguments, jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)]
-
-
-def _explain(call: Callable[[], Any], what: str) -> Any:
-    """Runs the user's code and says what was being tried when it raises.
-
-    Args:
-        call: runs the user's code.
-        what: `"loss"` or `"model"`.
-
-    Returns:
-        What `call` returns.
-    """
-    try:
-        return call()
-    except Exception as error:
-        if str(error).startswith("Loss"):
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"Loss: the {what} raised {type(error).__name__} when it was run with its starting values "
-            f"and arguments: {error}. Call it yourself with the same arguments to find the "
-            "cause; it must run under jax.jit."
-        ) from error
+    return minibatch

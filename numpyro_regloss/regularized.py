@@ -188,6 +188,7 @@ def model(target: RegularizedLoss) -> None:
             f"model: expected a RegularizedLoss, got {type(target).__name__}; pass "
             "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)) as the model's only argument."
         )
+    target.loss.check_captured()
     taken = _user_sites(target)
     name = _free("x", taken)
     if target.reference is None:
