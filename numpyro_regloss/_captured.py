@@ -26,7 +26,7 @@ from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, st
 
 __all__ = ["AsRead", "UserFunction"]
 
-MOST_REMEMBERED = 128
+MOST_REMEMBERED = 32
 
 
 class _Key:
@@ -84,9 +84,12 @@ class _Program:
         """Whether what the function reads may be something else now."""
         return self.environment is not None and not self.environment.unchanged
 
-    def check(self) -> None:
+    def check(self, *, thorough: bool) -> None:
         """Refuses to go on with data that the function no longer reads."""
-        if not self.has_changed:
+        environment = self.environment
+        if environment is None or environment.unchanged:
+            return
+        if not thorough and not environment.changed():
             return
         now = _Program(self.fn, self.probe, self.operands, self.settings)
         same = now.slots == self.slots
@@ -166,13 +169,16 @@ class UserFunction:
         """The function as it is now."""
         return _live(self.program.fn, self.bound)
 
-    def check(self) -> None:
+    def check(self, *, thorough: bool = True) -> None:
         """Refuses to go on with data that the function no longer reads.
+
+        Args:
+            thorough: whether to trace the function anew where not all that it reads can be seen.
 
         Raises:
             ValueError: if they have changed since the function was traced.
         """
-        self.program.check()
+        self.program.check(thorough=thorough)
 
     def call(self, body: Callable[..., Any], *operands: Any) -> Any:
         """Runs the function with the arrays that this object holds in the place of those that it reads.

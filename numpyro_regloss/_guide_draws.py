@@ -21,6 +21,7 @@ from numpyro.infer.util import compute_log_probs
 from numpyro_regloss._captured import AsRead
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition, is_concrete
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._typing import Array, Key
 
 __all__ = [
@@ -197,6 +198,7 @@ def _latent_site(guide: AutoContinuous) -> Callable[[], Any]:
 
 
 @partial(jax.jit, static_argnames=("guide", "num_samples"))
+@promotes_ranks
 def _draw_latents(
     guide: AutoContinuous, params: dict, rng_key: Key, num_samples: int
 ) -> tuple[Array, Array]:
@@ -212,6 +214,7 @@ def _draw_latents(
 
 
 @partial(jax.jit, static_argnames=("guide", "num_samples"))
+@promotes_ranks
 def _draw_sites(
     guide: Callable[..., Any],
     params: dict,

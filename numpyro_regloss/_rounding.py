@@ -44,7 +44,8 @@ def check_rounding(array: np.ndarray, what: str) -> None:
             )
         return
     if array.dtype.kind == "c":
-        check_rounding(np.stack([array.real, array.imag], -1), what)
+        check_rounding(array.real, what)
+        check_rounding(array.imag, what)
         return
     if array.dtype.kind != "f":
         return

@@ -19,6 +19,7 @@ from numpyro import handlers
 
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._replicas import single
 from numpyro_regloss._sites import Site, flat_labels
 from numpyro_regloss._typing import Array
@@ -198,6 +199,7 @@ def _trace_of(model: Any, loss: Loss, x: Array, arguments: Partition) -> dict[st
 
 
 @jax.jit
+@promotes_ranks
 def _observed(loss: Loss, arguments: Partition) -> dict[str, Array]:
     def observed(model: Any, x: Array, arguments: Partition) -> dict[str, Array]:
         return {

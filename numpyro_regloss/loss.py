@@ -30,8 +30,13 @@ class Loss:
 
     Build one with `Loss.from_function` or `Loss.from_model`. Arrays and floats among the bound
     arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
-    None and functions are static. Two losses of the same function and the same structure of
-    parameters are the same program.
+    None and functions are static, and so are arrays whose values the function needs when it is traced
+    (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
+    structure of parameters are the same program.
+
+    Arrays that the function reads besides its arguments (from an object, a closure or a global) are held
+    as they were when the loss was built. New ones need a new loss, which compiles nothing; a loss whose
+    data were changed since is refused.
 
     Attributes:
         x0: the start, `(dim,)`, flat and unconstrained, in JAX's default float.
@@ -58,7 +63,7 @@ class Loss:
 
         Args:
             fn: the loss. It need not be differentiable for gradient-free engines, and may return
-                integers. Build it once: a new function object is a new program.
+                integers.
             params: starting values, any pytree of floating-point arrays.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
@@ -232,7 +237,7 @@ class Loss:
                 "Loss: expected args as a tuple and kwargs as a dict, got "
                 f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
             )
-        self.check_captured()
+        self.source.user.check(thorough=False)
         if not args and not kwargs:
             return self.arguments
         bound_args, bound_kwargs = self.arguments.tree

@@ -77,6 +77,7 @@ class RegularizedLoss:
         if reference is not None:
             reference = check_gaussian(reference, loss.dim, "RegularizedLoss", "reference")
         temperature = check_positive(temperature, "RegularizedLoss: temperature")
+        loss.check_captured()
         checked = self.unchecked(loss, reference, loss.bind(args, kwargs), temperature)
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, getattr(checked, field.name))

@@ -142,6 +142,7 @@ class TwoStep:
             ValueError: if the loss, or the gradient where it is used, is not finite at the start.
         """
         rng_key = check_key(rng_key, "TwoStep")
+        self.loss.check_captured()
         arguments = self.loss.bind(args, kwargs)
         state, value, gradient_ok = _explain(_outer_step.init_state, self, rng_key, arguments)
         if is_concrete(value):
@@ -239,6 +240,7 @@ class TwoStep:
         if init_state is None:
             state = self.init(rng_key, *args, **kwargs)
         else:
+            self.loss.check_captured()
             self._check_state(init_state, arguments, "TwoStep.run: init_state")
             state = strong(init_state)
             if not all(np.isfinite(part).all() for part in state.reference):

@@ -16,6 +16,7 @@ FLOORS = {
     "_version": 0,
     "_typing": 0,
     "_rounding": -1,
+    "_ranks": -1,
     "_environment": -1,
     "_pytree": 0,
     "_captured": 1,
