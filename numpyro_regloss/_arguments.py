@@ -81,6 +81,8 @@ class Arguments:
         Returns:
             The arguments, and what `trace` returns.
         """
+        if minibatch is not None:
+            minibatch.num_rows(self.split(args, kwargs, constants))
         arguments, found = explain(lambda: self._attempt(args, kwargs, constants, trace), what)
         if minibatch is None:
             return arguments, found
@@ -156,10 +158,10 @@ def explain(call: Callable[[], Any], what: str) -> Any:
     except UNKNOWN_VALUES as error:
         raise TypeError(
             f"Loss: the {what} needs the value of something that is known only when the program runs "
-            f"({type(error).__name__}: {str(error).splitlines()[0]} ...). If it depends on the parameters, use "
-            "jnp.where or jax.lax.cond in the place of `if`, and sizes that do not depend on them. If it is data "
-            "that were passed inside of jax.jit or jax.vmap, bind them as constants with "
-            "functools.partial(function, data)."
+            f"({type(error).__name__}: {str(error).splitlines()[0]} ...); it must run under jax.jit. If the value "
+            "depends on the parameters, use jnp.where or jax.lax.cond in the place of `if`, and sizes that do not "
+            "depend on them. If it is data that were passed inside of jax.jit or jax.vmap, bind them as "
+            "constants with functools.partial(function, data)."
         ) from error
     except Exception as error:
         if str(error).startswith(("Loss", "argument")):

@@ -202,8 +202,6 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
                 f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
                 "as an argument of the loss instead."
             )
-        if isinstance(leaf, np.ndarray):
-            check_rounding(leaf, f"Loss.from_function: {where}")
         with np.errstate(over="ignore"):
             array = jnp.asarray(leaf)
         sites.append(Leaf(_name(path), array.shape, array.dtype))
@@ -212,6 +210,8 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
             raise ValueError(
                 f"Loss.from_function: expected finite starting values, got NaN or infinity in {where}."
             )
+        if isinstance(leaf, np.ndarray):
+            check_rounding(leaf, f"Loss.from_function: {where}")
     if not sum(part.size for part in flat):
         raise ValueError(
             "Loss.from_function: expected at least one parameter, got an empty params; pass the "

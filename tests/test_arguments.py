@@ -39,7 +39,7 @@ TOO_FINE = {
     "small differences": 1.0 + 1e-6 * RNG.normal(size=100),
     "below the smallest": np.array([1e-60, 2e-60]),
     "above the largest": np.array([1.0, 1e60]),
-    "complex": np.array([1e9 + 1j, 1e9 + 2j, 1e9 + 3j]),
+    "complex": 1e9 + np.array([0.1, 0.2, 0.3j]),
     "identifiers": np.array([1, 2**31]),
     "negative identifiers": np.array([-(2**31) - 1, 0]),
     "unsigned identifiers": np.array([2**32], np.uint64),
