@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._pytree import pytree_dataclass, static_field
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._scrambled_sobol import sobol_normal
 from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
@@ -218,6 +219,7 @@ def _evaluate_at_once(
 
 
 @jax.jit
+@promotes_ranks
 def _materialize(cloud: Cloud) -> Array:
     layout = cloud.layout
     offset = cloud.offset

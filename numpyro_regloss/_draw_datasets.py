@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 from numpyro_regloss._equal_weights import equal_weights
 from numpyro_regloss._function_source import FunctionSource
 from numpyro_regloss._pytree import Partition
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._site_labels import Labels
 from numpyro_regloss._typing import Array
 from numpyro_regloss.draws import BatchMeans, Draws
@@ -158,6 +159,7 @@ def _sites_of(
 
 
 @partial(jax.jit, static_argnames="names")
+@promotes_ranks
 def _constrained(
     loss: Loss, x: Array, arguments: Partition, names: tuple[str, ...]
 ) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 """A loss that is a function of a pytree: how its parameters become one flat vector and return."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from numpyro_regloss._pytree import (
     static_field,
     with_context_axes,
 )
+from numpyro_regloss._captured import UserFunction
+from numpyro_regloss._rounding import check_rounding
 from numpyro_regloss._sites import flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
@@ -34,9 +37,27 @@ class Leaf(NamedTuple):
 class FunctionSource:
     """`fn(params, *args, **kwargs)` with the structure of `params`."""
 
-    fn: Partition
+    user: UserFunction
     structure: Any = static_field()
     sites: tuple[Leaf | Any, ...] = static_field()
+
+    @classmethod
+    def trace(
+        cls, fn: Any, settings: tuple[Any, Any], x0: Array, *each: Partition
+    ) -> "FunctionSource":
+        """Traces a function.
+
+        Args:
+            fn: the user's function.
+            settings: structure and leaves of its parameters.
+            x0: `(dim,)`, the start.
+            *each: arguments to trace it with.
+
+        Returns:
+            The source.
+        """
+        user, _ = UserFunction.trace(fn, _probe, settings, *((x0, some) for some in each))
+        return cls(user, *settings)
 
     @property
     def dim(self) -> int:
@@ -51,20 +72,21 @@ class FunctionSource:
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """What the user's function returns; it averages or sums as it likes, so no data scale."""
         del data_scale
-        # In types of less than 32 bits small steps of x would be rounded away.
-        params = jax.tree.unflatten(self.structure, self._arrays(x, least_bits=32))
-        return self.fn.tree(params, *args, **kwargs)
+        settings = (self.structure, self.sites)
+        return self.user.call(partial(_value, settings), x, Partition((args, kwargs)))
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> Any:
         """The parameters in the user's structure and types."""
         del args, kwargs
-        return jax.tree.unflatten(self.structure, self._arrays(x))
+        return jax.tree.unflatten(self.structure, _arrays(self.sites, x))
 
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The parameters as a flat dictionary of sites."""
         del args, kwargs
         arrays = [
-            a for a, s in zip(self._arrays(x), self.sites, strict=True) if isinstance(s, Leaf)
+            a
+            for a, s in zip(_arrays(self.sites, x), self.sites, strict=True)
+            if isinstance(s, Leaf)
         ]
         return dict(zip(self.names, arrays, strict=True))
 
@@ -124,17 +146,34 @@ class FunctionSource:
         ]
         return jnp.concatenate(values)
 
-    def _arrays(self, x: Array, least_bits: int = 0) -> list[Any]:
-        arrays, start = [], 0
-        for site in self.sites:
-            if not isinstance(site, Leaf):
-                arrays.append(site)
-                continue
-            stop = start + math.prod(site.shape)
-            dtype = site.dtype if 8 * site.dtype.itemsize >= least_bits else x.dtype
-            arrays.append(x[start:stop].reshape(site.shape).astype(dtype))
-            start = stop
-        return arrays
+
+def _value(settings: tuple[Any, Any], fn: Any, x: Array, arguments: Partition) -> Any:
+    structure, sites = settings
+    args, kwargs = arguments.tree
+    # In types of less than 32 bits small steps of x would be rounded away.
+    params = jax.tree.unflatten(structure, _arrays(sites, x, least_bits=32))
+    return fn(params, *args, **kwargs)
+
+
+def _probe(
+    settings: tuple[Any, Any], fn: Any, x: Array, arguments: Partition
+) -> tuple[list[Any], None]:
+    out = jax.tree.leaves(_value(settings, fn, x, arguments))
+    # What is no array is refused later, by what it is.
+    return [leaf for leaf in out if isinstance(leaf, jax.Array | np.ndarray | np.generic)], None
+
+
+def _arrays(sites: tuple[Any, ...], x: Array, least_bits: int = 0) -> list[Any]:
+    arrays, start = [], 0
+    for site in sites:
+        if not isinstance(site, Leaf):
+            arrays.append(site)
+            continue
+        stop = start + math.prod(site.shape)
+        dtype = site.dtype if 8 * site.dtype.itemsize >= least_bits else x.dtype
+        arrays.append(x[start:stop].reshape(site.shape).astype(dtype))
+        start = stop
+    return arrays
 
 
 def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
@@ -176,6 +215,8 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
             raise ValueError(
                 f"Loss.from_function: expected finite starting values, got NaN or infinity in {where}."
             )
+        if isinstance(leaf, np.ndarray):
+            check_rounding(leaf, f"Loss.from_function: {where}")
     if not sum(part.size for part in flat):
         raise ValueError(
             "Loss.from_function: expected at least one parameter, got an empty params; pass the "

@@ -18,8 +18,10 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.util import compute_log_probs
 
+from numpyro_regloss._captured import AsRead
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition, is_concrete
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._typing import Array, Key
 
 __all__ = [
@@ -92,7 +94,7 @@ def draw_sites(
     """
     check_params(params, param_shapes(guide, arguments))
     has_density = _check_sites(guide, source, arguments)
-    x, log_density = _draw_sites(_hashable(guide), params, source, arguments, rng_key, num_samples)
+    x, log_density = _draw_sites(AsRead(guide), params, source, arguments, rng_key, num_samples)
     finite = np.isfinite(np.asarray(x)).all(-1)
     if not finite.all():
         raise ValueError(
@@ -191,19 +193,12 @@ def check_params(params: Any, shapes: dict[str, Any]) -> None:
             )
 
 
-def _hashable(guide: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        hash(guide)
-    except TypeError:
-        return lambda *args, **kwargs: guide(*args, **kwargs)
-    return guide
-
-
 def _latent_site(guide: AutoContinuous) -> Callable[[], Any]:
     return lambda: numpyro.deterministic(_LATENT, guide._sample_latent())  # noqa: SLF001
 
 
 @partial(jax.jit, static_argnames=("guide", "num_samples"))
+@promotes_ranks
 def _draw_latents(
     guide: AutoContinuous, params: dict, rng_key: Key, num_samples: int
 ) -> tuple[Array, Array]:
@@ -219,6 +214,7 @@ def _draw_latents(
 
 
 @partial(jax.jit, static_argnames=("guide", "num_samples"))
+@promotes_ranks
 def _draw_sites(
     guide: Callable[..., Any],
     params: dict,

@@ -31,6 +31,7 @@ from numpyro_regloss._checks import check_count, check_key, check_positive
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._evidence import pair_error
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian, projected_covariance
@@ -315,6 +316,7 @@ def _grid(
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
+@promotes_ranks
 def _evaluate(
     rng_key: Key,
     target: RegularizedLoss,

@@ -15,11 +15,12 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
 from numpyro_regloss._one_at_a_time import mapped, needs_one_at_a_time
+from numpyro_regloss._captured import UserFunction
 from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
-__all__ = ["DENSITIES", "ModelSource", "latent_sites", "observed_sizes"]
+__all__ = ["DENSITIES", "ModelSource", "trace_model"]
 
 DENSITIES = ("joint", "map", "likelihood")
 
@@ -28,9 +29,14 @@ DENSITIES = ("joint", "map", "likelihood")
 class ModelSource:
     """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name."""
 
-    model: Callable = static_field()
+    user: UserFunction
     density: str = static_field()
     sites: tuple[Site, ...] = static_field()
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The user's model as it is now; in a compiled program only `user.call` may run it."""
+        return self.user.fn
 
     @property
     def dim(self) -> int:
@@ -44,10 +50,15 @@ class ModelSource:
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """Minus the log density; observed sites count `data_scale` times (rows per row of the batch)."""
+        body = functools.partial(self._value, data_scale)
+        return self.user.call(body, x, Partition((args, kwargs)))
+
+    def _value(self, data_scale: float, model: Callable, x: Array, arguments: Partition) -> Any:
+        args, kwargs = arguments.tree
         unconstrained = self.unravel(x)
         # Handlers are global: without the block an outer model would count the user's sites again.
         with handlers.block():
-            model = handlers.seed(self.model, 0)
+            model = handlers.seed(model, 0)
             joint = self.density == "joint"
             value = potential_energy(model, args, kwargs, unconstrained) if joint else 0.0
             if joint and data_scale == 1.0:
@@ -91,8 +102,14 @@ class ModelSource:
             ValueError: if a site is of another shape.
         """
         latent = {name: jnp.asarray(sites[name], float) for name in self.names}
+        return self.user.call(self._unconstrain, latent, Partition((args, kwargs)))
+
+    def _unconstrain(
+        self, model: Callable, latent: dict[str, Array], arguments: Partition
+    ) -> tuple[Array, Array]:
+        args, kwargs = arguments.tree
         with handlers.block():
-            model = handlers.substitute(handlers.seed(self.model, 0), data=latent)
+            model = handlers.substitute(handlers.seed(model, 0), data=latent)
             trace = handlers.trace(model).get_trace(*args, **kwargs)
         unconstrained, log_jacobian = {}, jnp.zeros(())
         for name, value in latent.items():
@@ -121,7 +138,7 @@ class ModelSource:
         Raises:
             ValueError: if the latent sites differ from those at construction.
         """
-        found = latent_sites(self.model, arguments)
+        ((found, _),) = trace_model(self.model, arguments)[1]
         if found != self.sites:
             raise ValueError(
                 "Loss: the model has other latent sites with these arguments than with those bound in "
@@ -140,7 +157,7 @@ class ModelSource:
             ValueError: if latent sites depend on the rows, or observed ones do not.
         """
         self.check(batch)
-        full, part = (observed_sizes(self.model, a) for a in (arguments, batch))
+        full, part = (dict(sizes) for _, sizes in trace_model(self.model, arguments, batch)[1])
         ratios = {name: (part[name], size) for name, size in full.items() if size}
         rows = {size / count for count, size in ratios.values()}
         if len(rows) > 1 or rows == {1.0}:
@@ -187,74 +204,72 @@ class ModelSource:
 def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str, Array]:
     leaves, structure = jax.tree.flatten((source, x, arguments))
 
-    def sites(leaves: list[Array]) -> dict[str, Array]:
-        source, x, arguments = jax.tree.unflatten(structure, leaves)
+    def constrain(model: Callable, x: Array, arguments: Partition) -> dict[str, Array]:
         args, kwargs = arguments.tree
+        model = handlers.seed(model, 0)
+        return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+
+    def sites(leaves: list[Array]) -> dict[str, Array]:
+        here, x, arguments = jax.tree.unflatten(structure, leaves)
         with handlers.block():
-            model = handlers.seed(source.model, 0)
-            return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+            return here.user.call(constrain, x, arguments)
 
     return (mapped(sites) if needs_one_at_a_time(sites, leaves) else sites)(leaves)
 
 
-def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:
-    """The latent sites of a model, from one abstract run that is remembered per shape of arguments.
+def trace_model(
+    model: Callable, *each: Partition
+) -> tuple[UserFunction, list[tuple[tuple[Site, ...], tuple[tuple[str, int], ...]]]]:
+    """Traces a model: its latent and observed sites.
 
     Args:
         model: a NumPyro model.
-        arguments: its `(args, kwargs)`.
+        *each: its `(args, kwargs)`, or their shapes, one or several of them.
 
     Returns:
-        The latent sites, sorted by name.
+        The model with what it reads. For each of the arguments the latent sites, sorted by name, and names
+        of the observed ones with the number of their log-probability terms; zero for factors, which have no rows.
+
+    Raises:
+        ValueError: if there is no latent site.
     """
-    return _sites(model, *_shapes(arguments))[0]
+    return UserFunction.trace(model, _probe, (), *((some,) for some in each))
 
 
-def observed_sizes(model: Callable, arguments: Partition) -> dict[str, int]:
-    """Number of log-probability terms of each observed site; zero for factors, which have no rows.
-
-    Args:
-        model: a NumPyro model.
-        arguments: its `(args, kwargs)`, or their shapes.
-
-    Returns:
-        The sizes by name.
-    """
-    return dict(_sites(model, *_shapes(arguments))[1])
-
-
-def _shapes(arguments: Partition) -> tuple[Any, tuple[Any, ...]]:
-    leaves, structure = jax.tree.flatten(arguments)
-    return structure, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-
-
-@functools.lru_cache(maxsize=256)
-def _sites(
-    model: Callable, structure: Any, shapes: tuple[Any, ...]
-) -> tuple[tuple[Site, ...], tuple[tuple[str, int], ...]]:
-    sites: tuple[Site, ...] = ()
-    observed: tuple[tuple[str, int], ...] = ()
-
-    def record(leaves: list[Any]) -> None:
-        nonlocal sites, observed
-        args, kwargs = jax.tree.unflatten(structure, leaves).tree
-        with handlers.block():
-            start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
-            trace = handlers.trace(start).get_trace(*args, **kwargs)
-        sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
-        observed = tuple(
-            (name, _num_terms(site))
-            for name, site in trace.items()
-            if site["type"] == "sample" and site["is_observed"]
-        )
-
-    jax.eval_shape(record, list(shapes))
+def _probe(_: Any, model: Callable, arguments: Partition) -> tuple[Any, Any]:
+    args, kwargs = arguments.tree
+    with handlers.block():
+        start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
+        trace = handlers.trace(start).get_trace(*args, **kwargs)
+    drawn = [site for site in trace.values() if not _is_drawn(site, trace)]
+    sites = tuple(sorted(filter(None, map(_latent, drawn))))
     if not sites:
         raise ValueError(
             "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
             "numpyro.sample statement without obs."
         )
-    return sites, observed
+    samples = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    terms = {name: site["fn"].log_prob(site["value"]) for name, site in samples.items()}
+    observed = tuple(
+        (name, 0 if isinstance(site["fn"], dist.Unit) else math.prod(jnp.shape(terms[name])))
+        for name, site in samples.items()
+        if site["is_observed"]
+    )
+    # All that the model reads shows in the densities of its sites and in its deterministic values.
+    others = [site["value"] for site in trace.values() if site["type"] == "deterministic"]
+    return (terms, others), (sites, observed)
+
+
+def _is_drawn(site: dict[str, Any], trace: dict[str, Any]) -> bool:
+    # random_eqx_module leaves a param site with the weights of the module that it was given. They do not count
+    # where there is a sample site for each.
+    module = site["name"].removesuffix("$params")
+    if site["type"] != "param" or module == site["name"]:
+        return False
+    drawn = [
+        name for name, s in trace.items() if s["type"] == "sample" and name.startswith(f"{module}/")
+    ]
+    return len(drawn) == len(jax.tree.leaves(site["value"]))
 
 
 def _latent(site: dict[str, Any]) -> Site | None:
@@ -288,12 +303,6 @@ def _latent(site: dict[str, Any]) -> Site | None:
         )
     shape = biject_to(distribution.support).inverse_shape(jnp.shape(site["value"]))
     return Site(name, tuple(shape))
-
-
-def _num_terms(site: dict[str, Any]) -> int:
-    if isinstance(site["fn"], dist.Unit):
-        return 0
-    return math.prod(jnp.shape(site["fn"].log_prob(site["value"])))
 
 
 def _zero(site: dict[str, Any]) -> Array | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._pytree import Partition, all_finite, strong
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian
@@ -107,6 +108,7 @@ def _usable(tau: Array) -> Array:
 
 
 @jax.jit
+@promotes_ranks
 def init_state(
     optimizer: Any, rng_key: Key, arguments: Partition
 ) -> tuple[TwoStepState, Array, Array]:
@@ -135,6 +137,7 @@ def init_state(
 
 
 @jax.jit
+@promotes_ranks
 def step(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -198,6 +201,7 @@ def step(
 
 
 @partial(jax.jit, static_argnames="num_steps")
+@promotes_ranks
 def scan(
     optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: int
 ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -210,6 +214,7 @@ def scan(
 
 
 @partial(jax.jit, static_argnames="capacity")
+@promotes_ranks
 def advance(
     optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
 ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -229,6 +234,7 @@ def advance(
 
 
 @jax.jit
+@promotes_ranks
 def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
     """The shift's draws at the state's reference."""
     here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
@@ -237,12 +243,14 @@ def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition
 
 
 @jax.jit
+@promotes_ranks
 def draw_key(rng_key: Key, step: Array) -> Key:
     """The key from which the run with this key makes the draws of a step."""
     return _keys(rng_key, step)[0]
 
 
 @jax.jit
+@promotes_ranks
 def revisit(
     optimizer: Any, state: TwoStepState, step: Array, reference: AnyGaussian, arguments: Partition
 ) -> TwoStepState:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from numpyro_regloss._ranks import promotes_ranks
+
 __all__ = ["MAX_KHAT", "pareto_khat", "pareto_smooth"]
 
 # Averages of weights are unreliable above (Vehtari et al. 2024).
@@ -27,6 +29,7 @@ _MIN_TAIL = 5
 
 
 @jax.jit
+@promotes_ranks
 def pareto_smooth(
     log_weight: Float[Array, " draw"],
 ) -> tuple[Float[Array, " draw"], Float[Array, ""]]:

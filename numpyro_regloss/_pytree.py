@@ -8,6 +8,7 @@ transforms rebuild objects behind their back.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -18,7 +19,10 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from numpyro_regloss._rounding import check_rounding
+
 __all__ = [
+    "Constant",
     "Partition",
     "all_finite",
     "is_concrete",
@@ -197,7 +201,13 @@ class Partition:
     """A pytree split into leaves that are traced and values that compile.
 
     Arrays and floats (Python's and NumPy's) are leaves. Integers, booleans, strings and functions
-    are static: they size plates, choose branches and index. Everything else is refused.
+    are static: they size plates, choose branches and index, and so are arrays that are named as constants.
+    Everything else is refused.
+
+    Args:
+        tree: a pytree.
+        where: names a leaf in error messages, from its path; or what their paths begin with.
+        constants: names of arrays to be bound as constants.
 
     Attributes:
         structure: the tree's structure, hashable.
@@ -207,16 +217,35 @@ class Partition:
 
     TRACED = "<traced>"
 
-    def __init__(self, tree: Any, where: str = "argument") -> None:
+    def __init__(
+        self,
+        tree: Any,
+        where: str | Callable[[Any], str] = "argument",
+        constants: frozenset[str] = frozenset(),
+    ) -> None:
         paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
-        traced = [_is_traced(leaf, where, path) for path, leaf in paths]
-        self.static = tuple(
-            Partition.TRACED if t else _Static(leaf)
-            for t, (_, leaf) in zip(traced, paths, strict=True)
-        )
-        self.leaves = tuple(
-            _canonical(leaf) for t, (_, leaf) in zip(traced, paths, strict=True) if t
-        )
+        static, leaves = [], []
+        for path, leaf in paths:
+            name = jax.tree_util.keystr(path)
+            what = where + name if isinstance(where, str) else where(path)
+            content = Constant.content_of(leaf)
+            if content is not None:
+                static.append(Constant(leaf, content[-1]))
+            elif not _is_traced(leaf, what):
+                static.append(_Static(leaf))
+            elif what in constants and not isinstance(leaf, Tracer):
+                static.append(Constant(leaf, what))
+            else:
+                if isinstance(leaf, np.ndarray):
+                    check_rounding(leaf, what)
+                static.append(Partition.TRACED)
+                leaves.append(_canonical(leaf))
+        self.static, self.leaves = tuple(static), tuple(leaves)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """Names of the arrays that are bound as constants."""
+        return frozenset(value.name for value in self.static if isinstance(value, Constant))
 
     @property
     def tree(self) -> Any:
@@ -250,11 +279,16 @@ class Partition:
 
     def __repr__(self) -> str:
         """The tree, with arrays by shape and type only."""
-        return repr(
-            jax.tree.map(
-                lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else a, self.tree
-            )
-        )
+
+        def brief(leaf: Any) -> Any:
+            kind = "constant " if Constant.content_of(leaf) else ""
+            return f"{kind}{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else leaf
+
+        return repr(jax.tree.map(brief, self.tree))
+
+
+# An array that was bound as a constant stays one, wherever its tree is split anew.
+_constants: dict[int, tuple[weakref.ref, tuple[Any, ...]]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,21 +308,63 @@ class _Static:
         return hash((type(self.value), self.value))
 
 
-def _is_traced(leaf: Any, where: str, path: Any) -> bool:
+class Constant(_Static):
+    """An array that compiles: a function needs its values when it is traced. Compared by value.
+
+    Args:
+        value: the array, on the host or on a device, as the user gave it.
+        name: of the argument.
+    """
+
+    def __init__(self, value: Any, name: str) -> None:
+        content = Constant.content_of(value)
+        if content is None:
+            # A copy: the user may go on to write into his, or pass it elsewhere.
+            host = np.array(value)
+            value = jnp.asarray(host) if isinstance(value, jax.Array) else host
+            content = (type(value), host.dtype.str, host.shape, host.tobytes(), name)
+            key = id(value)
+            _constants[key] = (weakref.ref(value, lambda _: _constants.pop(key, None)), content)
+        for field, what in {"value": value, "name": name, "content": content}.items():
+            object.__setattr__(self, field, what)
+
+    @staticmethod
+    def content_of(array: Any) -> tuple[Any, ...] | None:
+        """What an array is compared by, its name last, if it was bound as a constant."""
+        known = _constants.get(id(array))
+        return known[1] if known is not None and known[0]() is array else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self.content == other.content  # ty: ignore
+
+    def __hash__(self) -> int:
+        return hash(self.content)  # ty: ignore[missing-attribute]
+
+    def __reduce__(self) -> Any:
+        return Constant, (self.value, self.name)  # ty: ignore[missing-attribute]
+
+
+def _is_traced(leaf: Any, what: str) -> bool:
     if isinstance(leaf, bool | int | str | np.bool_ | np.integer):
         return False
     if isinstance(leaf, float | complex | np.generic | np.ndarray | jax.Array):
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
             raise TypeError(
-                f"{where}{jax.tree_util.keystr(path)}: expected numbers, got an array of type "
-                f"{leaf.dtype}; convert it to numbers, or bind it to the function by a closure."
+                f"{what}: expected numbers, got an array of type {leaf.dtype}; convert it to numbers (codes by "
+                "np.unique(..., return_inverse=True), days since a first one), or bind it with "
+                "functools.partial(function, argument)."
             )
         return True
     if callable(leaf):
         return False
+    tabular = callable(getattr(leaf, "to_numpy", None))
+    remedy = (
+        "pass its numbers (data.to_numpy()), or each column as an array (data['x'].to_numpy())"
+        if tabular
+        else "convert it to an array (np.asarray), or bind it with functools.partial(function, argument)"
+    )
     raise TypeError(
-        f"{where}{jax.tree_util.keystr(path)}: expected an array, a number, a string, None or a "
-        f"function, got {type(leaf).__name__}; convert it to an array, or bind it by a closure."
+        f"{what}: expected an array, a number, a string, None or a function, got {type(leaf).__name__}; {remedy}."
     )
 
 

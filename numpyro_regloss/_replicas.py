@@ -34,6 +34,11 @@ class ReplicaSource:
     minibatch: Minibatch | None = static_field()
 
     @property
+    def user(self) -> Any:
+        """The user's function."""
+        return self.base.user
+
+    @property
     def dim(self) -> int:
         """Number of parameters of all replicas."""
         return self.num_replicas * self.base.dim

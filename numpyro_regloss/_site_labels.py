@@ -19,6 +19,7 @@ from numpyro import handlers
 
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import Partition
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._replicas import single
 from numpyro_regloss._sites import Site, flat_labels
 from numpyro_regloss._typing import Array
@@ -185,22 +186,29 @@ def _replicated(site: _Found, num_replicas: int) -> _Found:
 
 
 def _trace(loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:
+    return _trace_of(loss.source.model, loss, x, arguments)  # ty: ignore[missing-union-attribute]
+
+
+def _trace_of(model: Any, loss: Loss, x: Array, arguments: Partition) -> dict[str, Any]:
     args, kwargs = arguments.tree
     values = loss.named_sites(x, arguments)
     latent = {name: values[name] for name in loss.names}
     with handlers.block():
-        model = handlers.substitute(handlers.seed(loss.source.model, 0), data=latent)  # ty: ignore
+        model = handlers.substitute(handlers.seed(model, 0), data=latent)
         return handlers.trace(model).get_trace(*args, **kwargs)
 
 
 @jax.jit
+@promotes_ranks
 def _observed(loss: Loss, arguments: Partition) -> dict[str, Array]:
-    trace = _trace(loss, loss.x0, arguments)
-    return {
-        name: jnp.asarray(site["value"])
-        for name, site in trace.items()
-        if _kind(site) == "observed"
-    }
+    def observed(model: Any, x: Array, arguments: Partition) -> dict[str, Array]:
+        return {
+            name: jnp.asarray(site["value"])
+            for name, site in _trace_of(model, loss, x, arguments).items()
+            if _kind(site) == "observed"
+        }
+
+    return loss.source.user.call(observed, loss.x0, arguments)
 
 
 def _kind(site: dict[str, Any]) -> str | None:

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from numpyro_regloss._ranks import promotes_ranks
+
 __all__ = [
     "after",
     "cholesky_with_floor",
@@ -80,6 +82,7 @@ def weight_ess(log_weight: Float[Array, "*shape"]) -> Float[Array, ""]:
 
 
 @jax.jit
+@promotes_ranks
 def effective_sample_size(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
     """Effective sample size of the mean of Markov chains, ArviZ's `method="mean"`.
 
@@ -133,6 +136,7 @@ def effective_sample_size(x: Float[Array, "chain draw *event"]) -> Float[Array, 
 
 
 @jax.jit
+@promotes_ranks
 def split_rhat(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
     """Split R-hat of Markov chains, not rank-normalized, ArviZ's `method="split"`.
 
@@ -158,6 +162,7 @@ def split_rhat(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
 
 
 @jax.jit
+@promotes_ranks
 def monte_carlo_error(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
     """Standard error of the mean of Markov chains, `sd / sqrt(ess)`, ArviZ's `mcse` of the mean.
 
@@ -196,6 +201,7 @@ def after(first: Float[Array, ""], value: Float[Array, "*shape"]) -> Float[Array
 
 
 @partial(jax.jit, static_argnames="floor")
+@promotes_ranks
 def cholesky_with_floor(
     matrix: Float[Array, "dim dim"], floor: float = 1e-6
 ) -> tuple[Float[Array, "dim dim"], Bool[Array, ""]]:

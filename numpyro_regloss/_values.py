@@ -26,6 +26,7 @@ from numpyro_regloss._estimate import (
 from numpyro_regloss._evidence import by_bridge, by_gaussian, pair_error
 from numpyro_regloss._pareto import pareto_smooth
 from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._stats import log_mean_exp, monte_carlo_error, weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -178,6 +179,7 @@ def _checked(rng_key: Key, target: RegularizedLoss, num_samples: int, what: str)
             "RegularizedLoss(loss, Gaussian.isotropic(x, tau))."
         )
     check_count(num_samples, f"{what}: num_samples", 4)
+    target.loss.check_captured()
     return check_key(rng_key, what)
 
 
@@ -239,6 +241,7 @@ def _is_differentiable(target: RegularizedLoss) -> bool:
 
 
 @jax.jit
+@promotes_ranks
 def _has_gradient(target: RegularizedLoss) -> Array:
     probes = target.reference.sample(random.key(0), (NUM_PROBES,))
     gradient = jax.vmap(jax.grad(target.value))(probes)
@@ -246,6 +249,7 @@ def _has_gradient(target: RegularizedLoss) -> Array:
 
 
 @partial(jax.jit, static_argnames="engine")
+@promotes_ranks
 def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) -> ImportanceEstimate:
     return entropy_of_pairs(engine.losses(rng_key, target), target.temperature)
 
@@ -265,6 +269,7 @@ def entropy_of_pairs(loss: Array, temperature: Array) -> ImportanceEstimate:
 
 
 @jax.jit
+@promotes_ranks
 def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEstimate, StoredDraws]:
     info: SMCInfo
     _, draws, info = engine.step(rng_key, (), target)
@@ -276,6 +281,7 @@ def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEsti
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
+@promotes_ranks
 def _by_gaussian(
     rng_key: Key, target: RegularizedLoss, draws: StoredDraws, num_samples: int, chunk_size: int
 ) -> GaussianEstimate:
@@ -285,6 +291,7 @@ def _by_gaussian(
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
+@promotes_ranks
 def _by_bridge(
     rng_key: Key,
     target: RegularizedLoss,
@@ -328,6 +335,7 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
 
 
 @partial(jax.jit, static_argnames="engine")
+@promotes_ranks
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
     return heat_of_pairs(engine.losses(rng_key, target))
 

@@ -31,6 +31,7 @@ from numpyro_regloss._control_variates import Chains, series_error
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._run_findings import Finding
 from numpyro_regloss._run_summary import DrawsSummary, RunSummary, summary
 from numpyro_regloss._samples import as_draws
@@ -161,6 +162,7 @@ def gaussian_fit(
                 "jax.random.key(0)."
             )
         rng_key = check_key(rng_key, "gaussian_fit: rng_key")
+        target.loss.check_captured()
         check_count(num_samples, "gaussian_fit: num_samples", 10)
         y = gaussian.sample(rng_key, (num_samples,))
         divergences = _divergences(x, log_weight, gaussian, target, y)
@@ -169,6 +171,7 @@ def gaussian_fit(
 
 
 @jax.jit
+@promotes_ranks
 def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Array, ...]:
     weight = normalize_log_weight(log_weight).reshape(-1)
     mean, sd, z = standardized(x.reshape(-1, x.shape[-1]), weight)
@@ -199,6 +202,7 @@ def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Arra
 
 
 @jax.jit
+@promotes_ranks
 def _divergences(
     x: Array, log_weight: Array, gaussian: AnyGaussian, target: RegularizedLoss, y: Array
 ) -> tuple[Estimate, Estimate, Array, Estimate]:

@@ -25,6 +25,7 @@ from numpyro_regloss._guide_moments import as_family, read_gaussian
 from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._pytree import Partition, with_context_axes
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -229,6 +230,7 @@ def _log_weight(
 
 
 @jax.jit
+@promotes_ranks
 def _losses(loss: Loss, x: Array, arguments: Partition) -> Array:
     return jax.lax.map(lambda x: loss.evaluate(x, arguments), x, batch_size=batch_size(len(x)))
 

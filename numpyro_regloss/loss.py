@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_regloss._arguments import Arguments, explain
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
-from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
 from numpyro_regloss._one_at_a_time import needs_one_at_a_time, one_at_a_time
 from numpyro_regloss._pytree import (
     Partition,
@@ -24,6 +24,7 @@ from numpyro_regloss._pytree import (
     static_field,
     with_context_axes,
 )
+from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
 
@@ -36,8 +37,13 @@ class Loss:
 
     Build one with `Loss.from_function` or `Loss.from_model`. Arrays and floats among the bound
     arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
-    None and functions are static. Two losses of the same function and the same structure of
-    parameters are the same program.
+    None and functions are static, and so are arrays whose values the function needs when it is traced
+    (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
+    structure of parameters are the same program.
+
+    Arrays that the function reads besides its arguments (from an object, a closure or a global) are held
+    as they were when the loss was built. New ones need a new loss, which compiles nothing; a loss whose
+    data were changed since is refused.
 
     Attributes:
         x0: the start, `(dim,)`, flat and unconstrained, in JAX's default float.
@@ -64,7 +70,7 @@ class Loss:
 
         Args:
             fn: the loss. It need not be differentiable for gradient-free engines, and may return
-                integers. Build it once: a new function object is a new program.
+                integers.
             params: starting values, any pytree of floating-point arrays.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
@@ -89,8 +95,9 @@ class Loss:
                 f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
             )
         x0, structure, sites = flatten_params(params)
-        source = FunctionSource(Partition(fn, "fn"), structure, sites)
-        return cls._checked(x0, Partition((args, kwargs)), source, minibatch)
+        trace = functools.partial(FunctionSource.trace, fn, (structure, sites), x0)
+        arguments, source = Arguments(fn, 1).bind(args, kwargs, trace, _checked(minibatch), "loss")
+        return cls._checked(x0, arguments, source, minibatch)
 
     @classmethod
     def from_model(
@@ -141,14 +148,16 @@ class Loss:
             )
         if density not in DENSITIES:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
-        arguments = Partition((args, kwargs))
-        sites = _explain(lambda: latent_sites(model, arguments), "model")
-        if density == "likelihood" and not observed_sizes(model, arguments):
+        trace = functools.partial(trace_model, model)
+        arguments, (user, ((sites, observed), *_)) = Arguments(model, 0).bind(
+            args, kwargs, trace, _checked(minibatch), "model"
+        )
+        if density == "likelihood" and not observed:
             raise ValueError(
                 "Loss.from_model: expected observed sites for density='likelihood', got none; pass the data "
                 "(obs=...), or use density='joint'."
             )
-        source = ModelSource(model, density, sites)
+        source = ModelSource(user, density, sites)
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
             rng_key = check_key(rng_key, "Loss.from_model: rng_key")
@@ -235,11 +244,14 @@ class Loss:
                 "Loss: expected args as a tuple and kwargs as a dict, got "
                 f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
             )
+        self.source.user.check(thorough=False)
         if not args and not kwargs:
             return with_context_axes(self.arguments, divided=True)
         bound_args, bound_kwargs = self.arguments.tree
-        arguments = Partition((tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}))
-        _explain(lambda: self.source.check(arguments), "model")
+        split = Arguments(self.source.user.fn, int(not hasattr(self.source, "density")))
+        given = tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}
+        constants = self.arguments.constants
+        arguments, _ = split.bind(*given, self.source.check, None, "model", constants)
         replace_fields(self, arguments=arguments)._check_value()
         return arguments
 
@@ -284,14 +296,18 @@ class Loss:
         scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
         return self.minibatch.draw(rng_key, with_context_axes(arguments, divided=True)), scale
 
+    def check_captured(self) -> None:
+        """Refuses to go on with data that the function no longer reads, where it reads any by itself.
+
+        Raises:
+            ValueError: if they have changed since the loss was built.
+        """
+        self.source.user.check()
+
     @classmethod
     def _checked(
         cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
     ) -> "Loss":
-        if not isinstance(minibatch, Minibatch | None):
-            raise TypeError(
-                f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
-            )
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
         return loss
@@ -307,9 +323,9 @@ class Loss:
         if self.minibatch is not None:
             self.minibatch.num_rows(self.arguments)
             batch = jax.eval_shape(self.minibatch.draw, jax.random.key(0), self.arguments)
-            _explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
+            explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
-        out = _explain(lambda: _raw_value.eval_shape(self), "loss")
+        out = explain(lambda: _raw_value.eval_shape(self), "loss")
         if not hasattr(out, "shape") or out.shape != ():
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
@@ -344,24 +360,9 @@ def _factorizes(structure: Any, shapes: tuple[Any, ...]) -> bool:
     return needs_one_at_a_time(value, shapes)
 
 
-def _explain(call: Callable[[], Any], what: str) -> Any:
-    """Runs the user's code and says what was being tried when it raises.
-
-    Args:
-        call: runs the user's code.
-        what: `"loss"` or `"model"`.
-
-    Returns:
-        What `call` returns.
-    """
-    try:
-        return call()
-    except Exception as error:
-        if str(error).startswith("Loss"):
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"Loss: the {what} raised {type(error).__name__} when it was run with its starting values "
-            f"and arguments: {error}. Call it yourself with the same arguments to find the "
-            "cause; it must run under jax.jit."
-        ) from error
+def _checked(minibatch: Any) -> Minibatch | None:
+    if not isinstance(minibatch, Minibatch | None):
+        raise TypeError(
+            f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
+        )
+    return minibatch

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from numpyro_regloss._checks import check_count
-from numpyro_regloss._pytree import Partition
+from numpyro_regloss._pytree import Constant, Partition
 from numpyro_regloss._typing import Key
 
 __all__ = ["Minibatch"]
@@ -148,6 +148,16 @@ class Minibatch:
             *((everything or i in numbers, arg) for i, arg in enumerate(args)),
             *((everything or name in argnames, kwargs[name]) for name in sorted(kwargs)),
         ]
+        for selected, value in chosen:
+            constants = [c for c in Partition(value).static if isinstance(c, Constant)]
+            for constant in constants:
+                if selected and jnp.ndim(constant.value) > 0:
+                    raise ValueError(
+                        f"Minibatch: {constant.name} cannot be drawn in batches: the function needs its values "
+                        "when it is traced (np.unique, boolean indexing, a loop over rows). Compute what needs "
+                        "them beforehand and pass that, or name the data with argnums or argnames and bind the "
+                        "rest with functools.partial(function, data)."
+                    )
         for selected, value in chosen:
             named = selected and not everything
             is_list = isinstance(value, list | tuple)

@@ -77,6 +77,7 @@ class RegularizedLoss:
         if reference is not None:
             reference = check_gaussian(reference, loss.dim, "RegularizedLoss", "reference")
         temperature = check_positive(temperature, "RegularizedLoss: temperature")
+        loss.check_captured()
         checked = self.unchecked(loss, reference, loss.bind(args, kwargs), temperature)
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, getattr(checked, field.name))
@@ -188,6 +189,7 @@ def model(target: RegularizedLoss) -> None:
             f"model: expected a RegularizedLoss, got {type(target).__name__}; pass "
             "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)) as the model's only argument."
         )
+    target.loss.check_captured()
     taken = _user_sites(target)
     name = _free("x", taken)
     if target.reference is None:

@@ -148,6 +148,7 @@ class TwoStep:
             ValueError: if the loss, or the gradient where it is used, is not finite at the start.
         """
         rng_key = check_key(rng_key, "TwoStep")
+        self.loss.check_captured()
         arguments = self.loss.bind(args, kwargs)
         state, value, gradient_ok = _explain(_outer_step.init_state, self, rng_key, arguments)
         if is_concrete(value):
@@ -245,6 +246,7 @@ class TwoStep:
         if init_state is None:
             state = self.init(rng_key, *args, **kwargs)
         else:
+            self.loss.check_captured()
             state = strong(self._checked_state(init_state, arguments, "TwoStep.run: init_state"))
             if not all(np.isfinite(part).all() for part in state.reference):
                 raise ValueError(

@@ -15,7 +15,12 @@ ROOT = Path(numpyro_regloss.__file__).parent
 FLOORS = {
     "_version": 0,
     "_typing": 0,
+    "_rounding": -1,
+    "_ranks": -1,
+    "_environment": -1,
     "_pytree": 0,
+    "_captured": 1,
+    "_arguments": 1,
     "_optax": 0,
     "_stats": 0,
     "_pareto": 0,

@@ -26,6 +26,7 @@ from numpyro_regloss._control_variates import CONTROLS
 from numpyro_regloss._families import Projection, project, structure_of
 from numpyro_regloss._moments import of_blocks, of_chains
 from numpyro_regloss._pytree import all_finite, is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import after
 from numpyro_regloss._typing import Array, Key
@@ -262,6 +263,7 @@ def _fit(
 
 
 @jax.jit
+@promotes_ranks
 def _jitted_fit(
     method: ForwardKL, draws: Draws, log_density: Array | None
 ) -> tuple[AnyGaussian, ForwardKLInfo]:

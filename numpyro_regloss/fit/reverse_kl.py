@@ -27,6 +27,7 @@ from numpyro_regloss._checks import check_choice, check_count, check_key, check_
 from numpyro_regloss._guide_fit import guide_fit
 from numpyro_regloss._natural_gradient import natural_gradient
 from numpyro_regloss._pytree import all_finite, pytree_dataclass, static_field, strong
+from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._sample_average import sample_average
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._variational import (
@@ -321,6 +322,7 @@ def reverse_kl(
             f"reverse_kl: expected a RegularizedLoss, got {type(target).__name__}; build "
             "RegularizedLoss(loss, Gaussian.isotropic(x, tau)), or RegularizedLoss(loss) for the posterior."
         )
+    target.loss.check_captured()
     if target.loss.returns_integers:
         raise TypeError(
             "reverse_kl: expected a differentiable loss, got one that returns integers; use shift.Importance "
@@ -332,6 +334,7 @@ def reverse_kl(
 
 
 @jax.jit
+@promotes_ranks
 def _fit(
     engine: ReverseKL, rng_key: Key, target: RegularizedLoss, init: AnyGaussian | None
 ) -> tuple[AnyGaussian, ReverseKLInfo]:
