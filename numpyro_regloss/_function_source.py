@@ -105,7 +105,9 @@ class FunctionSource:
     def check(self, arguments: Partition) -> None:
         """Parameters do not depend on the arguments."""
 
-    def check_batch(self, arguments: Partition, batch: Partition) -> None:
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
         """A function averages or sums its rows as it likes."""
 
     def expand(self, tree: Any) -> Array:

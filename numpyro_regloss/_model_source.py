@@ -14,22 +14,33 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
-from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._model_data import likelihood_sites, row_sites
+from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
-__all__ = ["DENSITIES", "ModelSource", "latent_sites", "observed_sizes"]
+__all__ = ["DENSITIES", "ModelSource", "latent_sites"]
 
 DENSITIES = ("joint", "map", "likelihood")
 
 
 @pytree_dataclass
 class ModelSource:
-    """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name."""
+    """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name.
+
+    Attributes:
+        model: the model.
+        density: one of `DENSITIES`.
+        sites: the latent sites.
+        rows: names of the sites that follow the rows of a minibatch.
+        counted: names of the sites that `density="likelihood"` counts.
+    """
 
     model: Callable = static_field()
     density: str = static_field()
     sites: tuple[Site, ...] = static_field()
+    rows: tuple[str, ...] = static_field(default=())
+    counted: tuple[str, ...] = static_field(default=())
 
     @property
     def dim(self) -> int:
@@ -42,22 +53,30 @@ class ModelSource:
         return tuple(site.name for site in self.sites)
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
-        """Minus the log density; observed sites count `data_scale` times (rows per row of the batch)."""
-        unconstrained = self.unravel(x)
+        """Minus the log density; sites of the rows count `data_scale` times (rows per row of the batch)."""
+        if self.density == "joint" and data_scale == 1.0:
+            return self._potential(x, args, kwargs)
+        terms, _ = self.terms(x, args, kwargs)
+        log_probs = {name: jnp.sum(value) for name, value in terms.items()}
+        if self.density == "joint":
+            full = self._potential(x, args, kwargs)
+        else:
+            names = self.counted if self.density == "likelihood" else log_probs
+            full = -sum((log_probs[name] for name in names), start=0.0)
+        return full - (data_scale - 1.0) * sum((log_probs[name] for name in self.rows), start=0.0)
+
+    def terms(self, x: Array, args: tuple, kwargs: dict) -> tuple[dict[str, Array], Any]:
+        """Log probabilities of all sample sites, not summed, and the trace of the model."""
         # Handlers are global: without the block an outer model would count the user's sites again.
         with handlers.block():
             model = handlers.seed(self.model, 0)
-            joint = self.density == "joint"
-            value = potential_energy(model, args, kwargs, unconstrained) if joint else 0.0
-            if joint and data_scale == 1.0:
-                return value
-            constrained = constrain_fn(model, args, kwargs, unconstrained)
-            log_probs, trace = compute_log_probs(model, args, kwargs, constrained)
-        observed = sum((v for k, v in log_probs.items() if trace[k]["is_observed"]), start=0.0)
-        latent = sum((v for k, v in log_probs.items() if not trace[k]["is_observed"]), start=0.0)
-        if joint:
-            return value - (data_scale - 1.0) * observed
-        return -data_scale * observed - (latent if self.density == "map" else 0.0)
+            constrained = constrain_fn(model, args, kwargs, self.unravel(x))
+            return compute_log_probs(model, args, kwargs, constrained, sum_log_prob=False)
+
+    def _potential(self, x: Array, args: tuple, kwargs: dict) -> Any:
+        with handlers.block():
+            model = handlers.seed(self.model, 0)
+            return potential_energy(model, args, kwargs, self.unravel(x))
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """Latent sites in their supports, and the model's deterministic sites, by name."""
@@ -128,25 +147,52 @@ class ModelSource:
                 "new Loss for data of another size."
             )
 
-    def check_batch(self, arguments: Partition, batch: Partition) -> None:
-        """Refuses models whose latent or observed sites do not follow the rows of a batch.
+    def with_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> "ModelSource":
+        """The same model with the sites that are data.
 
         Args:
             arguments: the full `(args, kwargs)`.
-            batch: shapes of those of a batch.
+            batch: shapes of those of a batch, or None for full batches.
+            is_row: which of the traced arguments are rows.
+
+        Returns:
+            The source with `rows` and `counted`.
 
         Raises:
-            ValueError: if latent sites depend on the rows, or observed ones do not.
+            ValueError: if latent sites depend on the rows, observed ones do not, or a site could be either.
         """
-        self.check(batch)
-        full, part = (observed_sizes(self.model, a) for a in (arguments, batch))
-        ratios = {name: (part[name], size) for name, size in full.items() if size}
-        rows = {size / count for count, size in ratios.values()}
-        if len(rows) > 1 or rows == {1.0}:
+        rows: tuple[str, ...] = ()
+        if batch is not None:
+            self.check(batch)
+            rows, observed = row_sites(self, arguments, batch, is_row)
+            counted = tuple(sorted({*rows, *observed}))
+        elif self.density == "likelihood":
+            counted = likelihood_sites(self, arguments)
+        else:
+            counted = ()
+        return replace_fields(self, rows=rows, counted=counted)
+
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
+        """Refuses arguments with which other sites are data.
+
+        Args:
+            arguments: the full `(args, kwargs)`.
+            batch: shapes of those of a batch, or None for full batches.
+            is_row: which of the traced arguments are rows.
+
+        Raises:
+            ValueError: if they differ from those at construction.
+        """
+        found = self.with_data(arguments, batch, is_row)
+        if (found.rows, found.counted) != (self.rows, self.counted):
             raise ValueError(
-                "Loss.from_model: expected observed sites whose size follows the rows of the minibatch, got "
-                f"{ratios} (of the batch, of all); take plate sizes from the data (len(y)), and name the "
-                "data with argnums."
+                "Loss: the model has other sites of data with these arguments than with those bound in "
+                f"Loss.from_model: expected {self.rows or self.counted}, got {found.rows or found.counted}; build "
+                "a new Loss for such data."
             )
 
     def expand(self, tree: Any) -> Array:
@@ -200,20 +246,7 @@ def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:
     Returns:
         The latent sites, sorted by name.
     """
-    return _sites(model, *_shapes(arguments))[0]
-
-
-def observed_sizes(model: Callable, arguments: Partition) -> dict[str, int]:
-    """Number of log-probability terms of each observed site; zero for factors, which have no rows.
-
-    Args:
-        model: a NumPyro model.
-        arguments: its `(args, kwargs)`, or their shapes.
-
-    Returns:
-        The sizes by name.
-    """
-    return dict(_sites(model, *_shapes(arguments))[1])
+    return _sites(model, *_shapes(arguments))
 
 
 def _shapes(arguments: Partition) -> tuple[Any, tuple[Any, ...]]:
@@ -222,24 +255,16 @@ def _shapes(arguments: Partition) -> tuple[Any, tuple[Any, ...]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _sites(
-    model: Callable, structure: Any, shapes: tuple[Any, ...]
-) -> tuple[tuple[Site, ...], tuple[tuple[str, int], ...]]:
+def _sites(model: Callable, structure: Any, shapes: tuple[Any, ...]) -> tuple[Site, ...]:
     sites: tuple[Site, ...] = ()
-    observed: tuple[tuple[str, int], ...] = ()
 
     def record(leaves: list[Any]) -> None:
-        nonlocal sites, observed
+        nonlocal sites
         args, kwargs = jax.tree.unflatten(structure, leaves).tree
         with handlers.block():
             start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
             trace = handlers.trace(start).get_trace(*args, **kwargs)
         sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
-        observed = tuple(
-            (name, _num_terms(site))
-            for name, site in trace.items()
-            if site["type"] == "sample" and site["is_observed"]
-        )
 
     jax.eval_shape(record, list(shapes))
     if not sites:
@@ -247,7 +272,7 @@ def _sites(
             "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
             "numpyro.sample statement without obs."
         )
-    return sites, observed
+    return sites
 
 
 def _latent(site: dict[str, Any]) -> Site | None:
@@ -281,12 +306,6 @@ def _latent(site: dict[str, Any]) -> Site | None:
         )
     shape = biject_to(distribution.support).inverse_shape(jnp.shape(site["value"]))
     return Site(name, tuple(shape))
-
-
-def _num_terms(site: dict[str, Any]) -> int:
-    if isinstance(site["fn"], dist.Unit):
-        return 0
-    return math.prod(jnp.shape(site["fn"].log_prob(site["value"])))
 
 
 def _zero(site: dict[str, Any]) -> Array | None:

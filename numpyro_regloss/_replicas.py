@@ -91,9 +91,11 @@ class ReplicaSource:
         """As one replica does."""
         self.base.check(arguments)
 
-    def check_batch(self, arguments: Partition, batch: Partition) -> None:
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
         """As one replica does."""
-        self.base.check_batch(arguments, batch)
+        self.base.check_data(arguments, batch, is_row)
 
     def _rows(self, x: Array) -> Array:
         return x.reshape(self.num_replicas, -1)

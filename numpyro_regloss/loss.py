@@ -14,8 +14,15 @@ import numpy as np
 
 from numpyro_regloss._checks import check_key
 from numpyro_regloss._function_source import FunctionSource, flatten_params
-from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
-from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
+from numpyro_regloss._model_data import check_rows
+from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites
+from numpyro_regloss._pytree import (
+    Partition,
+    is_concrete,
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+)
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
 
@@ -101,10 +108,12 @@ class Loss:
             *args: the model's arguments, bound as defaults.
             density: `"joint"`: the potential energy that NUTS sees, with the Jacobian of the
                 constraints; `"map"`: without it, so that the minimizer is the maximum a posteriori;
-                `"likelihood"`: observed (and factor) sites only.
-            minibatch: which arguments are data. Observed sites then count `rows / batch_size` times,
-                so that the loss of a batch estimates the full loss without bias; every observed site
-                must be data.
+                `"likelihood"`: observed sites only, and factors of the same data (a factor that depends
+                on no argument is a prior, and so are those of NumPyro's reparametrizers).
+            minibatch: which arguments are data. What has one term per row then counts `rows /
+                batch_size` times, so that the loss of a batch estimates the full loss without bias.
+                Sites that do not depend on the rows count once. Others are refused: sums over the rows
+                in one term, priors that read the data, data that the model standardizes.
             rng_key: draws the start uniformly in (-2, 2), as NumPyro does. Default: zero in
                 unconstrained coordinates.
             **kwargs: the model's keyword arguments.
@@ -116,7 +125,7 @@ class Loss:
         Raises:
             TypeError: if `model` cannot be called or does not fit its arguments, or the key is not one.
             ValueError: if `density` is unknown; if the model has no latent sites, discrete ones,
-                `param` or `mutable` sites or subsampled plates.
+                `param` or `mutable` sites or subsampled plates; if a site could be data or a prior.
 
         Example:
             >>> import numpyro, numpyro.distributions as dist
@@ -135,17 +144,17 @@ class Loss:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
         arguments = Partition((args, kwargs))
         sites = _explain(lambda: latent_sites(model, arguments), "model")
-        if density == "likelihood" and not observed_sizes(model, arguments):
-            raise ValueError(
-                "Loss.from_model: expected observed sites for density='likelihood', got none; pass the data "
-                "(obs=...), or use density='joint'."
-            )
         source = ModelSource(model, density, sites)
+        split = _split(minibatch, arguments)
+        source = _explain(lambda: source.with_data(arguments, *split), "loss of a minibatch")
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
             rng_key = check_key(rng_key, "Loss.from_model: rng_key")
             x0 = jax.random.uniform(rng_key, x0.shape, x0.dtype, -2.0, 2.0)
-        return cls._checked(x0, arguments, source, minibatch)
+        loss = cls._checked(x0, arguments, source, minibatch)
+        if minibatch is not None and is_concrete(arguments):
+            _explain(lambda: check_rows(source, arguments, split[1], minibatch.batch_size), "model")
+        return loss
 
     @property
     def dim(self) -> int:
@@ -272,10 +281,6 @@ class Loss:
     def _checked(
         cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
     ) -> "Loss":
-        if not isinstance(minibatch, Minibatch | None):
-            raise TypeError(
-                f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
-            )
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
         return loss
@@ -288,10 +293,8 @@ class Loss:
             )
 
     def _check_value(self) -> None:
-        if self.minibatch is not None:
-            self.minibatch.num_rows(self.arguments)
-            batch = jax.eval_shape(self.minibatch.draw, jax.random.key(0), self.arguments)
-            _explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
+        split = _split(self.minibatch, self.arguments)
+        _explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
         out = _explain(lambda: _raw_value.eval_shape(self), "loss")
         if not hasattr(out, "shape") or out.shape != ():
@@ -311,6 +314,19 @@ class Loss:
         return (
             f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch})"
         )
+
+
+def _split(minibatch: Any, arguments: Partition) -> tuple[Partition | None, tuple[bool, ...]]:
+    """Shapes of the arguments of a batch, None without one, and which of the traced ones are its rows."""
+    if not isinstance(minibatch, Minibatch | None):
+        raise TypeError(
+            f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
+        )
+    if minibatch is None:
+        return None, ()
+    minibatch.num_rows(arguments)
+    batch = jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)
+    return batch, minibatch.is_row(arguments)
 
 
 @jax.jit

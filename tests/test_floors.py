@@ -22,6 +22,7 @@ FLOORS = {
     "_checks": 1,
     "_estimate": 1,
     "_sites": 1,
+    "_model_data": 1,
     "_control_variates": 1,
     "_factor_analysis": 1,
     "_threefry": 1,
