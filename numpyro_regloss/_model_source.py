@@ -86,6 +86,10 @@ class ModelSource:
         """The same as `constrain`: a model's parameters already have names."""
         return self.constrain(x, args, kwargs)
 
+    def taken_names(self, arguments: Partition) -> frozenset[str]:
+        """Names of everything in the model: latent, deterministic and observed sites, factors and plates."""
+        return _sites(self.model, *_shapes(arguments))[1]
+
     def unconstrain(self, sites: dict[str, Array], args: tuple, kwargs: dict) -> Array:
         """The inverse of `constrain`: latent sites in their supports as the flat vector."""
         known = set(jax.eval_shape(lambda x: self.constrain(x, args, kwargs), jnp.zeros(self.dim)))
@@ -246,7 +250,7 @@ def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:
     Returns:
         The latent sites, sorted by name.
     """
-    return _sites(model, *_shapes(arguments))
+    return _sites(model, *_shapes(arguments))[0]
 
 
 def _shapes(arguments: Partition) -> tuple[Any, tuple[Any, ...]]:
@@ -255,16 +259,20 @@ def _shapes(arguments: Partition) -> tuple[Any, tuple[Any, ...]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _sites(model: Callable, structure: Any, shapes: tuple[Any, ...]) -> tuple[Site, ...]:
+def _sites(
+    model: Callable, structure: Any, shapes: tuple[Any, ...]
+) -> tuple[tuple[Site, ...], frozenset[str]]:
     sites: tuple[Site, ...] = ()
+    names: frozenset[str] = frozenset()
 
     def record(leaves: list[Any]) -> None:
-        nonlocal sites
+        nonlocal sites, names
         args, kwargs = jax.tree.unflatten(structure, leaves).tree
         with handlers.block():
             start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
             trace = handlers.trace(start).get_trace(*args, **kwargs)
         sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
+        names = frozenset(trace)
 
     jax.eval_shape(record, list(shapes))
     if not sites:
@@ -272,7 +280,7 @@ def _sites(model: Callable, structure: Any, shapes: tuple[Any, ...]) -> tuple[Si
             "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
             "numpyro.sample statement without obs."
         )
-    return sites
+    return sites, names
 
 
 def _latent(site: dict[str, Any]) -> Site | None:

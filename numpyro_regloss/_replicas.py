@@ -72,6 +72,10 @@ class ReplicaSource:
         """The same as a flat dictionary of sites."""
         return _stack([self.base.named(row, args, kwargs) for row in self._rows(x)])
 
+    def tangent(self, x: Array) -> Any:
+        """A gradient in the structure of `constrain`."""
+        return _stack([self.base.tangent(row) for row in self._rows(x)])
+
     def unconstrain(self, params: Any, args: tuple, kwargs: dict) -> Array:
         """The inverse of `constrain`."""
         rows = [
@@ -86,6 +90,10 @@ class ReplicaSource:
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from what one replica takes."""
         return jnp.tile(self.base.expand(tree), self.num_replicas)
+
+    def taken_names(self, arguments: Partition) -> frozenset[str]:
+        """As of one replica."""
+        return self.base.taken_names(arguments)
 
     def check(self, arguments: Partition) -> None:
         """As one replica does."""
@@ -166,9 +174,9 @@ class Tied:
 
 
 def _stack(trees: list[Any]) -> Any:
-    # Functions among the parameters (activations) are no arrays and are the same in all replicas.
-    return jax.tree.map(lambda *a: a[0] if callable(a[0]) else jnp.stack(a), *trees)
+    # Functions and settings among the parameters are no arrays, and the same in all replicas.
+    return jax.tree.map(lambda *a: jnp.stack(a) if hasattr(a[0], "shape") else a[0], *trees)
 
 
 def _pick(tree: Any, index: int) -> Any:
-    return jax.tree.map(lambda a: a if callable(a) else a[index], tree)
+    return jax.tree.map(lambda a: a[index] if hasattr(a, "shape") else a, tree)

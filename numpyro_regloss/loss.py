@@ -64,7 +64,9 @@ class Loss:
         Args:
             fn: the loss. It need not be differentiable for gradient-free engines, and may return
                 integers. Build it once: a new function object is a new program.
-            params: starting values, any pytree of floating-point arrays.
+            params: starting values, any pytree of floating-point arrays and floats. In a module (of equinox, or
+                any pytree that can be called) only arrays are trained, as equinox has it: Python numbers among its
+                fields, such as a rate of 0.1, stay as they are.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
             **kwargs: the same, by name.
@@ -309,10 +311,13 @@ class Loss:
             )
 
     def __repr__(self) -> str:
-        """Kind, size and bound arguments, without data."""
+        """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
         kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
+        names = getattr(self.source, "fixed_names", ())
+        fixed = f", fixed={names}" if names else ""
         return (
-            f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch})"
+            f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch}"
+            f"{fixed})"
         )
 
 

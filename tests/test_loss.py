@@ -1,7 +1,9 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import functools
 import pickle
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from conftest import Counter
 from jax import random
 from numpyro.infer.util import initialize_model
 
-from numpyro_regloss import Loss, Minibatch
+from numpyro_regloss import Loss, Minibatch, schemes, values
 
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -107,6 +109,72 @@ def test_callable_pytrees_are_leaves():
     )
     assert jax.tree.structure(loss) == jax.tree.structure(other)
     np.testing.assert_allclose([loss.value(loss.x0), other.value(other.x0)], [3.0, 7.0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Network:
+    """A module as equinox has them: a pytree that is called, with settings among its leaves."""
+
+    weight: jax.Array
+    activation: Callable
+    rate: float = 0.1
+    inference: bool = True
+    layers: tuple = ({"offset": 0.5, "scale": np.ones(2)},)
+
+    def __call__(self, x):
+        if not self.inference:
+            raise AssertionError
+        return self.activation(self.weight * x).sum() + self.rate * self.layers[0]["scale"].sum()
+
+
+def check_settings_stay(network, names, fixed):
+    loss = Loss.from_function(lambda net, x: net(x) ** 2, network, jnp.ones(2))
+    assert loss.names == names
+    assert f"fixed={fixed}" in repr(loss)
+    moved = loss.constrain(loss.x0 + 1.0)
+    assert moved.rate == 0.1
+    assert isinstance(moved.rate, float)
+    np.testing.assert_allclose(moved.weight, network.weight + 1.0)
+    np.testing.assert_allclose(loss.unconstrain(moved), loss.x0 + 1.0)
+    return loss
+
+
+def test_settings_of_modules_are_no_parameters():
+    network = Network(jnp.array([1.0, 2.0]), jnp.tanh)
+    names = ("weight", "layers/0/scale")
+    loss = check_settings_stay(network, names, ("rate", "inference", "layers/0/offset"))
+    estimate, gradient = values.value_and_grad(loss, 0.1, num_samples=100)(network, random.key(0))
+    assert np.isfinite(estimate.value)
+    assert (gradient.rate, gradient.inference) == (0.0, False)
+    # Another setting is another program; in a plain pytree floats are parameters.
+    other = Loss.from_function(
+        loss.source.fn.tree, dataclasses.replace(network, rate=1), jnp.ones(2)
+    )
+    assert jax.tree.structure(other) != jax.tree.structure(loss)
+    assert Loss.from_function(lambda p: p["net"](1.0) * p["a"], {"net": network, "a": 1.0}).dim == 5
+    with pytest.raises(ValueError, match="in a module as arrays"):
+        Loss.from_function(lambda net: net.rate, Network(0.5, jnp.tanh, layers=()))
+    replicas = schemes.parle(loss, 0.1, num_replicas=2).loss
+    assert replicas.constrain(replicas.x0).rate == 0.1
+
+
+def test_settings_of_equinox_modules():
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        weight: jax.Array
+        dropout: eqx.nn.Dropout
+        rate: float = 0.1
+
+        def __call__(self, x):
+            return jnp.sum(self.dropout(self.weight * x)) + self.rate
+
+    check_settings_stay(
+        Net(jnp.ones(2), eqx.nn.Dropout(0.5, inference=True)),
+        ("weight",),
+        ("dropout/p", "dropout/inference", "rate"),
+    )
 
 
 @pytest.mark.parametrize(
