@@ -14,6 +14,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
+from numpyro_regloss._model_checks import GivenParams, bijection, param_remedy
 from numpyro_regloss._model_data import likelihood_sites, row_sites
 from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
@@ -268,10 +269,12 @@ def _sites(
     def record(leaves: list[Any]) -> None:
         nonlocal sites, names
         args, kwargs = jax.tree.unflatten(structure, leaves).tree
-        with handlers.block():
+        given = GivenParams()
+        with handlers.block(), given:
             start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
             trace = handlers.trace(start).get_trace(*args, **kwargs)
-        sites = tuple(sorted(filter(None, map(_latent, trace.values()))))
+        found = [site for name, site in trace.items() if name not in given.names]
+        sites = tuple(sorted(filter(None, map(_latent, found))))
         names = frozenset(trace)
 
     jax.eval_shape(record, list(shapes))
@@ -289,8 +292,7 @@ def _latent(site: dict[str, Any]) -> Site | None:
     if kind in ("param", "mutable") and jax.tree.leaves(site["value"]):
         raise ValueError(
             f"Loss.from_model: expected latent sample sites only, got the {kind} site {name!r}, which "
-            "would stay fixed; write it as a sample site (random_flax_module makes a network's weights "
-            "latent), or write the loss as a function and use Loss.from_function."
+            f"would stay fixed at its start; {param_remedy(kind, name)}."
         )
     if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
         raise ValueError(
@@ -312,14 +314,14 @@ def _latent(site: dict[str, Any]) -> Site | None:
             "marginalize it (numpyro.distributions.MixtureSameFamily, or a sum in numpyro.factor), or "
             "use Loss.from_function with a gradient-free engine."
         )
-    shape = biject_to(distribution.support).inverse_shape(jnp.shape(site["value"]))
+    shape = bijection(site).inverse_shape(jnp.shape(site["value"]))
     return Site(name, tuple(shape))
 
 
 def _zero(site: dict[str, Any]) -> Array | None:
     if site["type"] != "sample" or site["is_observed"] or site["fn"].support.is_discrete:
         return None
-    transform = biject_to(site["fn"].support)
+    transform = bijection(site)
     shape = site["kwargs"].get("sample_shape", ()) + site["fn"].shape()
     return transform(jnp.zeros(transform.inverse_shape(shape)))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_regloss._checks import check_key
+from numpyro_regloss._checks import check_key, check_own_names
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_data import check_rows
 from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites
@@ -89,6 +89,7 @@ class Loss:
             raise TypeError(
                 f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
             )
+        check_own_names(fn, {"minibatch": minibatch}, 1 + len(args), "Loss.from_function")
         x0, structure, sites = flatten_params(params)
         source = FunctionSource(Partition(fn, "fn"), structure, sites)
         return cls._checked(x0, Partition((args, kwargs)), source, minibatch)
@@ -142,6 +143,8 @@ class Loss:
             raise TypeError(
                 f"Loss.from_model: expected a NumPyro model, got {type(model).__name__}."
             )
+        own = {"density": None if density == "joint" else density, "minibatch": minibatch}
+        check_own_names(model, {**own, "rng_key": rng_key}, len(args), "Loss.from_model")
         if density not in DENSITIES:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
         arguments = Partition((args, kwargs))
@@ -258,8 +261,9 @@ class Loss:
             A scalar in JAX's default float.
 
         Raises:
-            ValueError: if `x` is of another shape.
+            ValueError: if `x` is of another shape, or x64 was switched after the loss was built.
         """
+        self.check_precision("Loss")
         self._check_point(x)
         args, kwargs = arguments.tree
         return jnp.asarray(self.source.value(x, args, kwargs, data_scale), float)
@@ -278,6 +282,23 @@ class Loss:
             return arguments, 1.0
         scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
         return self.minibatch.draw(rng_key, arguments), scale
+
+    def check_precision(self, what: str) -> None:
+        """Refuses a loss that was built before x64 was switched on or off.
+
+        Args:
+            what: begins the error message.
+
+        Raises:
+            ValueError: if its start has another float type than JAX's default.
+        """
+        built, now = self.x0.dtype, jnp.result_type(float)
+        if built != now:
+            raise ValueError(
+                f"{what}: expected a Loss in JAX's default float, {now}, got one that was built in {built}: "
+                "x64 was switched (jax_enable_x64) after that. Build the Loss and the optimizer again, or switch "
+                "x64 before."
+            )
 
     @classmethod
     def _checked(

@@ -43,7 +43,8 @@ class RegularizedLoss:
 
     Raises:
         TypeError: if `loss` is not a `Loss` or `reference` not a `Gaussian`.
-        ValueError: if shapes do not fit, the scale is not positive, or the temperature is not.
+        ValueError: if shapes do not fit, the scale is not positive, or the temperature is not; if x64 was
+            switched after the loss was built.
 
     Example:
         >>> from numpyro_regloss import Gaussian
@@ -72,6 +73,7 @@ class RegularizedLoss:
                 f"RegularizedLoss: expected a Loss, got {type(loss).__name__}; build one with "
                 "Loss.from_function or Loss.from_model."
             )
+        loss.check_precision("RegularizedLoss")
         if reference is not None:
             reference = check_gaussian(reference, loss.dim, "RegularizedLoss", "reference")
         temperature = check_positive(temperature, "RegularizedLoss: temperature")

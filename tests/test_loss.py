@@ -13,7 +13,9 @@ import numpyro.distributions as dist
 import pytest
 from conftest import Counter
 from jax import random
-from numpyro.infer.util import initialize_model
+from numpyro import handlers
+from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.util import initialize_model, log_density, potential_energy
 
 from numpyro_regloss import Loss, Minibatch, schemes, values
 
@@ -193,6 +195,61 @@ def test_joint_density_is_what_nuts_sees(model_args):
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+def with_param(y):
+    s = numpyro.param("s", 2.0, constraint=dist.constraints.positive)
+    a = numpyro.sample("a", dist.Normal(0.0, s))
+    numpyro.sample("y", dist.Normal(a, s), obs=y)
+
+
+def learned_centering(y):
+    t = numpyro.sample("t", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", 3), numpyro.handlers.reparam(config={"a": LocScaleReparam()}):
+        a = numpyro.sample("a", dist.Normal(0.5, t))
+    numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        handlers.substitute(with_param, data={"s": 3.0}),
+        handlers.lift(with_param, prior={"s": dist.Gamma(2.0, 1.0)}),
+        handlers.lift(learned_centering, prior={"a_centered": dist.Uniform(0.0, 1.0)}),
+        handlers.substitute(learned_centering, data={"a_centered": 0.3}),
+        handlers.substitute(
+            handlers.reparam(with_param, {"a": LocScaleReparam(0.2)}), data={"s": 0.7}
+        ),
+    ],
+)
+def test_param_sites_given_or_lifted(model):
+    y = np.array([0.5, -1.0, 2.0])
+    x = 0.3 * jnp.cos(jnp.arange(5.0))
+    loss = Loss.from_model(model, y)
+    x = x[: loss.dim]
+    sites = loss.source.unravel(x)
+    potential = potential_energy(handlers.seed(model, 0), (y,), {}, sites)
+    np.testing.assert_allclose(loss.value(x), potential, rtol=1e-6)
+    latent = {name: loss.constrain(x)[name] for name in loss.names}
+    log_joint, _ = log_density(model, (y,), {}, latent)
+    mode = Loss.from_model(model, y, density="map")
+    np.testing.assert_allclose(mode.value(x), -log_joint, rtol=1e-6)
+
+
+def test_names_of_ours_in_the_users_function():
+    def model(y, density=1.0):
+        m = numpyro.sample("m", dist.Normal(0.0, density))
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    x = jnp.ones(1)
+    value = Loss.from_model(model, 1.0, 2.0).value(x)
+    bound = functools.partial(model, density=2.0)
+    for density in ("joint", "map"):  # of one real site: the same
+        np.testing.assert_allclose(Loss.from_model(bound, 1.0, density=density).value(x), value)
+        np.testing.assert_allclose(
+            Loss.from_model(model, 1.0, 2.0, density=density).value(x), value
+        )
+    assert Loss.from_model(model, 1.0).value(x) < value
 
 
 def test_densities_differ_by_jacobian_and_prior():
