@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the values users give: expected, got, remedy."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +21,14 @@ __all__ = [
     "check_count",
     "check_key",
     "check_optimizer",
+    "check_own_names",
     "check_positive",
     "check_schedule",
 ]
+
+
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_count(value: Any, what: str, minimum: int = 1) -> int:
@@ -113,6 +120,35 @@ def check_optimizer(optimizer: Any, what: str) -> None:
             f"{what}: expected optimizer as an Optax or NumPyro optimizer such as optax.adam(0.01), got "
             f"{type(optimizer).__name__}."
         )
+
+
+def check_own_names(fn: Callable[..., Any], own: dict[str, Any], num_args: int, what: str) -> None:
+    """Refuses a keyword that both the caller's function and ours have: nobody knows whose it is.
+
+    Args:
+        fn: the user's function.
+        own: what was given under the names of our keywords, None where nothing was.
+        num_args: how many arguments the user's function gets by position.
+        what: begins the error message.
+
+    Raises:
+        TypeError: if such a name was given, or if the function needs it.
+    """
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # some functions of C have no signature
+        return
+    bound = set(fn.keywords) if isinstance(fn, functools.partial) else set()
+    bound |= {parameter.name for parameter in parameters[:num_args] if parameter.kind in POSITIONAL}
+    for parameter in parameters:
+        if parameter.name not in own or parameter.name in bound or parameter.kind in REST:
+            continue
+        if own[parameter.name] is not None or parameter.default is parameter.empty:
+            raise TypeError(
+                f"{what}: the function has an argument {parameter.name!r}, which is also the name of one of "
+                f"{what}, so that it cannot be passed by name; pass it by position, or bind it before: "
+                f"functools.partial(function, {parameter.name}=...)."
+            )
 
 
 def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = ((),)) -> Any:

@@ -3,6 +3,7 @@
 """A loss that is a function of a pytree: how its parameters become one flat vector and return."""
 
 import math
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from numpyro_regloss._captured import UserFunction
 from numpyro_regloss._pytree import (
     Partition,
     pytree_dataclass,
     static_field,
     with_context_axes,
 )
-from numpyro_regloss._captured import UserFunction
 from numpyro_regloss._rounding import check_rounding
-from numpyro_regloss._sites import flat_labels, ravel_sites
+from numpyro_regloss._sites import flat_labels, ravel_sites, unique_names
 from numpyro_regloss._typing import Array
 
 __all__ = ["FunctionSource", "flatten_params"]
+
+SETTINGS = (bool, int, float, complex, str)
 
 
 class Leaf(NamedTuple):
@@ -31,6 +34,14 @@ class Leaf(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: Any
+
+
+class Fixed(NamedTuple):
+    """A setting among the fields of a module, with its type: 1, 1.0 and True compile different programs."""
+
+    name: str
+    kind: type
+    value: Any
 
 
 @pytree_dataclass
@@ -80,6 +91,14 @@ class FunctionSource:
         del args, kwargs
         return jax.tree.unflatten(self.structure, _arrays(self.sites, x))
 
+    def tangent(self, x: Array) -> Any:
+        """A gradient in the user's structure; zero for settings of modules: updates leave them alone."""
+        arrays = [
+            site.kind() if isinstance(site, Fixed) else array
+            for site, array in zip(self.sites, _arrays(self.sites, x), strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, arrays)
+
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The parameters as a flat dictionary of sites."""
         del args, kwargs
@@ -126,13 +145,25 @@ class FunctionSource:
         return flat_labels(self._leaves)
 
     @property
+    def fixed_names(self) -> tuple[str, ...]:
+        """Paths of the settings of modules, which are no parameters."""
+        return tuple(site.name for site in self.sites if isinstance(site, Fixed))
+
+    @property
     def _leaves(self) -> tuple[Leaf, ...]:
         return tuple(site for site in self.sites if isinstance(site, Leaf))
+
+    def taken_names(self, arguments: Partition) -> frozenset[str]:
+        """Names that other sites must not have, whatever the arguments."""
+        del arguments
+        return frozenset(self.names)
 
     def check(self, arguments: Partition) -> None:
         """Parameters do not depend on the arguments."""
 
-    def check_batch(self, arguments: Partition, batch: Partition) -> None:
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
         """A function averages or sums its rows as it likes."""
 
     def expand(self, tree: Any) -> Array:
@@ -167,7 +198,7 @@ def _arrays(sites: tuple[Any, ...], x: Array, least_bits: int = 0) -> list[Any]:
     arrays, start = [], 0
     for site in sites:
         if not isinstance(site, Leaf):
-            arrays.append(site)
+            arrays.append(site.value if isinstance(site, Fixed) else site)
             continue
         stop = start + math.prod(site.shape)
         dtype = site.dtype if 8 * site.dtype.itemsize >= least_bits else x.dtype
@@ -181,21 +212,26 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
 
     Args:
         params: a pytree of floating-point arrays or floats. Functions among its leaves (the activation
-            of a network object) are kept as they are.
+            of a network object) and numbers among the fields of a module are kept as they are.
 
     Returns:
-        The vector `(dim,)` in JAX's default float, the tree's structure, and one `Leaf` or function
-        per leaf.
+        The vector `(dim,)` in JAX's default float, the tree's structure, and one `Leaf`, `Fixed` or
+        function per leaf.
 
     Raises:
         TypeError: if a leaf is not of a floating-point type.
         ValueError: if there is no parameter, or one is not finite.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(with_context_axes(params))
+    names = unique_names([_name(path) for path, _ in paths], [_name(p, "~1") for p, _ in paths])
     sites, flat = [], []
-    for path, leaf in paths:
+    for name, (path, leaf), in_module in zip(names, paths, _in_modules(params), strict=True):
         if callable(leaf):
             sites.append(leaf)
+            continue
+        # What equinox trains are arrays; its Dropout, for one, holds a rate and a switch.
+        if in_module and isinstance(leaf, SETTINGS) and not isinstance(leaf, np.generic):
+            sites.append(Fixed(name, type(leaf), leaf))
             continue
         where = f"params{jax.tree_util.keystr(path)}"
         kind = getattr(leaf, "dtype", None) or (
@@ -209,7 +245,7 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
             )
         with np.errstate(over="ignore"):
             array = jnp.asarray(leaf)
-        sites.append(Leaf(_name(path), array.shape, array.dtype))
+        sites.append(Leaf(name, array.shape, array.dtype))
         flat.append(array.astype(float).reshape(-1))
         if not isinstance(array, Tracer) and not np.isfinite(flat[-1]).all():
             raise ValueError(
@@ -220,11 +256,27 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
     if not sum(part.size for part in flat):
         raise ValueError(
             "Loss.from_function: expected at least one parameter, got an empty params; pass the "
-            "starting values of the parameters as the second argument."
+            "starting values of the parameters as the second argument (in a module as arrays)."
         )
     return jnp.concatenate(flat), structure, tuple(sites)
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: tuple[Any, ...], slash: str = "/") -> str:
+    # As in JSON pointers: slashes within keys are spelled out where names would be the same otherwise.
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if slash != "/":
+        parts = [part.replace("~", "~0").replace("/", slash) for part in parts]
     return "/".join(parts) or "params"
+
+
+def _in_modules(params: Any) -> list[bool]:
+    """For every leaf whether it is a field of a module, or lies below one."""
+    nodes = jax.tree.leaves(params, is_leaf=_is_module)
+    return [_is_module(node) for node in nodes for _ in jax.tree.leaves(node)]
+
+
+def _is_module(node: Any) -> bool:
+    if isinstance(node, jax.tree_util.Partial) or jax.tree_util.all_leaves([node]):
+        return False
+    equinox = sys.modules.get("equinox")
+    return callable(node) or (equinox is not None and isinstance(node, equinox.Module))

@@ -170,7 +170,7 @@ def to_guide(
     gaussian = check_gaussian(gaussian, loss.dim, "to_guide")
     source = loss.source if isinstance(loss.source, ModelSource) else None
     guide = GaussianGuide(gaussian, source, prefix, trainable)
-    taken = set(loss.names) & {guide.latent_name, *guide.parameters}
+    taken = loss.source.taken_names(loss.arguments) & {guide.latent_name, *guide.parameters}
     if taken or not prefix:
         raise ValueError(
             f"to_guide: expected a prefix that gives new names, got {prefix!r}, which gives the loss's own "

@@ -99,7 +99,7 @@ def value_and_grad(
         else:
             shared = shift is None
             estimate, gradient = _local_entropy(keys, target, engine, num_samples, shared=shared)
-        return estimate, loss.source.constrain(gradient, *arguments.tree)
+        return estimate, loss.source.tangent(gradient)  # ty: ignore[missing-union-attribute]
 
     return regularized
 

@@ -14,9 +14,11 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
-from numpyro_regloss._one_at_a_time import mapped, needs_one_at_a_time
 from numpyro_regloss._captured import UserFunction
-from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._model_checks import GivenParams, bijection, param_remedy
+from numpyro_regloss._model_data import likelihood_sites, row_sites
+from numpyro_regloss._one_at_a_time import mapped, needs_one_at_a_time
+from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
@@ -27,11 +29,21 @@ DENSITIES = ("joint", "map", "likelihood")
 
 @pytree_dataclass
 class ModelSource:
-    """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name."""
+    """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name.
+
+    Attributes:
+        model: the model.
+        density: one of `DENSITIES`.
+        sites: the latent sites.
+        rows: names of the sites that follow the rows of a minibatch.
+        counted: names of the sites that `density="likelihood"` counts.
+    """
 
     user: UserFunction
     density: str = static_field()
     sites: tuple[Site, ...] = static_field()
+    rows: tuple[str, ...] = static_field(default=())
+    counted: tuple[str, ...] = static_field(default=())
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -49,27 +61,35 @@ class ModelSource:
         return tuple(site.name for site in self.sites)
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
-        """Minus the log density; observed sites count `data_scale` times (rows per row of the batch)."""
+        """Minus the log density; sites of the rows count `data_scale` times (rows per row of the batch)."""
         body = functools.partial(self._value, data_scale)
         return self.user.call(body, x, Partition((args, kwargs)))
 
     def _value(self, data_scale: float, model: Callable, x: Array, arguments: Partition) -> Any:
+        full: Any = None
+        if self.density == "joint":
+            args, kwargs = arguments.tree
+            # Handlers are global: without the block an outer model would count the user's sites again.
+            with handlers.block():
+                full = potential_energy(handlers.seed(model, 0), args, kwargs, self.unravel(x))
+            if data_scale == 1.0:
+                return full
+        terms, _ = self.terms(model, x, arguments)
+        log_probs = {name: jnp.sum(value) for name, value in terms.items()}
+        if full is None:
+            names = self.counted if self.density == "likelihood" else log_probs
+            full = -sum((log_probs[name] for name in names), start=0.0)
+        return full - (data_scale - 1.0) * sum((log_probs[name] for name in self.rows), start=0.0)
+
+    def terms(
+        self, model: Callable, x: Array, arguments: Partition
+    ) -> tuple[dict[str, Array], Any]:
+        """Log probabilities of all sample sites, not summed, and the trace of the model."""
         args, kwargs = arguments.tree
-        unconstrained = self.unravel(x)
-        # Handlers are global: without the block an outer model would count the user's sites again.
         with handlers.block():
             model = handlers.seed(model, 0)
-            joint = self.density == "joint"
-            value = potential_energy(model, args, kwargs, unconstrained) if joint else 0.0
-            if joint and data_scale == 1.0:
-                return value
-            constrained = constrain_fn(model, args, kwargs, unconstrained)
-            log_probs, trace = compute_log_probs(model, args, kwargs, constrained)
-        observed = sum((v for k, v in log_probs.items() if trace[k]["is_observed"]), start=0.0)
-        latent = sum((v for k, v in log_probs.items() if not trace[k]["is_observed"]), start=0.0)
-        if joint:
-            return value - (data_scale - 1.0) * observed
-        return -data_scale * observed - (latent if self.density == "map" else 0.0)
+            constrained = constrain_fn(model, args, kwargs, self.unravel(x))
+            return compute_log_probs(model, args, kwargs, constrained, sum_log_prob=False)
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """Latent sites in their supports, and the model's deterministic sites, by name."""
@@ -78,6 +98,11 @@ class ModelSource:
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The same as `constrain`: a model's parameters already have names."""
         return self.constrain(x, args, kwargs)
+
+    def taken_names(self, arguments: Partition) -> frozenset[str]:
+        """Names of everything in the model: latent, deterministic and observed sites, factors and plates."""
+        ((_, names),) = trace_model(self.model, arguments)[1]
+        return names
 
     def unconstrain(self, sites: dict[str, Array], args: tuple, kwargs: dict) -> Array:
         """The inverse of `constrain`: latent sites in their supports as the flat vector."""
@@ -146,25 +171,52 @@ class ModelSource:
                 "new Loss for data of another size."
             )
 
-    def check_batch(self, arguments: Partition, batch: Partition) -> None:
-        """Refuses models whose latent or observed sites do not follow the rows of a batch.
+    def with_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> "ModelSource":
+        """The same model with the sites that are data.
 
         Args:
             arguments: the full `(args, kwargs)`.
-            batch: shapes of those of a batch.
+            batch: shapes of those of a batch, or None for full batches.
+            is_row: which of the traced arguments are rows.
+
+        Returns:
+            The source with `rows` and `counted`.
 
         Raises:
-            ValueError: if latent sites depend on the rows, or observed ones do not.
+            ValueError: if latent sites depend on the rows, observed ones do not, or a site could be either.
         """
-        self.check(batch)
-        full, part = (dict(sizes) for _, sizes in trace_model(self.model, arguments, batch)[1])
-        ratios = {name: (part[name], size) for name, size in full.items() if size}
-        rows = {size / count for count, size in ratios.values()}
-        if len(rows) > 1 or rows == {1.0}:
+        rows: tuple[str, ...] = ()
+        if batch is not None:
+            self.check(batch)
+            rows, observed = row_sites(self, arguments, batch, is_row)
+            counted = tuple(sorted({*rows, *observed}))
+        elif self.density == "likelihood":
+            counted = likelihood_sites(self, arguments)
+        else:
+            counted = ()
+        return replace_fields(self, rows=rows, counted=counted)
+
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
+        """Refuses arguments with which other sites are data.
+
+        Args:
+            arguments: the full `(args, kwargs)`.
+            batch: shapes of those of a batch, or None for full batches.
+            is_row: which of the traced arguments are rows.
+
+        Raises:
+            ValueError: if they differ from those at construction.
+        """
+        found = self.with_data(arguments, batch, is_row)
+        if (found.rows, found.counted) != (self.rows, self.counted):
             raise ValueError(
-                "Loss.from_model: expected observed sites whose size follows the rows of the minibatch, got "
-                f"{ratios} (of the batch, of all); take plate sizes from the data (len(y)), and name the "
-                "data with argnums."
+                "Loss: the model has other sites of data with these arguments than with those bound in "
+                f"Loss.from_model: expected {self.rows or self.counted}, got {found.rows or found.counted}; build "
+                "a new Loss for such data."
             )
 
     def expand(self, tree: Any) -> Array:
@@ -219,16 +271,16 @@ def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str,
 
 def trace_model(
     model: Callable, *each: Partition
-) -> tuple[UserFunction, list[tuple[tuple[Site, ...], tuple[tuple[str, int], ...]]]]:
-    """Traces a model: its latent and observed sites.
+) -> tuple[UserFunction, list[tuple[tuple[Site, ...], frozenset[str]]]]:
+    """Traces a model: its latent sites, and the names of everything in it.
 
     Args:
         model: a NumPyro model.
         *each: its `(args, kwargs)`, or their shapes, one or several of them.
 
     Returns:
-        The model with what it reads. For each of the arguments the latent sites, sorted by name, and names
-        of the observed ones with the number of their log-probability terms; zero for factors, which have no rows.
+        The model with what it reads. For each of the arguments the latent sites, sorted by name, and the names of
+        latent, deterministic and observed sites, factors and plates.
 
     Raises:
         ValueError: if there is no latent site.
@@ -238,26 +290,26 @@ def trace_model(
 
 def _probe(_: Any, model: Callable, arguments: Partition) -> tuple[Any, Any]:
     args, kwargs = arguments.tree
-    with handlers.block():
+    given = GivenParams()
+    with handlers.block(), given:
         start = handlers.substitute(handlers.seed(model, 0), substitute_fn=_zero)
         trace = handlers.trace(start).get_trace(*args, **kwargs)
-    drawn = [site for site in trace.values() if not _is_drawn(site, trace)]
+    fixed = {name for name, site in trace.items() if name in given.names or _is_drawn(site, trace)}
+    drawn = [site for name, site in trace.items() if name not in fixed]
     sites = tuple(sorted(filter(None, map(_latent, drawn))))
     if not sites:
         raise ValueError(
             "Loss.from_model: expected a model with latent sample sites, got none; give at least one "
             "numpyro.sample statement without obs."
         )
-    samples = {name: site for name, site in trace.items() if site["type"] == "sample"}
-    terms = {name: site["fn"].log_prob(site["value"]) for name, site in samples.items()}
-    observed = tuple(
-        (name, 0 if isinstance(site["fn"], dist.Unit) else math.prod(jnp.shape(terms[name])))
-        for name, site in samples.items()
-        if site["is_observed"]
-    )
+    terms = {
+        name: site["fn"].log_prob(site["value"])
+        for name, site in trace.items()
+        if site["type"] == "sample"
+    }
     # All that the model reads shows in the densities of its sites and in its deterministic values.
     others = [site["value"] for site in trace.values() if site["type"] == "deterministic"]
-    return (terms, others), (sites, observed)
+    return (terms, others), (sites, frozenset(trace))
 
 
 def _is_drawn(site: dict[str, Any], trace: dict[str, Any]) -> bool:
@@ -278,8 +330,7 @@ def _latent(site: dict[str, Any]) -> Site | None:
     if kind in ("param", "mutable") and jax.tree.leaves(site["value"]):
         raise ValueError(
             f"Loss.from_model: expected latent sample sites only, got the {kind} site {name!r}, which "
-            "would stay fixed; write it as a sample site (random_flax_module makes a network's weights "
-            "latent), or write the loss as a function and use Loss.from_function."
+            f"would stay fixed at its start; {param_remedy(kind, name)}."
         )
     if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
         raise ValueError(
@@ -301,14 +352,14 @@ def _latent(site: dict[str, Any]) -> Site | None:
             "marginalize it (numpyro.distributions.MixtureSameFamily, or a sum in numpyro.factor), or "
             "use Loss.from_function with a gradient-free engine."
         )
-    shape = biject_to(distribution.support).inverse_shape(jnp.shape(site["value"]))
+    shape = bijection(site).inverse_shape(jnp.shape(site["value"]))
     return Site(name, tuple(shape))
 
 
 def _zero(site: dict[str, Any]) -> Array | None:
     if site["type"] != "sample" or site["is_observed"] or site["fn"].support.is_discrete:
         return None
-    transform = biject_to(site["fn"].support)
+    transform = bijection(site)
     shape = site["kwargs"].get("sample_shape", ()) + site["fn"].shape()
     return transform(jnp.zeros(transform.inverse_shape(shape)))
 

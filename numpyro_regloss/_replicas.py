@@ -77,6 +77,10 @@ class ReplicaSource:
         """The same as a flat dictionary of sites."""
         return _stack([self.base.named(row, args, kwargs) for row in self._rows(x)])
 
+    def tangent(self, x: Array) -> Any:
+        """A gradient in the structure of `constrain`."""
+        return _stack([self.base.tangent(row) for row in self._rows(x)])
+
     def unconstrain(self, params: Any, args: tuple, kwargs: dict) -> Array:
         """The inverse of `constrain`."""
         rows = [
@@ -92,13 +96,19 @@ class ReplicaSource:
         """One value per flat parameter from what one replica takes."""
         return jnp.tile(self.base.expand(tree), self.num_replicas)
 
+    def taken_names(self, arguments: Partition) -> frozenset[str]:
+        """As of one replica."""
+        return self.base.taken_names(arguments)
+
     def check(self, arguments: Partition) -> None:
         """As one replica does."""
         self.base.check(arguments)
 
-    def check_batch(self, arguments: Partition, batch: Partition) -> None:
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
         """As one replica does."""
-        self.base.check_batch(arguments, batch)
+        self.base.check_data(arguments, batch, is_row)
 
     def _rows(self, x: Array) -> Array:
         return x.reshape(self.num_replicas, -1)
@@ -169,9 +179,9 @@ class Tied:
 
 
 def _stack(trees: list[Any]) -> Any:
-    # Functions among the parameters (activations) are no arrays and are the same in all replicas.
-    return jax.tree.map(lambda *a: a[0] if callable(a[0]) else jnp.stack(a), *trees)
+    # Functions and settings among the parameters are no arrays, and the same in all replicas.
+    return jax.tree.map(lambda *a: jnp.stack(a) if hasattr(a[0], "shape") else a[0], *trees)
 
 
 def _pick(tree: Any, index: int) -> Any:
-    return jax.tree.map(lambda a: a if callable(a) else a[index], tree)
+    return jax.tree.map(lambda a: a[index] if hasattr(a, "shape") else a, tree)

@@ -156,7 +156,23 @@ def _of_sites(
         return jnp.concatenate(flat, -1), flat_labels(tuple(order))
     flatten = loss.unconstrain if space == "constrained" else loss.source.ravel
     rows = {name: array.reshape(-1, *array.shape[num_leading:]) for name, array in arrays.items()}
-    return jax.vmap(flatten)(rows).reshape(*lead, loss.dim), loss.flat_names
+    flat = jax.vmap(flatten)(rows).reshape(*lead, loss.dim)
+    if space == "constrained" and is_concrete((flat, rows)):
+        _check_supports(flat, arrays, loss, what)
+    return flat, loss.flat_names
+
+
+def _check_supports(flat: Array, arrays: dict[str, Array], loss: Loss, what: str) -> None:
+    bad = ~np.isfinite(np.asarray(flat))
+    given = all(np.isfinite(np.asarray(array)).all() for array in arrays.values())
+    if given and bad.any():
+        places = np.flatnonzero(bad.reshape(-1, loss.dim).any(0))
+        names = sorted({loss.flat_names[place].partition("[")[0] for place in places})
+        raise ValueError(
+            f"{what}: expected draws of the sites {names} within their supports, got {bad.any(-1).sum()} of "
+            f"{bad.any(-1).size} draws outside or on the boundary. If the draws are unconstrained, write "
+            'space="unconstrained".'
+        )
 
 
 def _refuse_score_of_sites(score: Any, what: str) -> None:

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sites by name as one flat vector, in a given order, and the labels of its entries."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 
 from numpyro_regloss._typing import Array
 
-__all__ = ["Site", "check_sites", "flat_labels", "ravel_sites"]
+__all__ = ["Site", "check_sites", "flat_labels", "ravel_sites", "unique_names"]
 
 
 class Site(NamedTuple):
@@ -63,9 +65,33 @@ def ravel_sites(sites: dict[str, Any], order: tuple[Any, ...]) -> Array:
 
 
 def flat_labels(order: tuple[Any, ...]) -> tuple[str, ...]:
-    """One label per flat parameter: `site`, or `site[i,j]`, from names and shapes."""
+    """One label per flat parameter: `site`, or `site[i,j]`, from names and shapes; all of them different."""
     labels = []
     for site in order:
         indices = [f"[{','.join(map(str, index))}]" for index in np.ndindex(*site.shape)]
         labels += [site.name + index if site.shape else site.name for index in indices]
-    return tuple(labels)
+    return unique_names(labels)
+
+
+def unique_names(names: Sequence[str], longer: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The same names, of which those that occur more than once are told apart.
+
+    Args:
+        names: in order.
+        longer: what each is called if it is not the only one. Default: the same.
+
+    Returns:
+        Names that all differ; those that still do not get underscores at the end.
+    """
+    counts = Counter(names)
+    taken = {name for name, count in counts.items() if count == 1}
+    unique = []
+    for name, other in zip(names, longer or names, strict=True):
+        chosen = name
+        if counts[name] > 1:
+            chosen = other
+            while chosen in taken:
+                chosen += "_"
+            taken.add(chosen)
+        unique.append(chosen)
+    return tuple(unique)

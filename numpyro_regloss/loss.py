@@ -14,17 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_regloss._arguments import Arguments, explain
-from numpyro_regloss._checks import check_key
+from numpyro_regloss._checks import check_key, check_own_names
 from numpyro_regloss._function_source import FunctionSource, flatten_params
+from numpyro_regloss._model_data import check_rows
+from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
 from numpyro_regloss._one_at_a_time import needs_one_at_a_time, one_at_a_time
 from numpyro_regloss._pytree import (
     Partition,
+    is_concrete,
     pytree_dataclass,
     replace_fields,
     static_field,
     with_context_axes,
 )
-from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.minibatch import Minibatch
 
@@ -71,7 +73,9 @@ class Loss:
         Args:
             fn: the loss. It need not be differentiable for gradient-free engines, and may return
                 integers.
-            params: starting values, any pytree of floating-point arrays.
+            params: starting values, any pytree of floating-point arrays and floats. In a module (of equinox, or
+                any pytree that can be called) only arrays are trained, as equinox has it: Python numbers among its
+                fields, such as a rate of 0.1, stay as they are.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
             **kwargs: the same, by name.
@@ -94,6 +98,7 @@ class Loss:
             raise TypeError(
                 f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
             )
+        check_own_names(fn, {"minibatch": minibatch}, 1 + len(args), "Loss.from_function")
         x0, structure, sites = flatten_params(params)
         trace = functools.partial(FunctionSource.trace, fn, (structure, sites), x0)
         arguments, source = Arguments(fn, 1).bind(args, kwargs, trace, _checked(minibatch), "loss")
@@ -116,10 +121,12 @@ class Loss:
             *args: the model's arguments, bound as defaults.
             density: `"joint"`: the potential energy that NUTS sees, with the Jacobian of the
                 constraints; `"map"`: without it, so that the minimizer is the maximum a posteriori;
-                `"likelihood"`: observed (and factor) sites only.
-            minibatch: which arguments are data. Observed sites then count `rows / batch_size` times,
-                so that the loss of a batch estimates the full loss without bias; every observed site
-                must be data.
+                `"likelihood"`: observed sites only, and factors of the same data (a factor that depends
+                on no argument is a prior, and so are those of NumPyro's reparametrizers).
+            minibatch: which arguments are data. What has one term per row then counts `rows /
+                batch_size` times, so that the loss of a batch estimates the full loss without bias.
+                Sites that do not depend on the rows count once. Others are refused: sums over the rows
+                in one term, priors that read the data, data that the model standardizes.
             rng_key: draws the start uniformly in (-2, 2), as NumPyro does. Default: zero in
                 unconstrained coordinates.
             **kwargs: the model's keyword arguments.
@@ -131,7 +138,7 @@ class Loss:
         Raises:
             TypeError: if `model` cannot be called or does not fit its arguments, or the key is not one.
             ValueError: if `density` is unknown; if the model has no latent sites, discrete ones,
-                `param` or `mutable` sites or subsampled plates.
+                `param` or `mutable` sites or subsampled plates; if a site could be data or a prior.
 
         Example:
             >>> import numpyro, numpyro.distributions as dist
@@ -146,23 +153,25 @@ class Loss:
             raise TypeError(
                 f"Loss.from_model: expected a NumPyro model, got {type(model).__name__}."
             )
+        own = {"density": None if density == "joint" else density, "minibatch": minibatch}
+        check_own_names(model, {**own, "rng_key": rng_key}, len(args), "Loss.from_model")
         if density not in DENSITIES:
             raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
         trace = functools.partial(trace_model, model)
-        arguments, (user, ((sites, observed), *_)) = Arguments(model, 0).bind(
+        arguments, (user, ((sites, _), *_)) = Arguments(model, 0).bind(
             args, kwargs, trace, _checked(minibatch), "model"
         )
-        if density == "likelihood" and not observed:
-            raise ValueError(
-                "Loss.from_model: expected observed sites for density='likelihood', got none; pass the data "
-                "(obs=...), or use density='joint'."
-            )
         source = ModelSource(user, density, sites)
+        split = _split(minibatch, arguments)
+        source = explain(lambda: source.with_data(arguments, *split), "loss of a minibatch")
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
             rng_key = check_key(rng_key, "Loss.from_model: rng_key")
             x0 = jax.random.uniform(rng_key, x0.shape, x0.dtype, -2.0, 2.0)
-        return cls._checked(x0, arguments, source, minibatch)
+        loss = cls._checked(x0, arguments, source, minibatch)
+        if minibatch is not None and is_concrete(arguments):
+            explain(lambda: check_rows(source, arguments, split[1], minibatch.batch_size), "model")
+        return loss
 
     @property
     def dim(self) -> int:
@@ -267,8 +276,9 @@ class Loss:
             A scalar in JAX's default float.
 
         Raises:
-            ValueError: if `x` is of another shape.
+            ValueError: if `x` is of another shape, or x64 was switched after the loss was built.
         """
+        self.check_precision("Loss")
         self._check_point(x)
         x, arguments = with_context_axes(x), with_context_axes(arguments, divided=True)
         leaves, structure = jax.tree.flatten((self.source, x, arguments))
@@ -304,6 +314,23 @@ class Loss:
         """
         self.source.user.check()
 
+    def check_precision(self, what: str) -> None:
+        """Refuses a loss that was built before x64 was switched on or off.
+
+        Args:
+            what: begins the error message.
+
+        Raises:
+            ValueError: if its start has another float type than JAX's default.
+        """
+        built, now = self.x0.dtype, jnp.result_type(float)
+        if built != now:
+            raise ValueError(
+                f"{what}: expected a Loss in JAX's default float, {now}, got one that was built in {built}: "
+                "x64 was switched (jax_enable_x64) after that. Build the Loss and the optimizer again, or switch "
+                "x64 before."
+            )
+
     @classmethod
     def _checked(
         cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
@@ -320,10 +347,8 @@ class Loss:
             )
 
     def _check_value(self) -> None:
-        if self.minibatch is not None:
-            self.minibatch.num_rows(self.arguments)
-            batch = jax.eval_shape(self.minibatch.draw, jax.random.key(0), self.arguments)
-            explain(lambda: self.source.check_batch(self.arguments, batch), "loss of a minibatch")
+        split = _split(self.minibatch, self.arguments)
+        explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
         out = explain(lambda: _raw_value.eval_shape(self), "loss")
         if not hasattr(out, "shape") or out.shape != ():
@@ -338,11 +363,23 @@ class Loss:
             )
 
     def __repr__(self) -> str:
-        """Kind, size and bound arguments, without data."""
+        """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
         kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
+        names = getattr(self.source, "fixed_names", ())
+        fixed = f", fixed={names}" if names else ""
         return (
-            f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch})"
+            f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch}"
+            f"{fixed})"
         )
+
+
+def _split(minibatch: Any, arguments: Partition) -> tuple[Partition | None, tuple[bool, ...]]:
+    """Shapes of the arguments of a batch, None without one, and which of the traced ones are its rows."""
+    if minibatch is None:
+        return None, ()
+    minibatch.num_rows(arguments)
+    batch = jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)
+    return batch, minibatch.is_row(arguments)
 
 
 @jax.jit

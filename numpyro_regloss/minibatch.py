@@ -104,6 +104,10 @@ class Minibatch:
         picks = iter(flags)
         return arguments.map(lambda leaf: _rows(leaf, index) if next(picks) else leaf)
 
+    def is_row(self, arguments: Partition) -> tuple[bool, ...]:
+        """Which of the traced arguments are data."""
+        return tuple(self._select(arguments)[0])
+
     def times(self, count: int) -> "Minibatch":
         """The same data in batches `count` times as large."""
         return dataclasses.replace(self, batch_size=count * self.batch_size)

@@ -9,10 +9,8 @@ and Heat Regularization in Deep Learning", Entropy 21(5), 511.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -45,7 +43,8 @@ class RegularizedLoss:
 
     Raises:
         TypeError: if `loss` is not a `Loss` or `reference` not a `Gaussian`.
-        ValueError: if shapes do not fit, the scale is not positive, or the temperature is not.
+        ValueError: if shapes do not fit, the scale is not positive, or the temperature is not; if x64 was
+            switched after the loss was built.
 
     Example:
         >>> from numpyro_regloss import Gaussian
@@ -74,6 +73,7 @@ class RegularizedLoss:
                 f"RegularizedLoss: expected a Loss, got {type(loss).__name__}; build one with "
                 "Loss.from_function or Loss.from_model."
             )
+        loss.check_precision("RegularizedLoss")
         if reference is not None:
             reference = check_gaussian(reference, loss.dim, "RegularizedLoss", "reference")
         temperature = check_positive(temperature, "RegularizedLoss: temperature")
@@ -163,7 +163,8 @@ def model(target: RegularizedLoss) -> None:
     Sites: `eps` ~ N(0, I) of shape `(dim,)`; `x` = mean + scale eps, deterministic; the user's
     parameters (and deterministic sites) by name, deterministic; the factor `minus_energy`. Without a
     reference `x` itself is latent, with a flat improper prior. Where one of these names is taken by
-    the user's own sites, ours gets a trailing underscore.
+    anything in the user's own model, an observed site or a plate among it, ours gets a trailing
+    underscore: so the samples go into `Predictive` of either model.
 
     Its log joint in `eps` is `target.log_density(x)` plus `target.reference.log_det`.
 
@@ -190,7 +191,7 @@ def model(target: RegularizedLoss) -> None:
             "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)) as the model's only argument."
         )
     target.loss.check_captured()
-    taken = _user_sites(target)
+    taken = target.loss.source.taken_names(target.arguments)
     name = _free("x", taken)
     if target.reference is None:
         x = numpyro.sample(name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
@@ -205,21 +206,16 @@ def model(target: RegularizedLoss) -> None:
 
 
 def latent_name(target: RegularizedLoss) -> str:
-    """Name of the whitened latent site of `model`: `eps`, unless the user has such a site."""
-    return _free("eps", _user_sites(target))
+    """Name of the whitened latent site of `model`: `eps`, unless the user's model has that name."""
+    return _free("eps", target.loss.source.taken_names(target.arguments))
 
 
 def x_name(target: RegularizedLoss) -> str:
-    """Name of the site of `model` with the flat parameters: `x`, unless the user has such a site."""
-    return _free("x", _user_sites(target))
+    """Name of the site of `model` with the flat parameters: `x`, unless the user's model has that name."""
+    return _free("x", target.loss.source.taken_names(target.arguments))
 
 
-def _user_sites(target: RegularizedLoss) -> set[str]:
-    named = partial(target.loss.named_sites, arguments=target.arguments)
-    return set(jax.eval_shape(named, target.loss.x0))
-
-
-def _free(name: str, taken: set[str]) -> str:
+def _free(name: str, taken: frozenset[str]) -> str:
     while name in taken:
         name += "_"
     return name

@@ -149,6 +149,7 @@ class TwoStep:
         """
         rng_key = check_key(rng_key, "TwoStep")
         self.loss.check_captured()
+        self.loss.check_precision("TwoStep.init")
         arguments = self.loss.bind(args, kwargs)
         state, value, gradient_ok = _explain(_outer_step.init_state, self, rng_key, arguments)
         if is_concrete(value):
@@ -233,9 +234,15 @@ class TwoStep:
             RejectedError: if every step was rejected.
         """
         check_count(num_steps, "TwoStep.run: num_steps")
+        self.loss.check_precision("TwoStep.run")
         if callback is not None and not callable(callback):
             raise TypeError(
                 f"TwoStep.run: expected callback(state, info), got {type(callback).__name__}."
+            )
+        if not isinstance(progress_bar, bool | np.bool_):
+            raise TypeError(
+                f"TwoStep.run: expected progress_bar as True or False, got {progress_bar!r}; bind an argument of "
+                "the loss of that name in Loss.from_function or Loss.from_model."
             )
         if not is_concrete((self, rng_key, args, kwargs, init_state)):
             raise TypeError(
@@ -336,10 +343,18 @@ class TwoStep:
 
     def _checked_state(self, state: Any, arguments: Partition, what: str) -> TwoStepState:
         _check_kind(state, what)
+        self.loss.check_precision(what.partition(":")[0])
         if np.shape(state.reference.mean) != (self.loss.dim,):
             raise ValueError(
                 f"{what}: expected that of a loss with {self.loss.dim} parameters, got shape "
                 f"{np.shape(state.reference.mean)}; it belongs to another loss."
+            )
+        dtype, _ = _type_of(state.reference.mean)
+        if dtype != self.loss.x0.dtype and jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{what}: expected a state in JAX's default float, {self.loss.x0.dtype}, got one in {dtype}: "
+                "x64 was switched (jax_enable_x64) after it was made. Switch x64 back, or start anew with "
+                "TwoStep.init."
             )
         expected = _outer_step.init_state.eval_shape(self, state.rng_key, arguments)[0]
         types, found = (jax.tree.map(_type_of, tree) for tree in (expected, state))

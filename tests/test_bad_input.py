@@ -16,6 +16,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from numpyro.infer.reparam import LocScaleReparam
 
 import numpyro_regloss as regloss
 from numpyro_regloss import (
@@ -65,6 +66,43 @@ def with_param(y):
     s = numpyro.param("s", 1.0)
     m = numpyro.sample("m", dist.Normal(0.0, 1.0))
     numpyro.sample("y", dist.Normal(m, s), obs=y)
+
+
+def with_learned_centering(y):
+    with numpyro.handlers.reparam(config={"a": LocScaleReparam()}):
+        a = numpyro.sample("a", dist.Normal(1.0, 2.0))
+    numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def with_network(y):
+    weights = numpyro.param("net$params", {"w": jnp.ones(2)})
+    m = numpyro.sample("m", dist.Normal(weights["w"].sum(), 1.0))
+    numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
+def on_the_sphere(y):
+    direction = numpyro.sample("direction", dist.ProjectedNormal(jnp.ones(2)))
+    numpyro.sample("y", dist.Normal(direction[0], 1.0), obs=y)
+
+
+class Odd(dist.Normal):
+    """A distribution whose support NumPyro cannot map."""
+
+    support = type("Odd", (), {"is_discrete": False})()
+
+
+def without_bijection(y):
+    a = numpyro.sample("a", Odd(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def named_as_ours(y, density=1.0, rng_key=0.0):
+    m = numpyro.sample("m", dist.Normal(rng_key, density))
+    numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
+def needs_density(y, density):
+    named_as_ours(y, density)
 
 
 def with_mutable(y):
@@ -230,6 +268,11 @@ CATALOGUE = {
         ValueError,
         "finite starting values",
     ),
+    "progress bar of the loss's own": (
+        lambda: scheme().run(KEY, 2, progress_bar=0.5),
+        TypeError,
+        "progress_bar as True or False",
+    ),
     "set as data": (function(lambda x, d: x.sum(), None, {1, 2}), TypeError, "got set"),
     "object as data": (function(lambda x, d: x.sum(), None, object()), TypeError, "got object"),
     "dates as data": (
@@ -247,6 +290,39 @@ CATALOGUE = {
     "model without latents": (from_model(no_latents), ValueError, "got none"),
     "discrete latents": (from_model(discrete), ValueError, "marginalize"),
     "param site": (from_model(with_param), ValueError, "param site 's'"),
+    "learned centering": (
+        from_model(with_learned_centering),
+        ValueError,
+        r"LocScaleReparam\(0.2\).*handlers.lift",
+    ),
+    "weights that are not latent": (from_model(with_network), ValueError, "random_flax_module"),
+    "param site, its remedies": (
+        from_model(with_param),
+        ValueError,
+        r"handlers.lift.*handlers.substitute\(model, data=\{'s'",
+    ),
+    "site on a sphere": (from_model(on_the_sphere), ValueError, "ProjectedNormalReparam"),
+    "site without a bijection": (
+        from_model(without_bijection),
+        ValueError,
+        "'a' with Odd.*reparam",
+    ),
+    "density of the model's own": (
+        from_model(named_as_ours, np.zeros(6), density=2.0),
+        TypeError,
+        r"'density'.*by position.*functools.partial",
+    ),
+    "key of the model's own": (
+        from_model(named_as_ours, np.zeros(6), rng_key=0.5),
+        TypeError,
+        r"'rng_key'.*functools.partial",
+    ),
+    "density that the model needs": (from_model(needs_density), TypeError, "'density'"),
+    "minibatch of the function's own": (
+        function(lambda x, minibatch=1: x.sum(), minibatch=2),
+        TypeError,
+        "'minibatch'.*by position",
+    ),
     "mutable site": (from_model(with_mutable), ValueError, "mutable site 'count'"),
     "subsampled plate": (from_model(subsampled), ValueError, "Minibatch"),
     "delta site": (from_model(delta_site), ValueError, "numpyro.deterministic"),

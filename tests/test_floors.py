@@ -28,6 +28,8 @@ FLOORS = {
     "_estimate": 1,
     "_one_at_a_time": 1,
     "_sites": 1,
+    "_model_data": 1,
+    "_model_checks": 1,
     "_control_variates": 1,
     "_factor_analysis": 1,
     "_threefry": 1,

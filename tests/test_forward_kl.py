@@ -441,6 +441,14 @@ BAD = [
     (lambda: forward_kl({"a": np.arange(3.0)}, score=np.zeros(3)), ValueError, "score only"),
     (lambda: forward_kl(np.eye(4), loss=SKEWED), ValueError, "3 flat"),
     (lambda: forward_kl(np.eye(3), space="flat"), ValueError, "space"),
+    (
+        lambda: forward_kl(
+            {"a_effect": np.ones((5, 2)), "b_scale": np.linspace(-1, 1, 5)},
+            loss=Loss.from_model(model, y=1.0),
+        ),
+        ValueError,
+        r"\['b_scale'\] within their supports, got 3 of 5.*space=\"unconstrained\"",
+    ),
     (lambda: forward_kl(np.eye(3), control_variates="best"), ValueError, "control_variates"),
     (lambda: forward_kl(MCMC(NUTS(model), num_warmup=1, num_samples=1)), ValueError, "has run"),
 ]

@@ -1,7 +1,9 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import functools
 import pickle
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,11 @@ import numpyro.distributions as dist
 import pytest
 from conftest import Counter
 from jax import random
-from numpyro.infer.util import initialize_model
+from numpyro import handlers
+from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.util import initialize_model, log_density, potential_energy
 
-from numpyro_regloss import Loss, Minibatch
+from numpyro_regloss import Loss, Minibatch, schemes, values
 
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -109,6 +113,72 @@ def test_callable_pytrees_are_leaves():
     np.testing.assert_allclose([loss.value(loss.x0), other.value(other.x0)], [3.0, 7.0])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Network:
+    """A module as equinox has them: a pytree that is called, with settings among its leaves."""
+
+    weight: jax.Array
+    activation: Callable
+    rate: float = 0.1
+    inference: bool = True
+    layers: tuple = ({"offset": 0.5, "scale": np.ones(2)},)
+
+    def __call__(self, x):
+        if not self.inference:
+            raise AssertionError
+        return self.activation(self.weight * x).sum() + self.rate * self.layers[0]["scale"].sum()
+
+
+def check_settings_stay(network, names, fixed):
+    loss = Loss.from_function(lambda net, x: net(x) ** 2, network, jnp.ones(2))
+    assert loss.names == names
+    assert f"fixed={fixed}" in repr(loss)
+    moved = loss.constrain(loss.x0 + 1.0)
+    assert moved.rate == 0.1
+    assert isinstance(moved.rate, float)
+    np.testing.assert_allclose(moved.weight, network.weight + 1.0)
+    np.testing.assert_allclose(loss.unconstrain(moved), loss.x0 + 1.0)
+    return loss
+
+
+def test_settings_of_modules_are_no_parameters():
+    network = Network(jnp.array([1.0, 2.0]), jnp.tanh)
+    names = ("weight", "layers/0/scale")
+    loss = check_settings_stay(network, names, ("rate", "inference", "layers/0/offset"))
+    estimate, gradient = values.value_and_grad(loss, 0.1, num_samples=100)(network, random.key(0))
+    assert np.isfinite(estimate.value)
+    assert (gradient.rate, gradient.inference) == (0.0, False)
+    # Another setting is another program; in a plain pytree floats are parameters.
+    other = Loss.from_function(
+        loss.source.fn.tree, dataclasses.replace(network, rate=1), jnp.ones(2)
+    )
+    assert jax.tree.structure(other) != jax.tree.structure(loss)
+    assert Loss.from_function(lambda p: p["net"](1.0) * p["a"], {"net": network, "a": 1.0}).dim == 5
+    with pytest.raises(ValueError, match="in a module as arrays"):
+        Loss.from_function(lambda net: net.rate, Network(0.5, jnp.tanh, layers=()))
+    replicas = schemes.parle(loss, 0.1, num_replicas=2).loss
+    assert replicas.constrain(replicas.x0).rate == 0.1
+
+
+def test_settings_of_equinox_modules():
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        weight: jax.Array
+        dropout: eqx.nn.Dropout
+        rate: float = 0.1
+
+        def __call__(self, x):
+            return jnp.sum(self.dropout(self.weight * x)) + self.rate
+
+    check_settings_stay(
+        Net(jnp.ones(2), eqx.nn.Dropout(0.5, inference=True)),
+        ("weight",),
+        ("dropout/p", "dropout/inference", "rate"),
+    )
+
+
 @pytest.mark.parametrize(
     "model_args", [(eight_schools, (8, SIGMA, Y)), (simplex_model, (np.array([3, 1, 2]),))]
 )
@@ -125,6 +195,61 @@ def test_joint_density_is_what_nuts_sees(model_args):
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+def with_param(y):
+    s = numpyro.param("s", 2.0, constraint=dist.constraints.positive)
+    a = numpyro.sample("a", dist.Normal(0.0, s))
+    numpyro.sample("y", dist.Normal(a, s), obs=y)
+
+
+def learned_centering(y):
+    t = numpyro.sample("t", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", 3), numpyro.handlers.reparam(config={"a": LocScaleReparam()}):
+        a = numpyro.sample("a", dist.Normal(0.5, t))
+    numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        handlers.substitute(with_param, data={"s": 3.0}),
+        handlers.lift(with_param, prior={"s": dist.Gamma(2.0, 1.0)}),
+        handlers.lift(learned_centering, prior={"a_centered": dist.Uniform(0.0, 1.0)}),
+        handlers.substitute(learned_centering, data={"a_centered": 0.3}),
+        handlers.substitute(
+            handlers.reparam(with_param, {"a": LocScaleReparam(0.2)}), data={"s": 0.7}
+        ),
+    ],
+)
+def test_param_sites_given_or_lifted(model):
+    y = np.array([0.5, -1.0, 2.0])
+    x = 0.3 * jnp.cos(jnp.arange(5.0))
+    loss = Loss.from_model(model, y)
+    x = x[: loss.dim]
+    sites = loss.source.unravel(x)
+    potential = potential_energy(handlers.seed(model, 0), (y,), {}, sites)
+    np.testing.assert_allclose(loss.value(x), potential, rtol=1e-6)
+    latent = {name: loss.constrain(x)[name] for name in loss.names}
+    log_joint, _ = log_density(model, (y,), {}, latent)
+    mode = Loss.from_model(model, y, density="map")
+    np.testing.assert_allclose(mode.value(x), -log_joint, rtol=1e-6)
+
+
+def test_names_of_ours_in_the_users_function():
+    def model(y, density=1.0):
+        m = numpyro.sample("m", dist.Normal(0.0, density))
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    x = jnp.ones(1)
+    value = Loss.from_model(model, 1.0, 2.0).value(x)
+    bound = functools.partial(model, density=2.0)
+    for density in ("joint", "map"):  # of one real site: the same
+        np.testing.assert_allclose(Loss.from_model(bound, 1.0, density=density).value(x), value)
+        np.testing.assert_allclose(
+            Loss.from_model(model, 1.0, 2.0, density=density).value(x), value
+        )
+    assert Loss.from_model(model, 1.0).value(x) < value
 
 
 def test_densities_differ_by_jacobian_and_prior():

@@ -19,7 +19,8 @@ from test_gaussian import gaussians
 from test_loss import SIGMA, Y, eight_schools
 
 import numpyro_regloss as regloss
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems, to_guide
+from numpyro_regloss._site_labels import label_sites
 
 pytestmark = pytest.mark.both
 
@@ -129,7 +130,50 @@ def test_sites_that_clash_are_renamed():
     assert set(trace) == {"eps_", "x_", "minus_energy_", "eps", "x", "minus_energy"}
 
 
-def test_arviz_reads_it():
+def test_no_site_has_the_name_of_data():
+    def observed(x=None):
+        m = numpyro.sample("m", dist.Normal(0, 1))
+        with numpyro.plate("minus_energy", 3):
+            eps = numpyro.sample("eps", dist.Normal(m, 1), obs=x)
+            numpyro.sample("x", dist.Normal(eps, 1e-3), obs=x)
+
+    data = jnp.array([4.0, 5.0, 6.0])
+    loss = Loss.from_model(observed, data)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    samples = Predictive(regloss.model, num_samples=7)(random.key(0), target)
+    assert set(samples) == {"eps_", "x_", "m", "minus_energy_"}
+    # Samples of the one model go into the other: nothing is taken for data.
+    again = Predictive(regloss.model, samples)(random.key(1), target)
+    np.testing.assert_allclose(again["m"], samples["m"])
+    predicted = Predictive(observed, samples)(random.key(2))
+    assert predicted["x"].shape == predicted["eps"].shape == (7, 3)
+    flat = numpyro.handlers.substitute(regloss.model, data={"x_": jnp.zeros(1)})
+    trace = numpyro.handlers.trace(flat).get_trace(RegularizedLoss(loss))
+    assert set(trace) == {"x_", "m", "minus_energy_"}
+    with pytest.raises(ValueError, match=r"loss's own \['_eps_latent'\]"):
+        to_guide(target.reference, Loss.from_model(clashing_guide, data), prefix="eps")
+
+
+def clashing_guide(y):
+    m = numpyro.sample("m", dist.Normal(0, 1))
+    with numpyro.plate("_eps_latent", len(y)):
+        numpyro.sample("y", dist.Normal(m, 1), obs=y)
+
+
+def test_paths_of_the_same_name():
+    params = {"a": {"b": 1.0}, "a/b": 2.0, "c": jnp.array([3.0]), "c[0]": 4.0}
+    loss = Loss.from_function(
+        lambda p: p["a"]["b"] + 10 * p["a/b"] + 100 * p["c"][0] + 1000 * p["c[0]"], params
+    )
+    assert loss.names == ("a/b", "a~1b", "c", "c[0]")
+    assert loss.flat_names == ("a/b", "a~1b", "c[0]", "c[0]_")
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    samples = Predictive(regloss.model, num_samples=5)(random.key(0), target)
+    named = {name: samples[name] for name in loss.names}
+    np.testing.assert_allclose(jax.vmap(loss.unconstrain)(named), samples["x"])
+    labels = label_sites(loss, loss.bind(), "test", rename={"c[0]": "d"})
+    assert [site.variable for site in labels.sites] == ["a.b", "a~1b", "c", "d"]
+    assert list(labels.flat) == ["a/b", "a~1b", "c[0]", "d"]
     with warnings.catch_warnings():
         # ArviZ 0.23 announces its refactoring once a day at import.
         warnings.simplefilter("ignore", FutureWarning)

@@ -19,7 +19,20 @@ from jax import random
 from test_engines import random_quadratic
 from test_loss import SIGMA, Y, eight_schools
 
-from numpyro_regloss import Loss, Minibatch, RejectedError, TwoStep, fit, problems, schemes, shift
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    Minibatch,
+    RegularizedLoss,
+    RejectedError,
+    TwoStep,
+    fit,
+    problems,
+    reverse_kl,
+    schemes,
+    shift,
+    values,
+)
 
 PROBLEM = random_quadratic(3, seed=20)
 CHEAP = shift.Importance(num_samples=400)
@@ -316,6 +329,40 @@ def test_minimize_in_one_call():
         random.key(0), PROBLEM.loss, np.zeros(3), num_steps=60, tau=2.0, scheme=schemes.heat
     )
     assert PROBLEM.loss(jnp.asarray(heat.params)) < 0.05 * PROBLEM.loss(jnp.zeros(3))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_x64_switched_after_a_loss_was_built(before):
+    def build():
+        loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), np.zeros(2))
+        optimizer = TwoStep(loss, 0.1, shift.Importance(20), fit.ForwardKL())
+        target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+        return loss, optimizer, target, optimizer.init(random.key(0))
+
+    with jax.enable_x64(before):
+        loss, optimizer, target, state = build()
+    with jax.enable_x64(not before):
+        key = random.key(0)
+        doors = {
+            "TwoStep.init": lambda: optimizer.init(key),
+            "TwoStep.run": lambda: optimizer.run(key, 2, progress_bar=False),
+            "TwoStep.step": lambda: optimizer.step(state),
+            "TwoStep.scan": lambda: optimizer.scan(state, 2),
+            "TwoStep.draw": lambda: optimizer.draw(key, state),
+            "RegularizedLoss": lambda: RegularizedLoss(loss),
+            "Loss": lambda: loss.value(loss.x0),
+            "Loss:": lambda: values.heat(key, target),
+            "Loss: ": lambda: reverse_kl(key, target),
+        }
+        for door, call in doors.items():
+            with pytest.raises(ValueError, match=f"{door}.*x64.*Build the Loss and the optimizer"):
+                call()
+        again = build()[1]
+        with pytest.raises(ValueError, match="expected a state in JAX's default float.*start anew"):
+            again.run(key, 2, init_state=state, progress_bar=False)
+        assert again.run(key, 2, progress_bar=False).history.ok.all()
+        # What was found before can still be looked at.
+        np.testing.assert_array_equal(optimizer.get_params(state), np.zeros(2))
 
 
 def test_double_precision(x64):
