@@ -15,13 +15,21 @@ from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Key
 
 __all__ = [
+    "WITHOUT_GRADIENTS",
     "check_choice",
     "check_count",
+    "check_integers",
     "check_key",
     "check_optimizer",
     "check_positive",
     "check_schedule",
+    "follow",
 ]
+
+WITHOUT_GRADIENTS = (
+    'shift.Importance or shift.SMC(moves="crank_nicolson") with fit.ForwardKL, or '
+    'fit.RobbinsMonro(gradient="score")'
+)
 
 
 def check_count(value: Any, what: str, minimum: int = 1) -> int:
@@ -61,6 +69,30 @@ def check_choice(value: Any, what: str, choices: tuple[Any, ...]) -> None:
         value is choice or (isinstance(value, str) and value == choice) for choice in choices
     ):
         raise ValueError(f"{what}: expected one of {choices}, got {value!r}.")
+
+
+def check_integers(names: list[str], loss: Any, what: str, remedy: str = WITHOUT_GRADIENTS) -> None:
+    """Refuses engines that follow gradients where the loss returns integers.
+
+    Args:
+        names: of the engines that do.
+        loss: a `Loss`.
+        what: begins the error message.
+        remedy: what to use instead.
+
+    Raises:
+        TypeError: if there are such engines and it does.
+    """
+    if names and loss.returns_integers:
+        raise TypeError(
+            f"{what}: {follow(names)} gradients, and a loss that returns integers has none; use "
+            f"{remedy}."
+        )
+
+
+def follow(names: list[str]) -> str:
+    """The names of engines and a verb: "NUTS follows", "SGLD and RobbinsMonro follow"."""
+    return f"{' and '.join(names)} follow{'s' if len(names) == 1 else ''}"
 
 
 def check_key(rng_key: Any, what: str) -> Key:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._probe import Probe, probe
 from numpyro_regloss._pytree import Partition, all_finite, strong
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
@@ -109,8 +110,8 @@ def _usable(tau: Array) -> Array:
 @jax.jit
 def init_state(
     optimizer: Any, rng_key: Key, arguments: Partition
-) -> tuple[TwoStepState, Array, Array]:
-    """The first state, the loss at the start, and whether the gradient there is finite if it is used."""
+) -> tuple[TwoStepState, Array, Array, Probe | None]:
+    """The first state, the loss at the start, whether its gradient is finite, and a probe if one is used."""
     key_run, key_shift, key_fit = random.split(rng_key, 3)
     x0 = optimizer.loss.x0
     reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
@@ -124,14 +125,19 @@ def init_state(
         fit=optimizer.fit.init(key_fit, target),
         anchor=optimizer.anchor.init(target),
     )
-    gradient_ok = jnp.asarray(True)
-    if any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+    gradient_ok, found = jnp.asarray(True), None
+    if not any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+        value = target.value(x0)
+    elif optimizer.loss.minibatch is None:
+        found = probe(rng_key, target)
+        value, gradient_ok = found.values[0], found.gradient_finite[0]
+    else:
+        # The start is checked on all rows; passes over them are too dear for the rest.
         value, gradient = jax.value_and_grad(target.value)(x0)
         gradient_ok = jnp.isfinite(gradient).all()
-    else:
-        value = target.value(x0)
+        found = probe(rng_key, target.on_batch(rng_key))
     # Weak types in a fresh state would compile the second step anew.
-    return strong(state), value, gradient_ok
+    return strong(state), value, gradient_ok, found
 
 
 @jax.jit

@@ -12,6 +12,8 @@ integral; that difference and rounding are the uncertainty of the comparison. Pa
 exactly zero at all of these points are then moved alone.
 """
 
+import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
+from numpyro.util import find_stack_level
 
+from numpyro_regloss._checks import WITHOUT_GRADIENTS, follow
 from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.gaussian import AnyGaussian
 
-__all__ = ["Probe", "probe"]
+__all__ = ["Probe", "check_gradient", "probe"]
 
 # Distance of the neighbors, as a share of the offset: rounding asks for a large one, curvature for a small one.
 STEP = 0.125
@@ -36,6 +40,11 @@ AGREEMENT = 0.2
 SAFETY = 3.0
 # Points at which the parameters without a derivative are moved alone.
 NUM_ALONE = 2
+
+
+def _verdict(fn: Callable[[Any], Any]) -> property:
+    # NumPy would warn of differences of infinities and of numbers near overflow.
+    return property(np.errstate(all="ignore")(fn))
 
 
 class Probe(NamedTuple):
@@ -64,37 +73,37 @@ class Probe(NamedTuple):
     num_silent: Array
     dim: Array
 
-    @property
+    @_verdict
     def value(self) -> Any:
         """The loss at the probes, `(probe,)`."""
         return self._of_probes(self.values)[:, 1]
 
-    @property
+    @_verdict
     def difference(self) -> Any:
         """Of the loss between the two neighbors of each probe, `(probe,)`."""
         value = self._of_probes(self.values)
         return value[:, 2] - value[:, 0]
 
-    @property
+    @_verdict
     def slope(self) -> Any:
         """What the gradients say of `difference`, `(probe,)`."""
         middle, ends = self._rules
         return (2 * middle + ends) / 3
 
-    @property
+    @_verdict
     def uncertainty(self) -> Any:
         """By how much `slope` and `difference` may differ, by rounding and by curvature, `(probe,)`."""
         middle, ends = self._rules
         return SAFETY * abs(ends - middle) + self.rounding + 2 * self._of_probes(self.blurs).max(1)
 
-    @property
+    @_verdict
     def rounding(self) -> Any:
         """The largest difference between two values that may be rounding, a scalar."""
         xp = self._xp
         values = xp.where(xp.isfinite(self.values), self.values, 0.0)
         return ROUNDING * np.finfo(self.values.dtype).eps * abs(values).max()
 
-    @property
+    @_verdict
     def varies(self) -> Any:
         """Whether values differ by more than rounding."""
         xp = self._xp
@@ -102,19 +111,19 @@ class Probe(NamedTuple):
         highest = xp.where(finite, self.values, -np.inf).max()
         return highest - xp.where(finite, self.values, np.inf).min() > self.rounding
 
-    @property
+    @_verdict
     def gradient_is_zero(self) -> Any:
         """Whether values differ although all derivatives are exactly zero: gradients tell nothing."""
         return self.varies & (self.num_silent == self.dim)
 
-    @property
+    @_verdict
     def gradient_fails(self) -> Any:
         """Whether values differ and are finite, but no probe has a finite gradient."""
         finite = self._xp.isfinite(self.value)
         with_gradient = finite & self._of_probes(self.gradient_finite)[:, 1]
         return self.varies & finite.any() & ~with_gradient.any()
 
-    @property
+    @_verdict
     def some_gradient_is_zero(self) -> Any:
         """Whether values depend on parameters whose derivative is exactly zero, but others have one."""
         xp = self._xp
@@ -123,21 +132,21 @@ class Probe(NamedTuple):
         some = (self.num_silent > 0) & (self.num_silent < self.dim)
         return some & self.still[-NUM_ALONE:].all() & (change > self.rounding)
 
-    @property
+    @_verdict
     def comparable(self) -> Any:
         """At which probes slope and difference are finite and one of them exceeds the uncertainty, `(probe,)`."""
         xp = self._xp
         larger = xp.maximum(abs(self.difference), abs(self.slope))
         return xp.isfinite(larger) & (larger > self.uncertainty)
 
-    @property
+    @_verdict
     def disagrees(self) -> Any:
         """At which probes slope and difference are clearly different, `(probe,)`."""
         difference, slope = self.difference, self.slope
         larger = self._xp.maximum(abs(difference), abs(slope))
         return self.comparable & (abs(difference - slope) > self.uncertainty + AGREEMENT * larger)
 
-    @property
+    @_verdict
     def gradient_is_wrong(self) -> Any:
         """Whether some derivative is not zero, but at half of the probes or more they clearly disagree."""
         disagrees = self.disagrees
@@ -147,7 +156,7 @@ class Probe(NamedTuple):
     def _xp(self) -> ModuleType:
         return np if is_concrete(tuple(self)) else jnp
 
-    @property
+    @_verdict
     def _rules(self) -> tuple[Any, Any]:
         slope = self._of_probes(self.slopes)
         return 2 * STEP * slope[:, 1], STEP * (slope[:, 0] + slope[:, 2])
@@ -212,6 +221,58 @@ def probe(
         visit, jnp.ones(mean.shape, bool), (index.astype(np.uint32), factor, alone)
     )
     return Probe(*seen, jnp.sum(silent), jnp.asarray(mean.size))
+
+
+def check_gradient(
+    found: Probe, names: list[str], what: str, remedy: str = WITHOUT_GRADIENTS
+) -> None:
+    """Refuses a loss whose gradient is zero everywhere, and warns of one that values contradict.
+
+    Args:
+        found: concrete.
+        names: of the engines that follow gradients.
+        what: begins messages.
+        remedy: what to use instead.
+
+    Raises:
+        ValueError: if values differ, but no derivative is other than zero, or none is finite.
+    """
+    dim = int(found.dim)
+    if found.gradient_is_zero:
+        change = np.ptp(found.values[np.isfinite(found.values)])
+        raise ValueError(
+            f"{what}: {follow(names)} gradients, and those of this loss are exactly zero at all of "
+            f"{found.values.size} points within the reference's width, where its values differ by up to "
+            f"{change:.3g}. The loss is piecewise constant, or something in it stops gradients (floor, round, "
+            f"argmax, comparisons, stop_gradient). Use {remedy}."
+        )
+    if found.gradient_fails:
+        raise ValueError(
+            f"{what}: {follow(names)} gradients, and those of this loss are NaN or infinite at all of "
+            f"{found.value.size} points within the reference's width, where its values are finite. Look for a "
+            "square root, a norm or a division that jnp.where hides from the value but not from the gradient, or "
+            f"use {remedy}."
+        )
+    seen = []
+    if found.some_gradient_is_zero:
+        seen.append(
+            f"the gradient is exactly zero for {int(found.num_silent)} of {dim} parameters, though the loss "
+            "changes when they alone are moved"
+        )
+    if found.gradient_is_wrong:
+        worst = int(np.argmax(np.where(found.disagrees, abs(found.difference - found.slope), -1)))
+        seen.append(
+            f"the gradient says that the loss changes by {found.slope[worst]:.3g} between two points near the "
+            f"start, where it changes by {found.difference[worst]:.3g} (so at {found.disagrees.sum()} of "
+            f"{found.disagrees.size} places)"
+        )
+    if seen:
+        warnings.warn(
+            f"{what}: {follow(names)} gradients, but those of this loss are not what its values say: "
+            f"{'; and '.join(seen)}. If that is meant (straight-through estimators, custom gradients), ignore "
+            f"this; else look for stop_gradient, rounding and comparisons, or use {remedy}.",
+            stacklevel=find_stack_level(),
+        )
 
 
 def _noise(rng_key: Key, index: Array, like: Array) -> Array:

@@ -26,7 +26,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 
-from numpyro_regloss._checks import check_count, check_optimizer
+from numpyro_regloss._checks import check_count, check_integers, check_optimizer
 from numpyro_regloss._optax import adam
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
@@ -149,8 +149,10 @@ class SVI(Shift):
             The state.
 
         Raises:
+            TypeError: if the loss returns integers.
             ValueError: if the guide does not fit the model.
         """
+        check_integers(["SVI"], target.loss, "shift.SVI")
         key_batch, rng_key = random.split(rng_key)
         _, state = self._set_up(rng_key, target.on_batch(key_batch))
         return SVIState(strong(state.optim_state), jnp.asarray(False))
