@@ -24,6 +24,7 @@ __all__ = [
     "check_positive",
     "check_schedule",
     "follow",
+    "usable_range",
 ]
 
 WITHOUT_GRADIENTS = (
@@ -160,7 +161,8 @@ def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = 
 
     Raises:
         TypeError: if it is not a real number.
-        ValueError: if it is not finite and positive everywhere, or of another shape.
+        ValueError: if it is not finite and positive everywhere, so small or large that it or its inverse is
+            rounded to zero, or of another shape.
     """
     try:
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
@@ -177,7 +179,26 @@ def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = 
         array = np.asarray(value, jnp.result_type(float))
     if not (np.isfinite(array).all() and (array > 0).all()):
         raise ValueError(f"{what}: expected a finite positive number, got {value!r}.")
+    least, most = usable_range(array.dtype)
+    if (array < least).any() or (array > most).any():
+        raise ValueError(
+            f"{what}: expected a number between {least:.3g} and {most:.3g}, got {value!r}; beyond, in "
+            f"{array.dtype}, it or its inverse is rounded to zero. Change the units of what it multiplies."
+        )
     return array
+
+
+def usable_range(dtype: Any) -> tuple[Any, Any]:
+    """The least and the largest positive number which is normal, as is its inverse.
+
+    Args:
+        dtype: a floating-point type.
+
+    Returns:
+        Two numbers of that type.
+    """
+    finfo = np.finfo(dtype)
+    return finfo.tiny, 1 / finfo.tiny
 
 
 def check_schedule(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._checks import usable_range
 from numpyro_regloss._probe import Probe, probe
 from numpyro_regloss._pytree import Partition, all_finite, strong
 from numpyro_regloss._typing import Array, Key
@@ -104,7 +105,8 @@ def _tau_in_force(optimizer: Any, reference: AnyGaussian, tau: Array) -> Array:
 
 def _usable(tau: Array) -> Array:
     # Of a schedule that may fall to zero or turn NaN under way.
-    return jnp.all((tau > 0) & jnp.isfinite(tau))
+    least, most = usable_range(tau.dtype)
+    return jnp.all((tau >= least) & (tau <= most))
 
 
 @jax.jit

@@ -26,6 +26,8 @@ __all__ = ["Estimate", "bend", "reparametrized", "score", "steepest"]
 FIRST_ITERATIONS = 10
 # Second differences of the score form at the first step and at later ones, and how much the latter count.
 FIRST_PROBES, PROBES, PROBE_WEIGHT = 16, 4, 0.25
+# Two values or gradients are equal up to so many units of the last digit.
+ROUNDING = 64.0
 
 
 class Estimate(NamedTuple):
@@ -68,7 +70,12 @@ def reparametrized(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
         if not antithetic:
             return Estimate(jnp.mean(found, 0), found)
         above, below = jnp.split(found, 2)
-        return Estimate(jnp.mean(found, 0), 0.5 * (above - below))
+        even, odd = 0.5 * (above + below), 0.5 * (above - below)
+        # About a mirror gradients of a pair cancel exactly. Where the loss bends down along the noise the point is
+        # no minimum, and would never be left: one gradient of the pair has the same mean, and noise.
+        hidden = _is_rounding(jnp.linalg.norm(even, axis=1), jnp.linalg.norm(odd, axis=1))
+        hidden &= jnp.sum(noise * odd, -1) < 0
+        return Estimate(jnp.mean(jnp.where(hidden[:, None], above, even), 0), odd)
 
     return estimate
 
@@ -129,7 +136,7 @@ def steepest(
     return direction, curvature, iterations + 1
 
 
-def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array, Array]:
+def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array, Array, Array]:
     """Mean of |ξᵀ Hessian ξ|, at least the absolute trace, by second differences of values.
 
     Args:
@@ -138,7 +145,8 @@ def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array
         target: the target.
 
     Returns:
-        The mean and the number of loss evaluations.
+        The mean, where to start (zero, or where the mean of the reference is a mirror but no minimum, a point
+        aside of it: pairs of values would keep it for ever) and the number of loss evaluations.
     """
     # A power iteration would drown in the noise of gradients made of values; second differences in
     # random directions do not grow noisier with the dimension.
@@ -147,16 +155,25 @@ def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array
     first = curvature < 0
     center = _energies(target, key_batch, zero[None])[0]
 
-    def body(j: Array, total: Array) -> Array:
+    def body(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, start = carry
         noise = random.normal(random.fold_in(key_noise, j), zero.shape, zero.dtype)
         values = _energies(target, key_batch, jnp.stack([noise, -noise]))
-        difference = jnp.abs(jnp.sum(values - center))
-        return total + jnp.where(jnp.isfinite(difference), difference, 0.0)
+        difference = jnp.sum(values - center)
+        hidden = _is_rounding(values[0] - values[1], jnp.sum(jnp.abs(values))) & (difference < 0)
+        difference = jnp.abs(difference)
+        total = total + jnp.where(jnp.isfinite(difference), difference, 0.0)
+        return total, jnp.where(hidden, noise, start)
 
     count = jnp.where(first, FIRST_PROBES, PROBES)
-    found = lax.fori_loop(0, count, body, jnp.zeros((), zero.dtype)) / count
+    found, start = lax.fori_loop(0, count, body, (jnp.zeros((), zero.dtype), zero))
+    found = found / count
     weight = jnp.where(first, 1.0, PROBE_WEIGHT).astype(found.dtype)
-    return (1.0 - weight) * curvature + weight * found, 2 * count + 1
+    return (1.0 - weight) * curvature + weight * found, start, 2 * count + 1
+
+
+def _is_rounding(difference: Array, size: Array) -> Array:
+    return jnp.abs(difference) <= ROUNDING * jnp.finfo(size.dtype).eps * size
 
 
 def _energies(target: RegularizedLoss, key_batch: Key, points: Array) -> Array:

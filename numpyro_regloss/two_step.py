@@ -11,6 +11,7 @@ import numpy as np
 
 from numpyro_regloss import _outer_step
 from numpyro_regloss._checks import (
+    WITHOUT_GRADIENTS,
     check_count,
     check_integers,
     check_key,
@@ -19,7 +20,7 @@ from numpyro_regloss._checks import (
 )
 from numpyro_regloss._chunks import history_capacity, run_in_chunks
 from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
-from numpyro_regloss._parts import check_parts, followers
+from numpyro_regloss._parts import check_groups, check_parts, followers
 from numpyro_regloss._probe import check_gradient
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, strong
 from numpyro_regloss._result import (
@@ -286,27 +287,10 @@ class TwoStep:
 
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
-        shapes = ((), (self.loss.dim,))
         if callable(self.tau):
-            check_schedule(self.tau, 0, what, shapes)
+            check_schedule(self.tau, 0, what, ((), (self.loss.dim,)))
             return self.tau
-        is_array = isinstance(self.tau, np.ndarray | jax.Array)
-        if (
-            self.tau is None
-            or jax.tree_util.all_leaves([self.tau])
-            and (not is_array or self.tau.shape in shapes)
-        ):
-            return check_positive(self.tau, what, shapes)
-        for value in jax.tree.leaves(self.tau):
-            check_positive(value, what, (np.shape(value),))
-        try:
-            groups = self.loss.source.expand(self.tau)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{what}: expected a number, a schedule, or one value per group of parameters (a pytree "
-                f"prefix of the parameters), got {str(self.tau)[:100]}: {error}"
-            ) from error
-        return check_positive(groups, what, shapes)
+        return check_groups(self.tau, self.loss, what)
 
     def tau_at(self, step: Array) -> Array:
         """Tau at a step, scalar or `(dim,)`."""
@@ -348,13 +332,23 @@ def _type_of(leaf: Any) -> tuple[Any, tuple[int, ...]]:
     return known.dtype, known.shape
 
 
-def _explain(call: Callable[..., Any], *args: Any) -> Any:
+def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
     # The loss itself was traced before: what raises is its gradient, its vmap or an engine of the user's own.
     try:
-        return call(*args)
+        return call(optimizer, *args)
     except (TypeError, ValueError, NotImplementedError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
-            "under jax.jit and jax.vmap, and all but shift.Importance its gradient: it must allow that."
+            f"under jax.jit and jax.vmap{_gradients(optimizer)}: it must allow that."
         ) from error
+
+
+def _gradients(optimizer: TwoStep) -> str:
+    names = followers(optimizer.shift, optimizer.fit)
+    verb = "differentiates" if len(names) == 1 else "differentiate"
+    return (
+        f", and {' and '.join(names)} {verb} it ({WITHOUT_GRADIENTS} need no gradient)"
+        if names
+        else ""
+    )

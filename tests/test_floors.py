@@ -57,6 +57,7 @@ FLOORS = {
     "_samples": 5,
     "_families": 6,
     "_probe": 3,
+    "_symmetry": 1,
     "_parts": 7,
     "_outer_step": 5,
     "_variational": 5,

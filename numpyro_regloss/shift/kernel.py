@@ -269,8 +269,7 @@ class Kernel(Shift):
     def _run(
         self, target: RegularizedLoss, rng_key: Key, noise: Array, tuning: Any, warm: Array
     ) -> tuple[Array, _Row, _Tally, Any]:
-        # One chain, or one ensemble of them.
-        name = latent_name(target)
+        name = latent_name(target)  # of one chain, or one ensemble of them
         kernel, state = self._started(target, rng_key, noise)
         num_leading = jnp.asarray(self.num_warmup)
         if tuning is not None:
