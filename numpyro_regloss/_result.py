@@ -113,7 +113,7 @@ def rejections(history: TwoStepInfo) -> str:
         parts.append(
             f"In {nowhere.sum()} of them the loss is finite at the centre, but NaN or -infinity at the draws, so "
             "that none had a weight: look for what is not defined around the centre (logarithms and roots of "
-            "negative numbers, overflow), and use unconstrained parameters (exp of them), or return infinity there."
+            "negative numbers, overflow); use unconstrained parameters (exp of them), or return infinity there."
         )
     return " ".join(parts)
 

@@ -106,7 +106,7 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
 
 def steepest(
     rng_key: Key, direction: Array, curvature: Array, estimate: Estimator
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """Steepest direction and its curvature by a power iteration on gradients.
 
     Args:
@@ -116,13 +116,14 @@ def steepest(
         estimate: from `reparametrized`.
 
     Returns:
-        The direction, the curvature and the number of estimates.
+        The direction, the curvature, where to start (zero, or aside of a mirror) and the number of estimates.
     """
     # The secant over one reference scale, not the Hessian: it sees kinks, and only the curvature that
     # is left after smoothing matters for stability.
     key_batch, key_noise = random.split(rng_key)
     noise = random.normal(key_noise, (1, *direction.shape), direction.dtype)
-    base = estimate(key_batch, jnp.zeros_like(direction), noise).gradient
+    base, odd = estimate(key_batch, jnp.zeros_like(direction), noise)
+    hidden = _is_rounding(jnp.linalg.norm(base), jnp.linalg.norm(odd)) & (curvature < 0)
 
     def iterate(_: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         secant = estimate(key_batch, now[0], noise).gradient - base
@@ -133,7 +134,7 @@ def steepest(
 
     iterations = jnp.where(curvature < 0, FIRST_ITERATIONS, 1)
     direction, curvature = lax.fori_loop(0, iterations, iterate, (direction, curvature))
-    return direction, curvature, iterations + 1
+    return direction, curvature, _aside(hidden, odd[0], curvature), iterations + 1
 
 
 def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array, Array, Array]:
@@ -145,8 +146,7 @@ def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array
         target: the target.
 
     Returns:
-        The mean, where to start (zero, or where the mean of the reference is a mirror but no minimum, a point
-        aside of it: pairs of values would keep it for ever) and the number of loss evaluations.
+        The mean, where to start (zero, or aside of a mirror) and the number of loss evaluations.
     """
     # A power iteration would drown in the noise of gradients made of values; second differences in
     # random directions do not grow noisier with the dimension.
@@ -156,20 +156,29 @@ def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array
     center = _energies(target, key_batch, zero[None])[0]
 
     def body(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        total, start = carry
+        total, _ = carry
         noise = random.normal(random.fold_in(key_noise, j), zero.shape, zero.dtype)
         values = _energies(target, key_batch, jnp.stack([noise, -noise]))
         difference = jnp.sum(values - center)
-        hidden = _is_rounding(values[0] - values[1], jnp.sum(jnp.abs(values))) & (difference < 0)
-        difference = jnp.abs(difference)
-        total = total + jnp.where(jnp.isfinite(difference), difference, 0.0)
-        return total, jnp.where(hidden, noise, start)
+        hidden = _is_rounding(values[0] - values[1], jnp.sum(jnp.abs(values)))
+        hidden &= first | (difference < 0)
+        start = _aside(hidden, (values[0] - center) * noise, jnp.abs(difference))
+        total = total + jnp.where(jnp.isfinite(difference), jnp.abs(difference), 0.0)
+        return total, start
 
     count = jnp.where(first, FIRST_PROBES, PROBES)
     found, start = lax.fori_loop(0, count, body, (jnp.zeros((), zero.dtype), zero))
     found = found / count
     weight = jnp.where(first, 1.0, PROBE_WEIGHT).astype(found.dtype)
     return (1.0 - weight) * curvature + weight * found, start, 2 * count + 1
+
+
+def _aside(hidden: Array, gradient: Array, curvature: Array) -> Array:
+    # A start on a mirror may be a saddle, which pairs would keep for ever. One step by one gradient instead of a
+    # pair's leaves it; to a minimum the next steps return.
+    step = gradient / (1.0 + curvature)
+    step = step / jnp.maximum(jnp.linalg.norm(step), 1.0)
+    return jnp.where(hidden & jnp.isfinite(step).all(), -step, 0.0)
 
 
 def _is_rounding(difference: Array, size: Array) -> Array:

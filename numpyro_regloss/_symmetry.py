@@ -24,7 +24,7 @@ ROUNDING = 64.0
 # Weight of the pairs that may differ.
 TOLERANCE = 0.01
 # A power iteration; and of standard errors, beyond which a direction is wider.
-NUM_ITERATIONS, SIGMAS = 8, 2.0
+NUM_ITERATIONS, SIGMAS = 8, 1.5
 LEAST_PAIRS = 8
 
 

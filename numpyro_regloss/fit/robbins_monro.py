@@ -197,7 +197,7 @@ class RobbinsMonro(Fit):
             curvature, first, spent = evaluations.bend(key_curvature, state.curvature, target)
             state = state._replace(curvature=curvature)
         elif self.step_size is None:
-            *known, spent = evaluations.steepest(key_curvature, *state, estimate)
+            *known, first, spent = evaluations.steepest(key_curvature, *state, estimate)
             state, spent = RobbinsMonroState(*known), spent * (2 if self.antithetic else 1)
 
         def evaluate(j: Array, u: Array) -> tuple[Array, Estimate]:
