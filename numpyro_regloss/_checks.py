@@ -17,14 +17,23 @@ from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._typing import Key
 
 __all__ = [
+    "WITHOUT_GRADIENTS",
     "check_choice",
     "check_count",
+    "check_integers",
     "check_key",
     "check_optimizer",
     "check_own_names",
     "check_positive",
     "check_schedule",
+    "follow",
+    "usable_range",
 ]
+
+WITHOUT_GRADIENTS = (
+    'shift.Importance or shift.SMC(moves="crank_nicolson") with fit.ForwardKL, or '
+    'fit.RobbinsMonro(gradient="score")'
+)
 
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -68,6 +77,30 @@ def check_choice(value: Any, what: str, choices: tuple[Any, ...]) -> None:
         value is choice or (isinstance(value, str) and value == choice) for choice in choices
     ):
         raise ValueError(f"{what}: expected one of {choices}, got {value!r}.")
+
+
+def check_integers(names: list[str], loss: Any, what: str, remedy: str = WITHOUT_GRADIENTS) -> None:
+    """Refuses engines that follow gradients where the loss returns integers.
+
+    Args:
+        names: of the engines that do.
+        loss: a `Loss`.
+        what: begins the error message.
+        remedy: what to use instead.
+
+    Raises:
+        TypeError: if there are such engines and it does.
+    """
+    if names and loss.returns_integers:
+        raise TypeError(
+            f"{what}: {follow(names)} gradients, and a loss that returns integers has none; use "
+            f"{remedy}."
+        )
+
+
+def follow(names: list[str]) -> str:
+    """The names of engines and a verb: "NUTS follows", "SGLD and RobbinsMonro follow"."""
+    return f"{' and '.join(names)} follow{'s' if len(names) == 1 else ''}"
 
 
 def check_key(rng_key: Any, what: str) -> Key:
@@ -164,7 +197,8 @@ def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = 
 
     Raises:
         TypeError: if it is not a real number.
-        ValueError: if it is not finite and positive everywhere, or of another shape.
+        ValueError: if it is not finite and positive everywhere, so small or large that it or its inverse is
+            rounded to zero, or of another shape.
     """
     try:
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
@@ -181,7 +215,26 @@ def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = 
         array = np.asarray(value, jnp.result_type(float))
     if not (np.isfinite(array).all() and (array > 0).all()):
         raise ValueError(f"{what}: expected a finite positive number, got {value!r}.")
+    least, most = usable_range(array.dtype)
+    if (array < least).any() or (array > most).any():
+        raise ValueError(
+            f"{what}: expected a number between {least:.3g} and {most:.3g}, got {value!r}; beyond, in "
+            f"{array.dtype}, it or its inverse is rounded to zero. Change the units of what it multiplies."
+        )
     return array
+
+
+def usable_range(dtype: Any) -> tuple[Any, Any]:
+    """The least and the largest positive number which is normal, as is its inverse.
+
+    Args:
+        dtype: a floating-point type.
+
+    Returns:
+        Two numbers of that type.
+    """
+    finfo = np.finfo(dtype)
+    return finfo.tiny, 1 / finfo.tiny
 
 
 def check_schedule(

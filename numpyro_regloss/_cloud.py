@@ -13,13 +13,14 @@ from jax import lax, random
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._scrambled_sobol import sobol_normal
+from numpyro_regloss._symmetry import is_mirror, is_wider
 from numpyro_regloss._threefry import unrolled
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Chunk
 from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["Cloud", "Layout", "evaluate", "lay_out"]
+__all__ = ["Cloud", "Layout", "evaluate", "lay_out", "single_weights"]
 
 Carry = TypeVar("Carry")
 
@@ -216,6 +217,45 @@ def _evaluate_at_once(
     center = loss[-1] if with_center else None
     kept = offset[None, None] if layout.kept else None
     return loss[: layout.num_samples], kept, center, loss.size
+
+
+def single_weights(
+    log_weight: Array,
+    loss: Array,
+    rng_key: Key,
+    reference: AnyGaussian,
+    offset: Array | None,
+    layout: Layout,
+) -> Array:
+    """Log weights of a cloud of pairs, of first members alone where pairs would hide the way off a mirror.
+
+    Args:
+        log_weight: `(draw,)`.
+        loss: `(draw,)`.
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud was drawn from.
+        offset: from `evaluate`.
+        layout: how draws lie in chunks.
+
+    Returns:
+        `(draw,)`: the weights as they are, or with none for the second members.
+    """
+    padding = (0, -log_weight.size % 2)
+    pairs = jnp.pad(log_weight, padding, constant_values=-jnp.inf).reshape(-1, 2)
+
+    def look() -> Array:
+        # Of a cloud that is not kept the first segment is enough.
+        first = offset
+        if first is None:
+            first = _offsets(rng_key, reference, layout, jnp.asarray(0))
+        first = first.reshape(-1, reference.dim)[: len(pairs)]
+        unit = jnp.sqrt(reference.variance)
+        return is_wider(first, pairs[: len(first)].max(1), unit)
+
+    mirror = is_mirror(jnp.pad(loss, padding).reshape(-1, 2), pairs)
+    leave = lax.cond(mirror, look, lambda: jnp.asarray(False))
+    second = jnp.arange(log_weight.size) % 2 == 1
+    return jnp.where(leave & second, -jnp.inf, log_weight)
 
 
 @jax.jit

@@ -15,10 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._checks import check_choice, check_count, check_key, check_positive
+from numpyro_regloss._checks import (
+    check_choice,
+    check_count,
+    check_integers,
+    check_key,
+    check_positive,
+)
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._model_source import ModelSource
-from numpyro_regloss._pytree import with_context_axes
+from numpyro_regloss._probe import Probe, check_gradient, probe
+from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._values import entropy_of_pairs, local_entropy
 from numpyro_regloss.fit.forward_kl import ForwardKL
@@ -29,6 +36,8 @@ from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.importance import Importance
 
 __all__ = ["value_and_grad"]
+
+REMEDY = 'kind="local_entropy" with shift.Importance'
 
 
 def value_and_grad(
@@ -56,8 +65,9 @@ def value_and_grad(
         structure of `params`. A loss with a minibatch gives that of one batch.
 
     Raises:
-        TypeError: if an argument is of the wrong kind, or the loss is that of a model.
-        ValueError: if a setting is out of range.
+        TypeError: if an argument is of the wrong kind, the loss is that of a model, or it returns integers
+            where its gradient is used.
+        ValueError: if a setting is out of range, or a gradient that is used is zero everywhere around the start.
 
     Example:
         >>> loss = Loss.from_function(lambda p: 0.5 * jnp.sum(p["w"] ** 2), {"w": jnp.ones(2)})
@@ -86,6 +96,12 @@ def value_and_grad(
             f"{what}: expected shift as an engine that makes draws, such as shift.Importance(1000), got "
             f"{shift!r}."
         )
+    heat = kind == "heat"
+    names = ['kind="heat"'] if heat else [type(engine).__name__] * engine.uses_gradient
+    check_integers(names, loss, what, REMEDY)
+    start = RegularizedLoss.unchecked(loss, Gaussian.isotropic(loss.x0, tau), loss.arguments, 1.0)
+    if names and is_concrete(start):
+        check_gradient(jax.device_get(_look(start)), names, what, REMEDY)
 
     def regularized(params: Any, rng_key: Key, *args: Any, **kwargs: Any) -> tuple[Estimate, Any]:
         rng_key = check_key(rng_key, what)
@@ -94,7 +110,7 @@ def value_and_grad(
         target = RegularizedLoss.unchecked(loss, Gaussian.isotropic(x, tau), arguments, temperature)
         key_batch, *keys = random.split(rng_key, 4)
         target = target.on_batch(key_batch)
-        if kind == "heat":
+        if heat:
             estimate, gradient = _heat(keys[0], target, num_samples)
         else:
             shared = shift is None
@@ -102,6 +118,12 @@ def value_and_grad(
         return estimate, loss.source.tangent(gradient)  # ty: ignore[missing-union-attribute]
 
     return regularized
+
+
+@jax.jit
+def _look(target: RegularizedLoss) -> Probe:
+    key = random.key(0)
+    return probe(key, target.on_batch(key))
 
 
 def _local_entropy(

@@ -5,11 +5,16 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Array
 
-__all__ = ["Settings", "check_settings"]
+__all__ = ["MOST_DIVERGENT", "Settings", "check_settings", "remedy"]
+
+# A larger share of divergent transitions needs chains that moved and agree.
+MOST_DIVERGENT = 0.5
 
 
 class Settings(NamedTuple):
@@ -51,3 +56,28 @@ def check_settings(engine: Any) -> None:
         raise ValueError(
             f"{name}: expected target_accept_prob between 0 and 1, got {engine.target_accept_prob}."
         )
+
+
+def remedy(settings: Settings, info: Any, ok: np.ndarray) -> str:
+    """What to use where chains were stopped again and again, at walls or by steepness.
+
+    Args:
+        settings: of the kernel.
+        info: of all steps, as NumPy arrays.
+        ok: which steps were taken.
+
+    Returns:
+        A sentence, or nothing.
+    """
+    size = settings.num_samples * settings.num_chains
+    stopped = ~ok & ~info.ok & (info.num_divergent > MOST_DIVERGENT * size)
+    if not stopped.any():
+        return ""
+    others = "shift.HMC, " if settings.algorithm == "NUTS" else ""
+    return (
+        f"{settings.algorithm}: in {stopped.sum()} rejected steps more than half of the transitions were "
+        "divergent, and chains hardly moved or did not agree (split R-hat up to "
+        f"{np.max(info.rhat[stopped]):.3g}). Where a wall, at which the loss becomes infinite, cuts through the "
+        f"reference, or the loss is very steep there, use {others}shift.SMC or shift.Importance, to which a wall "
+        "is a weight of zero."
+    )

@@ -21,8 +21,8 @@ def get_optax() -> Any:
 # Built once: another optimizer of the same settings would be another program.
 @cache
 def adam() -> Any:
-    """Adam with a rate of 0.01."""
-    return get_optax().adam(0.01)
+    """Adam with a rate of 0.03."""
+    return get_optax().adam(0.03)
 
 
 @cache

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._checks import usable_range
+from numpyro_regloss._probe import Probe, probe
 from numpyro_regloss._pytree import Partition, all_finite, strong
 from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._typing import Array, Key
@@ -104,15 +106,16 @@ def _tau_in_force(optimizer: Any, reference: AnyGaussian, tau: Array) -> Array:
 
 def _usable(tau: Array) -> Array:
     # Of a schedule that may fall to zero or turn NaN under way.
-    return jnp.all((tau > 0) & jnp.isfinite(tau))
+    least, most = usable_range(tau.dtype)
+    return jnp.all((tau >= least) & (tau <= most))
 
 
 @jax.jit
 @promotes_ranks
 def init_state(
     optimizer: Any, rng_key: Key, arguments: Partition
-) -> tuple[TwoStepState, Array, Array]:
-    """The first state, the loss at the start, and whether the gradient there is finite if it is used."""
+) -> tuple[TwoStepState, Array, Array, Probe | None]:
+    """The first state, the loss at the start, whether its gradient is finite, and a probe if one is used."""
     key_run, key_shift, key_fit = random.split(rng_key, 3)
     x0 = optimizer.loss.x0
     reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
@@ -126,14 +129,19 @@ def init_state(
         fit=optimizer.fit.init(key_fit, target),
         anchor=optimizer.anchor.init(target),
     )
-    gradient_ok = jnp.asarray(True)
-    if any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+    gradient_ok, found = jnp.asarray(True), None
+    if not any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+        value = target.value(x0)
+    elif optimizer.loss.minibatch is None:
+        found = probe(rng_key, target)
+        value, gradient_ok = found.values[0], found.gradient_finite[0]
+    else:
+        # The start is checked on all rows; passes over them are too dear for the rest.
         value, gradient = jax.value_and_grad(target.value)(x0)
         gradient_ok = jnp.isfinite(gradient).all()
-    else:
-        value = target.value(x0)
+        found = probe(rng_key, target.on_batch(rng_key))
     # Weak types in a fresh state would compile the second step anew.
-    return strong(state), value, gradient_ok
+    return strong(state), value, gradient_ok, found
 
 
 @jax.jit

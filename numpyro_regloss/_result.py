@@ -93,11 +93,29 @@ def rejections(history: TwoStepInfo) -> str:
     ok = history.ok
     if ok.all():
         return ""
-    return (
-        f"{np.sum(~ok)} of {ok.size} steps were rejected (loss or fit not finite, all weight on one draw, or a "
-        "sampler that did not move) and kept their reference; look at history.shift and history.fit, and use a "
-        "smaller tau, more draws or another start."
-    )
+    undefined = ~ok & ~np.isfinite(history.loss)
+    # Draws of a cloud that all failed; +infinity alone is a wall.
+    ess, num_failed = (getattr(history.shift, name, 0) for name in ("ess", "num_rejected"))
+    nowhere = ~ok & ~undefined & (np.asarray(ess) == 0) & (np.asarray(num_failed) > 0)
+    parts = [f"{np.sum(~ok)} of {ok.size} steps were rejected and kept their reference."]
+    if (~ok & ~undefined & ~nowhere).any():
+        parts.append(
+            "Causes are a loss or fit that is not finite, all weight on one draw, or a sampler that did not move: "
+            "look at history.shift and history.fit, and use a smaller tau, more draws or another start."
+        )
+    if undefined.any():
+        parts.append(
+            f"In {undefined.sum()} of them the loss itself is not finite at the centre, before anything is drawn: "
+            "look for NaN or infinity among the data and arguments of these steps, or go back to a state whose "
+            "loss is finite."
+        )
+    if nowhere.any():
+        parts.append(
+            f"In {nowhere.sum()} of them the loss is finite at the centre, but NaN or -infinity at the draws, so "
+            "that none had a weight: look for what is not defined around the centre (logarithms and roots of "
+            "negative numbers, overflow); use unconstrained parameters (exp of them), or return infinity there."
+        )
+    return " ".join(parts)
 
 
 def remedies(history: TwoStepInfo, optimizer: Any = None) -> dict[str, str]:

@@ -26,6 +26,8 @@ __all__ = ["Estimate", "bend", "reparametrized", "score", "steepest"]
 FIRST_ITERATIONS = 10
 # Second differences of the score form at the first step and at later ones, and how much the latter count.
 FIRST_PROBES, PROBES, PROBE_WEIGHT = 16, 4, 0.25
+# Two values or gradients are equal up to so many units of the last digit.
+ROUNDING = 64.0
 
 
 class Estimate(NamedTuple):
@@ -68,7 +70,12 @@ def reparametrized(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
         if not antithetic:
             return Estimate(jnp.mean(found, 0), found)
         above, below = jnp.split(found, 2)
-        return Estimate(jnp.mean(found, 0), 0.5 * (above - below))
+        even, odd = 0.5 * (above + below), 0.5 * (above - below)
+        # About a mirror gradients of a pair cancel exactly. Where the loss bends down along the noise the point is
+        # no minimum, and would never be left: one gradient of the pair has the same mean, and noise.
+        hidden = _is_rounding(jnp.linalg.norm(even, axis=1), jnp.linalg.norm(odd, axis=1))
+        hidden &= jnp.sum(noise * odd, -1) < 0
+        return Estimate(jnp.mean(jnp.where(hidden[:, None], above, even), 0), odd)
 
     return estimate
 
@@ -99,7 +106,7 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
 
 def steepest(
     rng_key: Key, direction: Array, curvature: Array, estimate: Estimator
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """Steepest direction and its curvature by a power iteration on gradients.
 
     Args:
@@ -109,13 +116,14 @@ def steepest(
         estimate: from `reparametrized`.
 
     Returns:
-        The direction, the curvature and the number of estimates.
+        The direction, the curvature, where to start (zero, or aside of a mirror) and the number of estimates.
     """
     # The secant over one reference scale, not the Hessian: it sees kinks, and only the curvature that
     # is left after smoothing matters for stability.
     key_batch, key_noise = random.split(rng_key)
     noise = random.normal(key_noise, (1, *direction.shape), direction.dtype)
-    base = estimate(key_batch, jnp.zeros_like(direction), noise).gradient
+    base, odd = estimate(key_batch, jnp.zeros_like(direction), noise)
+    hidden = _is_rounding(jnp.linalg.norm(base), jnp.linalg.norm(odd)) & (curvature < 0)
 
     def iterate(_: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         secant = estimate(key_batch, now[0], noise).gradient - base
@@ -126,10 +134,10 @@ def steepest(
 
     iterations = jnp.where(curvature < 0, FIRST_ITERATIONS, 1)
     direction, curvature = lax.fori_loop(0, iterations, iterate, (direction, curvature))
-    return direction, curvature, iterations + 1
+    return direction, curvature, _aside(hidden, odd[0], curvature), iterations + 1
 
 
-def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array, Array]:
+def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array, Array, Array]:
     """Mean of |ξᵀ Hessian ξ|, at least the absolute trace, by second differences of values.
 
     Args:
@@ -138,7 +146,7 @@ def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array
         target: the target.
 
     Returns:
-        The mean and the number of loss evaluations.
+        The mean, where to start (zero, or aside of a mirror) and the number of loss evaluations.
     """
     # A power iteration would drown in the noise of gradients made of values; second differences in
     # random directions do not grow noisier with the dimension.
@@ -147,16 +155,34 @@ def bend(rng_key: Key, curvature: Array, target: RegularizedLoss) -> tuple[Array
     first = curvature < 0
     center = _energies(target, key_batch, zero[None])[0]
 
-    def body(j: Array, total: Array) -> Array:
+    def body(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, _ = carry
         noise = random.normal(random.fold_in(key_noise, j), zero.shape, zero.dtype)
         values = _energies(target, key_batch, jnp.stack([noise, -noise]))
-        difference = jnp.abs(jnp.sum(values - center))
-        return total + jnp.where(jnp.isfinite(difference), difference, 0.0)
+        difference = jnp.sum(values - center)
+        hidden = _is_rounding(values[0] - values[1], jnp.sum(jnp.abs(values)))
+        hidden &= first | (difference < 0)
+        start = _aside(hidden, (values[0] - center) * noise, jnp.abs(difference))
+        total = total + jnp.where(jnp.isfinite(difference), jnp.abs(difference), 0.0)
+        return total, start
 
     count = jnp.where(first, FIRST_PROBES, PROBES)
-    found = lax.fori_loop(0, count, body, jnp.zeros((), zero.dtype)) / count
+    found, start = lax.fori_loop(0, count, body, (jnp.zeros((), zero.dtype), zero))
+    found = found / count
     weight = jnp.where(first, 1.0, PROBE_WEIGHT).astype(found.dtype)
-    return (1.0 - weight) * curvature + weight * found, 2 * count + 1
+    return (1.0 - weight) * curvature + weight * found, start, 2 * count + 1
+
+
+def _aside(hidden: Array, gradient: Array, curvature: Array) -> Array:
+    # A start on a mirror may be a saddle, which pairs would keep for ever. One step by one gradient instead of a
+    # pair's leaves it; to a minimum the next steps return.
+    step = gradient / (1.0 + curvature)
+    step = step / jnp.maximum(jnp.linalg.norm(step), 1.0)
+    return jnp.where(hidden & jnp.isfinite(step).all(), -step, 0.0)
+
+
+def _is_rounding(difference: Array, size: Array) -> Array:
+    return jnp.abs(difference) <= ROUNDING * jnp.finfo(size.dtype).eps * size
 
 
 def _energies(target: RegularizedLoss, key_batch: Key, points: Array) -> Array:

@@ -25,7 +25,8 @@ from jax import lax, random
 from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
-from numpyro_regloss._hmc_settings import Settings
+from numpyro_regloss._checks import check_integers
+from numpyro_regloss._hmc_settings import MOST_DIVERGENT, Settings
 from numpyro_regloss._pytree import strong
 from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._stats import effective_sample_size, split_rhat
@@ -46,10 +47,13 @@ __all__ = [
 # Below this mean acceptance one correction of the step size is not enough: warm up again.
 REWARM_BELOW = 0.2
 # A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
-# lower acceptance, with more divergent transitions, or with a smaller step in units of the reference.
+# lower acceptance, or with a smaller step in units of the reference.
 LEAST_ACCEPTANCE = 0.02
-MOST_DIVERGENT = 0.5
 LEAST_STEP_SIZE = 1e-6
+# NumPyro calls a path divergent that ends at a wall, where the loss is infinite, though its draws are right. With
+# more divergent transitions than MOST_DIVERGENT, every chain must have moved in such a share of its transitions,
+# and chains must agree: at a split R-hat of two the variance between them is three times that within.
+LEAST_MOVED, MOST_RHAT = 0.1, 2.0
 # NUTS stops at 2^10 leapfrog steps; the same bound keeps HMC from endless paths at a tiny step size.
 MAX_LEAPFROG = 1024
 # The acceptance of one shift is noisy, and near one it says little about the step size.
@@ -83,7 +87,8 @@ class HMCInfo(NamedTuple):
         num_grad: gradient evaluations, warm-up included.
         accept_prob: mean acceptance probability.
         step_size: of the leapfrog integrator, in whitened units (1 is one reference scale).
-        num_divergent: divergent transitions.
+        num_divergent: divergent transitions, with those that ended at a wall, beyond which the loss is infinite:
+            they may be most of all where draws are right, as they are while chains agree (`rhat`).
         num_steps: mean number of leapfrog steps per transition.
         ess: least effective sample size of the mean over the coordinates.
         rhat: greatest split R-hat over the coordinates.
@@ -145,7 +150,11 @@ def init(settings: Settings, target: RegularizedLoss) -> WhitenedState:
 
     Returns:
         The state.
+
+    Raises:
+        TypeError: if the loss returns integers.
     """
+    check_integers([settings.algorithm], target.loss, f"shift.{settings.algorithm}")
     mean = target.reference.mean
     mass = jnp.ones(target.dim, mean.dtype)
     return WhitenedState(
@@ -338,9 +347,13 @@ def _report(
 
     accept_prob = tally.accept_prob / settings.num_samples
     finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()
+    rhat = jnp.max(split_rhat(x))
+    changed = jnp.any(noise[:, 1:] != noise[:, :-1], -1)
+    share = jnp.min(jnp.sum(changed, 1)) / max(settings.num_samples - 1, 1)
+    mixed = (share >= LEAST_MOVED) & (rhat <= MOST_RHAT)
     moved = (
         (accept_prob >= LEAST_ACCEPTANCE)
-        & (tally.num_divergent <= MOST_DIVERGENT * loss.size)
+        & ((tally.num_divergent <= MOST_DIVERGENT * loss.size) | mixed)
         & (step_size >= LEAST_STEP_SIZE)
     )
     info = HMCInfo(
@@ -352,7 +365,7 @@ def _report(
         num_divergent=tally.num_divergent,
         num_steps=tally.num_steps / (settings.num_samples * settings.num_chains),
         ess=jnp.min(effective_sample_size(x)),
-        rhat=jnp.max(split_rhat(x)),
+        rhat=rhat,
     )
     state = WhitenedState(
         x=target.reference.unwhiten(carry.chains.z),

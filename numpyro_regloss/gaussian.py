@@ -14,6 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Float
 
+from numpyro_regloss._checks import usable_range
 from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.low_rank_gaussian import LowRankGaussian
@@ -296,6 +297,14 @@ def _check_values(gaussian: AnyGaussian, what: str, noun: str) -> None:
         raise ValueError(
             f"{what}: expected a finite {noun} scale with positive standard deviations (or Cholesky diagonal, or "
             "variances of a low-rank Gaussian); scale is a standard deviation, tau = scale²."
+        )
+    least, most = usable_range(jax.dtypes.canonicalize_dtype(positive.dtype))
+    power = 1 if rest else 0.5
+    if (positive < least**power).any() or (positive > most**power).any():
+        raise ValueError(
+            f"{what}: expected {noun} variances between {least:.3g} and {most:.3g}, got a scale from "
+            f"{positive.min():.3g} to {positive.max():.3g}; beyond, in {positive.dtype}, a variance or its "
+            "inverse is rounded to zero."
         )
 
 

@@ -10,7 +10,7 @@ from numpyro_regloss._checks import check_positive
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass
 from numpyro_regloss._typing import Array
 
-__all__ = ["Scoping"]
+__all__ = ["Geometric", "Scoping"]
 
 
 @pytree_dataclass
@@ -62,3 +62,52 @@ class Scoping:
         """
         # By the logarithm, since a power of many steps would overflow.
         return jnp.maximum(self.tau * jnp.exp(-step * jnp.log1p(self.rate)), self.least)
+
+
+@pytree_dataclass
+class Geometric:
+    """A geometric fall: tau_t = first (last / first)^(t / (num_steps - 1)), and `last` from then on.
+
+    Args:
+        first: tau of the first step, in squared units of the parameters; a number, or one for each parameter
+            `(dim,)`.
+        last: tau of the last step, in the same units and forms.
+        num_steps: outer steps until then, at least one.
+
+    Raises:
+        TypeError: if a number is none.
+        ValueError: if it is not positive, or `last` exceeds `first`.
+
+    Example:
+        >>> schedule = Geometric(first=1.0, last=0.01, num_steps=3)
+        >>> [round(float(schedule(t)), 2) for t in range(4)]
+        [1.0, 0.1, 0.01, 0.01]
+    """
+
+    first: Any
+    last: Any
+    num_steps: Any
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last", "num_steps"):
+            value = getattr(self, name)
+            shapes = ((),) if name == "num_steps" else ((), jnp.shape(value)[:1])
+            object.__setattr__(self, name, check_positive(value, f"Geometric: {name}", shapes))
+        if is_concrete((self.first, self.last)) and (self.last > self.first).any():
+            raise ValueError(
+                f"Geometric: expected last <= first, got {self.last} and {self.first}; tau falls to last."
+            )
+
+    def __call__(self, step: Array | int) -> Array:
+        """Tau at a step.
+
+        Args:
+            step: outer steps done.
+
+        Returns:
+            A scalar, or `(dim,)`.
+        """
+        part = step / jnp.maximum(self.num_steps - 1, 1)
+        # Of two numbers near overflow or underflow the ratio is neither.
+        log_ratio = jnp.log(self.last) - jnp.log(self.first)
+        return jnp.where(part < 1, self.first * jnp.exp(part * log_ratio), self.last)

@@ -14,18 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._optax import get_optax, momentum
+from numpyro_regloss._checks import check_count
+from numpyro_regloss._optax import momentum
+from numpyro_regloss._parts import check_groups
+from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._replicas import Tied, replicate
 from numpyro_regloss._typing import Key
 from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.minibatch import Minibatch
+from numpyro_regloss.schedules import Geometric
 from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
 from numpyro_regloss.two_step import TwoStep, TwoStepResult
 
 __all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
+
+# The width of the first cloud of `anneal` over that of the last.
+NARROWING = 1e4
 
 
 def local_entropy(
@@ -231,10 +237,10 @@ def parle(
 
 def anneal(
     loss: Loss,
-    width: float,
+    width: Any,
     num_steps: int,
     *,
-    last_width: float | None = None,
+    last_width: Any = None,
     num_samples: int = 1000,
     ess: float = 0.4,
 ) -> TwoStep:
@@ -249,10 +255,11 @@ def anneal(
     Args:
         loss: the loss.
         width: standard deviation of the first cloud, in units of the parameters: half of the half-width of the
-            box in which the minimum is expected.
+            box in which the minimum is expected. A number, or where units differ one per group of parameters, as
+            for tau: `(dim,)`, or a pytree prefix of the parameters (a dict by site name for a model).
         num_steps: steps until the cloud has its last width, which it keeps.
         last_width: standard deviation of the last cloud: about the precision wanted of the minimizer times
-            sqrt(num_samples); default: `width` / 10,000.
+            sqrt(num_samples); in the same forms; default: `width` / 10,000.
         num_samples: loss evaluations per step, one for the centre aside: some tens per parameter.
         ess: effective sample size as a share of the cloud.
 
@@ -260,7 +267,8 @@ def anneal(
         The optimizer, to be run for `num_steps` steps.
 
     Raises:
-        ValueError: if a width is not positive, or the last is above the first.
+        TypeError: if the loss is none.
+        ValueError: if a width is not positive, not for the loss's parameters, or the last is above the first.
 
     Example:
         >>> from jax import random
@@ -271,20 +279,20 @@ def anneal(
         >>> bool(abs(result.params - 1.5).max() < 0.01)
         True
     """
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"schemes.anneal: expected a Loss, got {type(loss).__name__}; wrap it with Loss.from_function."
+        )
     check_count(num_steps, "schemes.anneal: num_steps")
-    last_width = width / 1e4 if last_width is None else last_width
-    for name, value in {"width": width, "last_width": last_width}.items():
-        check_positive(value, f"schemes.anneal: {name}")
-    if last_width > width:
+    first = check_groups(width, loss, "schemes.anneal: width")
+    last = first / NARROWING
+    if last_width is not None:
+        last = check_groups(last_width, loss, "schemes.anneal: last_width")
+    if is_concrete((first, last)) and (last > first).any():
         raise ValueError(
             f"schemes.anneal: expected last_width <= width, got {last_width} > {width}; the cloud narrows."
         )
-    tau = get_optax().exponential_decay(
-        float(width) ** 2,
-        max(num_steps - 1, 1),
-        (float(last_width) / float(width)) ** 2,
-        end_value=float(last_width) ** 2,
-    )
+    tau = Geometric(first**2, last**2, num_steps)
     return TwoStep(loss, tau, shift=Importance(num_samples, ess=ess), fit=ForwardKL())
 
 

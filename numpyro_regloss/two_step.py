@@ -10,9 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_regloss import _outer_step
-from numpyro_regloss._checks import check_count, check_key, check_positive, check_schedule
+from numpyro_regloss._checks import (
+    WITHOUT_GRADIENTS,
+    check_count,
+    check_integers,
+    check_key,
+    check_positive,
+    check_schedule,
+)
 from numpyro_regloss._chunks import history_capacity, run_in_chunks
 from numpyro_regloss._outer_step import TwoStepInfo, TwoStepState
+from numpyro_regloss._parts import check_groups, check_parts, followers
+from numpyro_regloss._probe import check_gradient
 from numpyro_regloss._pytree import (
     Partition,
     is_concrete,
@@ -28,12 +37,10 @@ from numpyro_regloss._result import (
     report_trouble,
 )
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.anchor import Anchor, Proximal
+from numpyro_regloss.anchor import Proximal
 from numpyro_regloss.draws import Draws
-from numpyro_regloss.fit.base import Fit
 from numpyro_regloss.gaussian import Gaussian
 from numpyro_regloss.loss import Loss
-from numpyro_regloss.shift.base import Shift
 
 __all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
 
@@ -95,32 +102,13 @@ class TwoStep:
                 f"TwoStep: expected loss as a Loss, got {type(self.loss).__name__}; wrap it with "
                 "Loss.from_function(fn, params) or Loss.from_model(model, *args)."
             )
-        for name, kind in (("shift", Shift), ("fit", Fit), ("anchor", Anchor)):
-            part = getattr(self, name)
-            verbs = [getattr(part, verb, None) for verb in ("init", "step")]
-            others = {Shift, Fit, Anchor} - {kind}
-            if (
-                isinstance(part, type)
-                or not all(map(callable, verbs))
-                or others & set(type(part).__mro__)
-            ):
-                raise TypeError(
-                    f"TwoStep: expected {name} as an object with init and step, such as those of "
-                    f"numpyro_regloss.{kind.__module__.split('.')[1]}, got {part!r}."
-                )
+        check_parts({name: getattr(self, name) for name in ("shift", "fit", "anchor")}, "TwoStep")
         if getattr(self.fit, "uses_draws", True) and not getattr(self.shift, "makes_draws", True):
             raise ValueError(
                 f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
                 "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
             )
-        follows_gradient = getattr(self.fit, "uses_gradient", False) and not getattr(
-            self.fit, "uses_draws", True
-        )
-        if follows_gradient and self.loss.returns_integers:
-            raise TypeError(
-                f"TwoStep: {type(self.fit).__name__} follows gradients, and a loss that returns integers "
-                'has none; use shift.Importance with fit.ForwardKL, or fit.RobbinsMonro(gradient="score").'
-            )
+        check_integers(followers(self.shift, self.fit), self.loss, "TwoStep")
         if hasattr(self.anchor, "check_fit"):
             self.anchor.check_fit(self.fit)
         if self.record is not None and not callable(getattr(self.record, "step", None)):
@@ -145,13 +133,15 @@ class TwoStep:
 
         Raises:
             TypeError: if the key is not one.
-            ValueError: if the loss, or the gradient where it is used, is not finite at the start.
+            ValueError: if the loss, or the gradient where it is used, is not finite at the start; if the
+                gradient is used and is zero everywhere around the start, though the loss is not constant.
         """
         rng_key = check_key(rng_key, "TwoStep")
         self.loss.check_captured()
         self.loss.check_precision("TwoStep.init")
         arguments = self.loss.bind(args, kwargs)
-        state, value, gradient_ok = _explain(_outer_step.init_state, self, rng_key, arguments)
+        start = _explain(_outer_step.init_state, self, rng_key, arguments)
+        state, value, gradient_ok, found = start
         if is_concrete(value):
             if not np.isfinite(value):
                 raise ValueError(
@@ -163,6 +153,8 @@ class TwoStep:
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
                     "another start, or a gradient-free engine such as shift.Importance."
                 )
+            if found is not None:
+                check_gradient(jax.device_get(found), followers(self.shift, self.fit), "TwoStep")
         return state
 
     def step(
@@ -309,27 +301,10 @@ class TwoStep:
 
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
-        shapes = ((), (self.loss.dim,))
         if callable(self.tau):
-            check_schedule(self.tau, 0, what, shapes)
+            check_schedule(self.tau, 0, what, ((), (self.loss.dim,)))
             return self.tau
-        is_array = isinstance(self.tau, np.ndarray | jax.Array)
-        if (
-            self.tau is None
-            or jax.tree_util.all_leaves([self.tau])
-            and (not is_array or self.tau.shape in shapes)
-        ):
-            return check_positive(self.tau, what, shapes)
-        for value in jax.tree.leaves(self.tau):
-            check_positive(value, what, (np.shape(value),))
-        try:
-            groups = self.loss.source.expand(self.tau)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{what}: expected a number, a schedule, or one value per group of parameters (a pytree "
-                f"prefix of the parameters), got {str(self.tau)[:100]}: {error}"
-            ) from error
-        return check_positive(groups, what, shapes)
+        return check_groups(self.tau, self.loss, what)
 
     def tau_at(self, step: Array) -> Array:
         """Tau at a step, scalar or `(dim,)`."""
@@ -380,13 +355,23 @@ def _type_of(leaf: Any) -> tuple[Any, tuple[int, ...]]:
     return known.dtype, known.shape
 
 
-def _explain(call: Callable[..., Any], *args: Any) -> Any:
+def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
     # The loss itself was traced before: what raises is its gradient, its vmap or an engine of the user's own.
     try:
-        return call(*args)
+        return call(optimizer, *args)
     except (TypeError, ValueError, NotImplementedError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
-            "under jax.jit and jax.vmap, and all but shift.Importance its gradient: it must allow that."
+            f"under jax.jit and jax.vmap{_gradients(optimizer)}: it must allow that."
         ) from error
+
+
+def _gradients(optimizer: TwoStep) -> str:
+    names = followers(optimizer.shift, optimizer.fit)
+    verb = "differentiates" if len(names) == 1 else "differentiate"
+    return (
+        f", and {' and '.join(names)} {verb} it ({WITHOUT_GRADIENTS} need no gradient)"
+        if names
+        else ""
+    )

@@ -6,6 +6,7 @@ Every row must raise before anything is compiled for long, with a message that s
 came and what to do; never a JAX traceback, never a silent NaN.
 """
 
+import collections
 import dataclasses
 
 import jax
@@ -185,6 +186,25 @@ def halve_until_small(x):
 COUNTED = RegularizedLoss(
     Loss.from_function(lambda x: jnp.sum(x > 0), np.zeros(2)), Gaussian.isotropic(jnp.zeros(2), 1.0)
 )
+STAIRCASE = Loss.from_function(lambda x: jnp.sum(jnp.floor(3 * x) ** 2), np.zeros(2))
+ERRORS = Loss.from_function(
+    lambda x, rows: jnp.mean(jnp.where(rows @ x > 0, 1.0, 0.0)),
+    np.ones(2),
+    np.random.default_rng(0).normal(size=(60, 2)),
+    minibatch=Minibatch(20),
+)
+# As BlackJAX has them.
+ALGORITHM = collections.namedtuple("SamplingAlgorithm", ["init", "step"])(  # noqa: PYI024
+    lambda position, rng_key=None: position, lambda rng_key, state: (state, None)
+)
+
+
+def hidden_root(x):
+    """Of finite values; away from zero the gradient of the branch that is not taken is NaN."""
+    never = jnp.sqrt(jnp.where(x == 0, 1.0, -jnp.abs(x)))
+    return jnp.sum(jnp.where(x < 1e9, x**2, never))
+
+
 LOOP = RegularizedLoss(
     Loss.from_function(halve_until_small, np.ones(2)), Gaussian.isotropic(jnp.zeros(2), 1.0)
 )
@@ -586,6 +606,16 @@ CATALOGUE = {
         TypeError,
         "object with init and step",
     ),
+    "shift is an algorithm of another library": (
+        lambda: scheme(engine=ALGORITHM),
+        TypeError,
+        r"shift with step\(rng_key, state, target\), got SamplingAlgorithm .*shift.Kernel",
+    ),
+    "anchor is an algorithm of another library": (
+        lambda: scheme(anchor=ALGORITHM),
+        TypeError,
+        r"anchor with init\(target\), got|anchor with step\(rng_key, state, target, draws",
+    ),
     "shift missing": (lambda: TwoStep(LOSS, 0.1), TypeError, "'shift'"),
     "shift is None": (lambda: TwoStep(LOSS, 0.1, None, fit.ForwardKL()), TypeError, "shift"),
     "fit is a shift": (lambda: scheme(projection=CHEAP), TypeError, "expected fit"),
@@ -616,6 +646,78 @@ CATALOGUE = {
         lambda: schemes.heat(Loss.from_function(lambda x: jnp.sum(x > 0), np.zeros(2)), 0.1),
         TypeError,
         "shift.Importance",
+    ),
+    "chains on integers": (
+        lambda: schemes.local_entropy(COUNTED.loss, 0.1),
+        TypeError,
+        "NUTS follows gradients, and a loss that returns integers has none; use shift.Importance",
+    ),
+    "chains on integers, without a scheme": (
+        lambda: shift.HMC().init(KEY, COUNTED),
+        TypeError,
+        "HMC follows gradients",
+    ),
+    "a kernel on integers": (
+        lambda: schemes.local_entropy(COUNTED.loss, 0.1, shift.Kernel(numpyro.infer.BarkerMH)),
+        TypeError,
+        "Kernel follows gradients",
+    ),
+    "heat of a staircase": (
+        lambda: schemes.heat(STAIRCASE, 0.5).init(KEY),
+        ValueError,
+        'RobbinsMonro follows gradients.* exactly zero at all of .*gradient="score"',
+    ),
+    "heat of a staircase by variational inference": (
+        lambda: schemes.heat(STAIRCASE, 0.5, fit.ReverseKL()).init(KEY),
+        ValueError,
+        "ReverseKL follows gradients.* exactly zero",
+    ),
+    "chains on a staircase": (
+        lambda: schemes.local_entropy(STAIRCASE, 0.5).run(KEY, 2),
+        ValueError,
+        "NUTS follows gradients.* exactly zero .*shift.Importance",
+    ),
+    "a variational fit of a staircase": (
+        lambda: regloss.reverse_kl(KEY, RegularizedLoss(STAIRCASE, TARGET.reference)),
+        ValueError,
+        "reverse_kl: ReverseKL follows gradients.* exactly zero",
+    ),
+    "heat gradients of a staircase": (
+        lambda: values.value_and_grad(STAIRCASE, 0.5, kind="heat"),
+        ValueError,
+        'follows gradients.* exactly zero .*kind="local_entropy"',
+    ),
+    "a loss of batches that counts errors": (
+        lambda: schemes.entropy_sgd(ERRORS, 0.5).init(KEY),
+        ValueError,
+        "SGLD follows gradients.* exactly zero",
+    ),
+    "gradients that are finite at the start alone": (
+        lambda: schemes.heat(Loss.from_function(hidden_root, np.zeros(2)), 0.5).init(KEY),
+        ValueError,
+        "NaN or infinite at all of 4 points",
+    ),
+    "tau that is rounded to zero": (lambda: scheme(tau=1e-44), ValueError, "rounded to zero"),
+    "tau whose inverse is": (lambda: scheme(tau=1e38), ValueError, "rounded to zero"),
+    "temperature that is rounded to zero": (
+        lambda: scheme(temperature=1e-40),
+        ValueError,
+        "rounded to zero",
+    ),
+    "a reference whose variance is rounded to zero": (
+        lambda: RegularizedLoss(LOSS, Gaussian(np.zeros(2), np.float32(1e-20))),
+        ValueError,
+        "rounded to zero",
+    ),
+    "schedule that ends at a tau rounded to zero": (
+        lambda: scheme(tau=lambda step: 0.1 * 1e-20**step).run(KEY, 3, progress_bar=False),
+        ValueError,
+        "rounded to zero|finite positive",
+    ),
+    "widths of other parameters": (
+        lambda: schemes.anneal(LOSS, {"a": 1.0}, 10),
+        ValueError,
+        "schemes.anneal: width",
     ),
     # Settings of engines
     "antithetic pairs a number": (

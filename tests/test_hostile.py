@@ -56,6 +56,18 @@ PATHOLOGIES = {
 }
 
 
+# Where derivatives may all be zero, or none finite, near a start where values differ.
+WITHOUT_GRADIENT = {
+    "bad half",
+    "bad far out",
+    "bad but at the start",
+    "bad here and there",
+    "steps",
+    "finite with a NaN gradient",
+    "overflow",
+}
+
+
 def hostile(x, pathology):
     code, place, bad, size, start = pathology
     return size * lax.switch(code.astype(int), list(PATHOLOGIES.values()), x, place, bad, start)
@@ -117,10 +129,13 @@ def run(optimizer, seed, state, pathology):
             seen = "returned"
         except RejectedError as error:
             result, seen = error.result, "raised"
+    if state is None:
+        caught = [each for each in caught if "not what its values say" not in str(each.message)]
     if caught:
         (warning,) = caught
         assert "steps were rejected" in str(warning.message)
-        assert "smaller tau" in str(warning.message)
+        remedies = ("smaller tau", "among the data and arguments", "unconstrained parameters")
+        assert any(remedy in str(warning.message) for remedy in remedies)
         seen = "warned"
     ok = result.history.ok
     assert ok.dtype == bool
@@ -222,7 +237,18 @@ def test_hostile_losses(engine, dim, request):
         state = None
         for number, (row, (name, *_)) in enumerate(zip(rows, phases, strict=True)):
             known = state is not None and bool(getattr(state.fit, "curvature", -1.0) >= 0)
-            result, outcome = run(optimizer, seed, state, row)
+            try:
+                result, outcome = run(optimizer, seed, state, row)
+            except ValueError as error:
+                if "follows gradients" not in str(error):
+                    raise
+                result = None
+            if result is None:
+                assert uses_gradient
+                assert state is None
+                assert name in WITHOUT_GRADIENT
+                seen["refused"] += 1
+                return
             state = result.state
             assert int(state.step) == STEPS * (number + 1)
             check_centres(result, tau)

@@ -333,6 +333,107 @@ def test_steps_go_on_where_fixed_weights_degenerate():
 LOSS = Loss.from_function(jnp.sum, np.zeros(2))
 
 
+Y = np.random.default_rng(3).normal(size=(4, 2)) @ np.random.default_rng(4).normal(size=(2, 3))
+RAYS = np.random.default_rng(5).normal(size=(30, 4)).astype(np.float32)
+SQUARES = (RAYS @ np.array([1.0, -2.0, 0.5, 1.5], np.float32)) ** 2
+# Each even about its start, which is no minimum.
+MIRRORS = {
+    "wells": (lambda x: jnp.sum((x**2 - 1.0) ** 2), np.zeros(3)),
+    "wells far from zero": (lambda x: jnp.sum(((x - 20.0) ** 2 - 1.0) ** 2), np.full(2, 20.0)),
+    "saddle": (lambda x: (x[0] ** 2 - 1.0) ** 2 + 5.0 * jnp.sum(x[1:] ** 2), np.zeros(5)),
+    "factors": (
+        lambda p: jnp.sum((p["u"] @ p["v"] - Y) ** 2),
+        {"u": np.zeros((4, 2)), "v": np.zeros((2, 3))},
+    ),
+    "phases": (lambda x: jnp.mean(((RAYS @ x) ** 2 - SQUARES) ** 2), np.zeros(4)),
+}
+MIRROR_CASES = [("cloud", name) for name in MIRRORS] + [("sobol", "wells"), ("anneal", "phases")]
+
+
+@pytest.mark.parametrize(("scheme", "name"), MIRROR_CASES)
+def test_pairs_leave_a_mirror_that_is_no_minimum(scheme, name):
+    fn, start = MIRRORS[name]
+    loss = Loss.from_function(fn, start)
+    optimizer = {
+        "cloud": lambda: schemes.local_entropy(loss, 0.1, shift.Importance(600), temperature=0.1),
+        "sobol": lambda: schemes.local_entropy(
+            loss, 0.1, shift.Importance(512, noise="sobol"), temperature=0.1
+        ),
+        "anneal": lambda: schemes.anneal(loss, 2.0, 50, num_samples=500),
+    }[scheme]()
+    history = optimizer.run(random.key(0), 50, progress_bar=False).history
+    assert history.ok.all()
+    assert history.loss[-1] < 0.1 * history.loss[0]
+    # First members of pairs have a weight, the second ones have none, until the mirror is left.
+    _, draws, info = optimizer.shift.step(
+        random.key(1), (), RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1), temperature=0.1)
+    )
+    if name == "wells":
+        weight = draws.log_weight.reshape(-1, 2)
+        assert np.isfinite(weight[:, 0]).all()
+        assert np.isneginf(weight[:, 1]).all()
+        assert info.ess <= len(weight)
+
+
+def test_errors_at_a_mirror_are_those_of_single_draws():
+    loss = Loss.from_function(*MIRRORS["wells"])
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1), temperature=0.1)
+    engine = shift.Importance(400)
+
+    def fitted(key):
+        _, draws, _ = engine.step(key, (), target)
+        _, gaussian, info = fit.ForwardKL().step(key, (), target, draws)
+        return gaussian.mean, info.mean_error
+
+    count = 300
+    means, errors = jax.jit(jax.vmap(fitted))(random.split(random.key(0), count))
+    left = np.any(np.abs(means) > 1e-6, 1)
+    assert np.mean(left) > 0.9
+    z = (means / errors)[left]
+    # Of independent draws of variance one; their fourth moment is about three.
+    assert abs(np.mean(z)) < SIGMAS / np.sqrt(z.size)
+    assert abs(np.mean(z**2) - 1.0) < SIGMAS * np.sqrt(2.0 / z.size) + 0.05
+
+
+@pytest.mark.parametrize("noise", ["normal", "sobol"])
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_pairs_keep_a_mirror_that_is_a_minimum(noise, size):
+    loss = Loss.from_function(lambda x, size: size * jnp.sum(x**2 + x**4), np.zeros(4), size)
+    engine = shift.Importance(512, noise=noise)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.5))
+
+    def mean(key):
+        _, draws, _ = engine.step(key, (), target)
+        return fit.ForwardKL().step(key, (), target, draws)[1].mean
+
+    means = jax.jit(jax.vmap(mean))(random.split(random.key(0), 50))
+    np.testing.assert_allclose(means, 0.0, atol=1e-6)
+
+
+def test_annealing_takes_a_width_per_group_of_parameters():
+    # Units apart by a million.
+    loss = Loss.from_function(
+        lambda p: (p["far"] / 1e6 - 0.3) ** 2 + jnp.sum((p["near"] - 0.2) ** 2),
+        {"far": 0.0, "near": np.zeros(2)},
+    )
+    optimizer = schemes.anneal(loss, {"far": 1e6, "near": 1.0}, 30, num_samples=200)
+    params = optimizer.run(random.key(0), 30, progress_bar=False).params
+    np.testing.assert_allclose(params["far"], 3e5, rtol=1e-3)
+    np.testing.assert_allclose(params["near"], 0.2, rtol=1e-3)
+    flat = schemes.anneal(loss, np.array([1e6, 1.0, 1.0]), 30, num_samples=200)
+    for step in (0, 29, 40):
+        tau = optimizer.tau_at(jnp.asarray(step))
+        np.testing.assert_array_equal(tau, flat.tau_at(jnp.asarray(step)))
+
+    def last(width):
+        traced = schemes.anneal(loss, {"far": 1e6 * width, "near": width}, 30, num_samples=200)
+        state, _ = traced.scan(traced.init(random.key(0)), 30)
+        return traced.get_params(state)["near"]
+
+    near = jax.vmap(last)(jnp.array([0.5, 1.0]))
+    np.testing.assert_allclose(near, 0.2, rtol=1e-3)
+
+
 def test_annealing_narrows_the_cloud_as_told():
     optimizer = schemes.anneal(LOSS, width=2.0, num_steps=5, last_width=0.02, num_samples=10)
     widths = [float(jnp.sqrt(optimizer.tau_at(jnp.asarray(k)))) for k in (0, 2, 4, 9)]

@@ -276,6 +276,22 @@ def test_double_precision(method, x64):
     assert np.all(np.abs(fitted.mean - exact) < 4 * info.mean_error)
 
 
+@pytest.mark.parametrize("gradient", ["reparametrized", "score"])
+def test_pairs_leave_a_mirror_that_is_no_minimum(gradient):
+    # Maximum, saddle and minimum are the same program.
+    start = np.zeros(4)
+    loss = Loss.from_function(lambda x, bend: jnp.sum(x**4 + bend * x**2), start, start)
+    optimizer = schemes.heat(loss, 0.1, RobbinsMonro(20, gradient=gradient), temperature=0.3)
+    for bend in (np.full(4, -2.0), np.array([-2.0, 3.0, 3.0, 3.0])):
+        result = optimizer.run(random.key(0), 100, bend, progress_bar=False)
+        # Minima of the smoothed loss are at sqrt(1 - 3 tau) = 0.84.
+        assert np.all(np.abs(result.params[bend < 0]) > 0.5)
+        assert np.all(np.abs(result.params[bend > 0]) < 0.2)
+    kept = optimizer.run(random.key(0), 100, np.ones(4), progress_bar=False)
+    noise = 1e-5 if gradient == "reparametrized" else 0.1
+    assert np.all(np.abs(kept.params) < noise)
+
+
 def test_integer_losses_take_the_score_form():
     problem = problems.zero_one(INPUTS, LABELS)
     loss = Loss.from_function(problem.loss, problem.start)

@@ -174,6 +174,15 @@ def test_a_run_with_minibatches():
     np.testing.assert_allclose(result.params, rows.mean(0), atol=SIGMAS * 0.12)
 
 
+def test_the_defaults_reach_a_minimum_at_a_hundred_widths_of_q():
+    loss = Loss.from_function(lambda x: 3e3 * jnp.sum((x - 2.0) ** 2), np.zeros(3))
+    optimizer = TwoStep(loss, 1.0, shift.SVI(AutoNormal), fit.ForwardKL())
+    history = optimizer.run(random.key(0), 8, progress_bar=False).history
+    assert history.ok.all()
+    # The exact first step leaves 1 / 6001 of the way; q is as wide as the loss rises by 3 / 2.
+    assert np.all(history.loss[1:] < 1e-4 * history.loss[0])
+
+
 def test_a_loss_that_fails_is_reported():
     engine = shift.SVI(AutoNormal, num_steps=5, num_samples=50, num_warmup=0)
     state = start(engine, random.key(0), target_at(np.zeros(1), lambda x: x[0] ** 2))

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SIGMAS
 from jax import random
+from scipy import stats
 
 from numpyro_regloss import Loss, Minibatch, RejectedError, TwoStep, fit, schemes, shift
 
@@ -38,7 +40,7 @@ def make(engine="importance", tau=0.1, scale=1.0):
 def test_a_loss_that_fails_for_one_step(engine, bad):
     optimizer = make(engine)
     before = optimizer.run(random.key(0), 3, progress_bar=False)
-    with pytest.raises(RejectedError, match="1 of 1 steps .* smaller tau") as caught:
+    with pytest.raises(RejectedError, match="1 of 1 steps .* loss itself is not finite") as caught:
         optimizer.run(random.key(0), 1, bad, init_state=before.state, progress_bar=False)
     failed = caught.value.result
     assert failed.state.step == 4
@@ -78,6 +80,49 @@ def test_divergent_chains_are_rejected_and_warm_up_again(engine):
     assert history.shift.num_divergent[0] > 0.5 * 40
     assert history.shift.step_size[1] < 0.1 * history.shift.step_size[0]
     np.testing.assert_array_equal(history.reference.mean[0], history.reference.mean[1])
+
+
+# Loss Σ (x + 1)² beyond a wall: where q is normal in each coordinate, cut off at zero in some of them.
+def behind_walls(x, num_walls):
+    inside = jnp.all((x > 0) | (jnp.arange(x.size) >= num_walls))
+    return jnp.where(inside, jnp.sum((x + 1.0) ** 2), jnp.inf)
+
+
+@pytest.mark.parametrize("dim", [2, 12])
+def test_chains_that_a_wall_stops_are_taken_where_they_agree(dim):
+    tau, temperature, start = 0.3, 0.06, 1.5
+    loss = Loss.from_function(behind_walls, np.full(dim, start), 1)
+    engine = shift.NUTS(num_warmup=150, num_samples=250)
+    optimizer = schemes.local_entropy(loss, tau, engine, temperature=temperature)
+    history = optimizer.run(random.key(0), 1, progress_bar=False).history
+    assert history.ok.all()
+    assert history.shift.num_divergent[0] > 0.5 * 1000
+    precision = 1 / tau + 2 / temperature
+    exact = np.full(dim, (start / tau - 2 / temperature) / precision)
+    exact[0] = stats.truncnorm.mean(
+        -exact[0] * np.sqrt(precision), np.inf, exact[0], 1 / np.sqrt(precision)
+    )
+    error = np.abs(history.fitted.mean[0] - exact)
+    assert np.all(error < SIGMAS * history.fit.mean_error[0] + 1e-4)
+
+
+@pytest.mark.parametrize("engine", ["nuts", "hmc"])
+def test_chains_that_walls_hold_are_rejected_and_others_named(engine):
+    # One draw of a pair of coordinates in hundreds is behind no wall where the reference is.
+    loss = Loss.from_function(behind_walls, np.full(8, 0.01), 8)
+    optimizer = TwoStep(loss, 1.0, *ENGINES[engine], temperature=1e-4)
+    others = "shift.HMC, shift.SMC or" if engine == "nuts" else "use shift.SMC or"
+    with pytest.raises(RejectedError, match=f"{others} shift.Importance"):
+        optimizer.run(random.key(0), 2, progress_bar=False)
+
+
+def test_a_loss_that_is_undefined_around_its_start():
+    loss = Loss.from_function(lambda x: jnp.sum(jnp.sqrt(x)), np.zeros(20))
+    optimizer = schemes.local_entropy(loss, 0.1, shift.Importance(100))
+    words = "1 of 1 steps .* finite at the centre, but NaN or -infinity at the draws"
+    with pytest.raises(RejectedError, match=words) as caught:
+        optimizer.run(random.key(0), 1, progress_bar=False)
+    assert "more draws" not in str(caught.value)
 
 
 def test_a_degenerate_cloud_is_rejected_and_a_smaller_tau_helps():

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._checks import check_positive
+from numpyro_regloss._checks import check_positive, usable_range
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.anchor.base import Anchor
@@ -219,6 +219,11 @@ class AdaptTau(Anchor):
         self, state: AdaptTauState, reference: AnyGaussian, factor: Array
     ) -> tuple[AdaptTauState, AnyGaussian]:
         factor = jnp.clip(factor, self.least, self.most).astype(state.factor.dtype)
+        # No variance may be rounded to zero.
+        least, most = usable_range(factor.dtype)
+        variance = reference[1] ** 2 * (factor / state.factor)
+        usable = jnp.all((variance >= least) & (variance <= most))
+        factor = jnp.where(usable, factor, state.factor)
         scale = reference[1] * jnp.sqrt(factor / state.factor)
         return state._replace(factor=factor), Gaussian(reference.mean, scale)
 

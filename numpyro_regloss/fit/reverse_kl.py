@@ -26,7 +26,8 @@ from numpyro_regloss._base_draws import round_up
 from numpyro_regloss._checks import check_choice, check_count, check_key, check_optimizer
 from numpyro_regloss._guide_fit import guide_fit
 from numpyro_regloss._natural_gradient import natural_gradient
-from numpyro_regloss._pytree import all_finite, pytree_dataclass, static_field, strong
+from numpyro_regloss._probe import Probe, check_gradient, probe
+from numpyro_regloss._pytree import all_finite, is_concrete, pytree_dataclass, static_field, strong
 from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._sample_average import sample_average
 from numpyro_regloss._typing import Array, Key
@@ -300,7 +301,8 @@ def reverse_kl(
 
     Raises:
         TypeError: if an argument is of the wrong kind, or the loss returns integers.
-        ValueError: if an argument is out of range, or arguments do not go together.
+        ValueError: if an argument is out of range, arguments do not go together, or the gradient is zero
+            everywhere around the start, though the loss is not constant.
 
     Example:
         The mean depends on the family. Here q ∝ exp(-(e^x - x)) N(x; 0, 1) is skewed, so that a narrower Gaussian
@@ -330,19 +332,24 @@ def reverse_kl(
         )
     if init is not None:
         init = check_gaussian(init, target.dim, "reverse_kl: init")
-    return FitResult(*_fit(engine, rng_key, target, init))
+    gaussian, info, found = _fit(engine, rng_key, target, init)
+    if is_concrete(found):
+        check_gradient(jax.device_get(found), ["ReverseKL"], "reverse_kl")
+    return FitResult(gaussian, info)
 
 
 @jax.jit
 @promotes_ranks
 def _fit(
     engine: ReverseKL, rng_key: Key, target: RegularizedLoss, init: AnyGaussian | None
-) -> tuple[AnyGaussian, ReverseKLInfo]:
+) -> tuple[AnyGaussian, ReverseKLInfo, Probe]:
     frame = engine._frame(target)  # noqa: SLF001
     key_width, key_first, key_step = random.split(rng_key, 3)
     start, num_loss, num_grad = frame if init is None else init, jnp.asarray(0), jnp.asarray(0)
     if init is None and target.reference is None:
         start, num_loss = best_width(key_width, target)
+    seen = probe(rng_key, target.on_batch(rng_key), around=start)
+    if init is None and target.reference is None:
         first = _first_stage(engine, target)
         if first is not None:
             _, found, info = _run(first, key_first, target, frame, start)
@@ -351,7 +358,8 @@ def _fit(
                 info.num_grad,
             )
     _, gaussian, info = _run(engine, key_step, target, frame, start)
-    return gaussian, strong(info._replace(num_loss=num_loss, num_grad=info.num_grad + num_grad))
+    num_grad = info.num_grad + num_grad + seen.values.size
+    return gaussian, strong(info._replace(num_loss=num_loss, num_grad=num_grad)), seen
 
 
 def _run(

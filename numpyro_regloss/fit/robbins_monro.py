@@ -191,14 +191,14 @@ class RobbinsMonro(Fit):
         score, reference = self.gradient == "score", target.reference
         build = evaluations.score if score else evaluations.reparametrized
         estimate = build(target, antithetic=self.antithetic)
-        spent = jnp.asarray(0)
+        zero, spent = jnp.zeros_like(reference.mean), jnp.asarray(0)
+        first = zero
         if self.step_size is None and score:
-            curvature, spent = evaluations.bend(key_curvature, state.curvature, target)
+            curvature, first, spent = evaluations.bend(key_curvature, state.curvature, target)
             state = state._replace(curvature=curvature)
         elif self.step_size is None:
-            *known, spent = evaluations.steepest(key_curvature, *state, estimate)
+            *known, first, spent = evaluations.steepest(key_curvature, *state, estimate)
             state, spent = RobbinsMonroState(*known), spent * (2 if self.antithetic else 1)
-        zero = jnp.zeros_like(reference.mean)
 
         def evaluate(j: Array, u: Array) -> tuple[Array, Estimate]:
             key_batch, key_noise = random.split(random.fold_in(key_steps, j))
@@ -221,7 +221,7 @@ class RobbinsMonro(Fit):
             u = u - change
             return u, running.add(sums, j, u, drift, noise, response, even=score)
 
-        carry = (zero, running.start(zero, dense=self._is_dense(zero.size)))
+        carry = (first, running.start(zero, dense=self._is_dense(zero.size)))
         num_steps, converged = jnp.asarray(self.num_steps), jnp.asarray(False)
         if self.tolerance is None:
             u, sums = lax.fori_loop(0, self.num_steps, advance, carry)

@@ -10,7 +10,7 @@ import math
 from typing import Any, ClassVar
 
 from numpyro_regloss import _whitened_hmc as whitened
-from numpyro_regloss._hmc_settings import Settings, check_settings
+from numpyro_regloss._hmc_settings import Settings, check_settings, remedy
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._typing import Key
 from numpyro_regloss.draws import StoredDraws
@@ -99,3 +99,7 @@ class HMC(Shift):
     ) -> whitened.WhitenedState:
         """Positions go back, and the next step warms up again."""
         return whitened.after_rejection(old, new)
+
+    def remedy(self, info: whitened.HMCInfo, ok: Any) -> str:
+        """What to use where walls or steepness stopped the chains."""
+        return remedy(self.settings, info, ok)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._checks import check_choice, check_count, check_positive
-from numpyro_regloss._cloud import Cloud, Layout, evaluate, lay_out
+from numpyro_regloss._cloud import Cloud, Layout, evaluate, lay_out, single_weights
 from numpyro_regloss._pareto import pareto_khat, pareto_smooth
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._scrambled_sobol import MAX_DIM
@@ -74,7 +74,10 @@ class Importance(Shift):
 
     Args:
         num_samples: size of the cloud.
-        antithetic: draw pairs mean ± scale ξ: the linear part of the loss then causes no error.
+        antithetic: draw pairs mean ± scale ξ: the linear part of the loss then causes no error. Where the mean is
+            a mirror, loss(mean + o) = loss(mean - o), and no minimum (q is wider there than the reference along
+            some direction), pairs would keep it for ever: only their first members, which are independent draws,
+            then have a weight.
         chunk_size: draws evaluated at once; default: about two megabytes of them, fewer when the loss
             holds much data. A Sobol net is never divided. With `num_samples` or more, each step calls the loss
             once, on all draws and the center: for a simulator that has a price per call.
@@ -178,6 +181,8 @@ class Importance(Shift):
         if self.ess is not None:
             temperature, lowest = _temperature_of_ess(loss, self.ess, target.temperature)
         log_weight = jnp.where(rejected, -jnp.inf, -(loss - lowest) / temperature)
+        if self.antithetic:
+            log_weight = single_weights(log_weight, loss, rng_key, target.reference, offset, layout)
         if self.pareto_smoothing:
             log_weight, khat = pareto_smooth(log_weight)
         else:

@@ -20,12 +20,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax, random
-from numpyro.infer import init_to_value
+from numpyro.infer import HMC, BarkerMH, init_to_value
 from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._batch_means import ess_of_blocks, stretches
-from numpyro_regloss._checks import check_count
+from numpyro_regloss._checks import check_count, check_integers
 from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
 from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._stats import effective_sample_size, split_rhat
@@ -37,8 +37,7 @@ from numpyro_regloss.shift.base import Shift
 __all__ = ["Kernel", "KernelInfo", "KernelState"]
 
 # A shift is rejected when its chains hardly moved, and a step size below which they do so is tuned anew.
-LEAST_MOVED = 0.02
-REWARM_BELOW = 0.1
+LEAST_MOVED, REWARM_BELOW = 0.02, 0.1
 TUNED = ("step_size", "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
 
 
@@ -154,9 +153,9 @@ class Kernel(Shift):
 
     @property
     def uses_gradient(self) -> bool:  # ty: ignore[incompatible-property-override]
-        """Whether the driver should check the gradient at the start: not for kernels known to need none."""
+        """Whether the kernel is one of NumPyro's that follow gradients; of others nothing is known."""
         kernel = self._made()
-        return not (kernel.is_ensemble_kernel or type(kernel).__name__ == "SA")
+        return isinstance(getattr(kernel, "inner_kernel", kernel), HMC | BarkerMH)
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> KernelState:
         """Chains spread out as the reference is; the first step tunes them.
@@ -169,8 +168,10 @@ class Kernel(Shift):
             The state.
 
         Raises:
+            TypeError: if the kernel follows gradients and the loss returns integers.
             ValueError: if the kernel cannot be set up on the model.
         """
+        check_integers(["Kernel"] * self.uses_gradient, target.loss, "shift.Kernel")
         mean = target.reference.mean
         noise = random.normal(rng_key, (self.num_chains, target.dim), mean.dtype)
         tuning = None
@@ -268,8 +269,7 @@ class Kernel(Shift):
     def _run(
         self, target: RegularizedLoss, rng_key: Key, noise: Array, tuning: Any, warm: Array
     ) -> tuple[Array, _Row, _Tally, Any]:
-        # One chain, or one ensemble of them.
-        name = latent_name(target)
+        name = latent_name(target)  # of one chain, or one ensemble of them
         kernel, state = self._started(target, rng_key, noise)
         num_leading = jnp.asarray(self.num_warmup)
         if tuning is not None:

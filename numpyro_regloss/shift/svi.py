@@ -11,6 +11,7 @@ References: Hoffman, Blei, Wang & Paisley (2013), "Stochastic Variational Infere
 Gelman (2018), "Yes, but Did It Work? Evaluating Variational Inference".
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +23,11 @@ import numpyro.distributions as dist
 import numpyro.infer
 from jax import lax, random
 from numpyro import handlers
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import Trace_ELBO, init_to_mean
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 
-from numpyro_regloss._checks import check_count, check_optimizer
+from numpyro_regloss._checks import check_count, check_integers, check_optimizer
 from numpyro_regloss._optax import adam
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
@@ -86,10 +87,12 @@ class SVI(Shift):
     """NumPyro's SVI on the shifted density.
 
     Args:
-        make_guide: a function of a model that returns a guide of it; build it once. A guide of your own takes
-            the target and has a latent site of the name and the shape of the model's, `eps` (with an underscore if
-            the loss has a site of that name) and `(dim,)`, where N(0, I) is the reference.
-        optimizer: an Optax or NumPyro optimizer, built once; default: Adam with step size 0.01.
+        make_guide: a function of a model that returns a guide of it; build it once. NumPyro's automatic guides,
+            given as classes, start at the reference (its mean, and its width where they have an `init_scale`); a
+            function such as `lambda model: AutoNormal(model)` starts where it says. A guide of your own takes the
+            target and has a latent site of the name and the shape of the model's, `eps` (with an underscore if the
+            loss has a site of that name) and `(dim,)`, where N(0, I) is the reference.
+        optimizer: an Optax or NumPyro optimizer, built once; default: Adam with step size 0.03.
         num_steps: optimization steps per outer step.
         num_samples: draws from the guide per outer step.
         num_warmup: optimization steps more in the first outer step.
@@ -149,8 +152,10 @@ class SVI(Shift):
             The state.
 
         Raises:
+            TypeError: if the loss returns integers.
             ValueError: if the guide does not fit the model.
         """
+        check_integers(["SVI"], target.loss, "shift.SVI")
         key_batch, rng_key = random.split(rng_key)
         _, state = self._set_up(rng_key, target.on_batch(key_batch))
         return SVIState(strong(state.optim_state), jnp.asarray(False))
@@ -210,9 +215,14 @@ class SVI(Shift):
         return SVIState(strong(trained.optim_state), jnp.ones_like(state.warm)), draws, info
 
     def _made(self) -> Callable[..., Any]:
+        # NumPyro's own start is a random point and a tenth of the width. Here the reference is known.
+        kind, settings = self.make_guide, {"init_loc_fn": init_to_mean, "init_scale": 1.0}
+        if not (isinstance(kind, type) and issubclass(kind, AutoGuide)):
+            settings = {}
+        takes = inspect.signature(kind).parameters if settings else {}
         try:
             with handlers.block():
-                guide = self.make_guide(model)
+                guide = kind(model, **{key: settings[key] for key in settings if key in takes})
         except Exception as error:
             raise TypeError(
                 "SVI: expected make_guide(model) to return a guide, but it raised "
