@@ -20,9 +20,9 @@ from jax.scipy.special import ndtri
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._descent import CrossFitted, cross_fitted
 from numpyro_regloss._estimate import Estimate
+from numpyro_regloss._pair_values import entropy_of_pairs, heat_of_pairs
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss._values import entropy_of_pairs, heat_of_pairs
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss

@@ -20,6 +20,8 @@ FLOORS = {
     "_stats": 0,
     "_pareto": 0,
     "_checks": 1,
+    "_tail": 1,
+    "_pair_values": 2,
     "_estimate": 1,
     "_sites": 1,
     "_control_variates": 1,
