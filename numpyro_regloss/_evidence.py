@@ -17,7 +17,7 @@ from jax import lax, random
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._control_variates import Chains
 from numpyro_regloss._estimate import BridgeEstimate, GaussianEstimate
-from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
+from numpyro_regloss._pareto import MAX_KHAT
 from numpyro_regloss._stats import (
     after,
     effective_sample_size,
@@ -25,7 +25,7 @@ from numpyro_regloss._stats import (
     split_rhat,
     weight_ess,
 )
-from numpyro_regloss._tail import tail_index
+from numpyro_regloss._tail import rare_term, tail_index
 from numpyro_regloss._tempering import bounded_energy
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
@@ -106,11 +106,12 @@ def by_gaussian(
     shares = jnp.asarray(counts, pair.dtype) / num_samples
     errors = jnp.stack([pair_error(pair[:split]), pair_error(pair[split:])])
     rounding = _rounding(log_reference[: 2 * split], log_fitted[: 2 * split], energy[: 2 * split])
-    relative = jnp.hypot(jnp.sqrt(jnp.sum((shares * errors) ** 2)) / mean, rounding)
-    value = -target.temperature * (log_mean + jnp.log(mean))
-    khat = tail_index(log_weight, pareto_khat(log_weight))
+    khat = tail_index(log_weight, pair)
     # Weights that are equal but for rounding have no tail.
     khat = jnp.where(jnp.max(log_weight) - log_mean <= rounding, -jnp.inf, khat)
+    strata = jnp.hypot(jnp.sqrt(jnp.sum((shares * errors) ** 2)), rare_term(pair, khat))
+    relative = jnp.hypot(strata / mean, rounding)
+    value = -target.temperature * (log_mean + jnp.log(mean))
     error = jnp.where(khat <= MAX_KHAT, target.temperature * relative, jnp.inf)
     return GaussianEstimate(value, _or_infinite(error, value), weight_ess(log_weight), khat)
 

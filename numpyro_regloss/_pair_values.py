@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_regloss._estimate import Estimate, ImportanceEstimate
-from numpyro_regloss._pareto import MAX_KHAT, pareto_smooth
+from numpyro_regloss._pareto import MAX_KHAT
 from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._stats import log_mean_exp, weight_ess
 from numpyro_regloss._tail import mean_with_error, tail_error, tail_index
@@ -22,15 +22,15 @@ HEAT_REMEDY = "Use a smaller tau or more draws, or the local entropy, to which f
 def entropy_of_pairs(loss: Array, temperature: Array) -> ImportanceEstimate:
     """F_tau of the losses `(sample,)` at antithetic pairs from the reference."""
     # A NaN among the losses makes the value NaN: there is no expectation to estimate.
+    # Weights are not smoothed: where that would help their error is wide, and elsewhere it is a bias.
     log_weight = -loss / temperature
-    smoothed, khat = pareto_smooth(log_weight)
-    khat = tail_index(log_weight, khat)
-    log_mean = log_mean_exp(smoothed)
-    pair = jnp.mean(jnp.exp(smoothed - log_mean).reshape(-1, 2), 1)
+    log_mean = log_mean_exp(log_weight)
+    pair = jnp.mean(jnp.exp(log_weight - log_mean).reshape(-1, 2), 1)
+    khat = tail_index(log_weight, pair)
     return ImportanceEstimate(
         value=-temperature * log_mean,
         error=temperature * tail_error(pair, khat),
-        ess=weight_ess(smoothed),
+        ess=weight_ess(log_weight),
         khat=khat,
     )
 

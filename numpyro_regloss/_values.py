@@ -79,8 +79,8 @@ def local_entropy(
 ) -> Estimate:
     """F_tau at the reference's mean.
 
-    - `"importance"`: Pareto-smoothed importance sampling from the reference, in antithetic pairs; for q not far
-      from it. The cheapest.
+    - `"importance"`: importance sampling from the reference, in antithetic pairs; for q not far from it. The
+      cheapest.
     - `"smc"`: tempering from the reference to q (`shift.SMC`), in 16 islands whose spread is the error; for sharp
       q and for several modes, with Hamiltonian moves where the loss has a gradient. Costs `num_samples`
       evaluations (or five gradients) for each of some 5 to 100 temperatures.
