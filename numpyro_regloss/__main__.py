@@ -247,9 +247,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _with_error(estimate: values.Estimate) -> str:
-    decimals = (
-        4 if estimate.error <= 0 else int(np.clip(1 - np.floor(np.log10(estimate.error)), 0, 8))
-    )
+    known = 0 < estimate.error < np.inf
+    decimals = int(np.clip(1 - np.floor(np.log10(estimate.error)), 0, 8)) if known else 4
     return f"{estimate.value:.{decimals}f} ± {estimate.error:.{decimals}f}"
 
 

@@ -23,10 +23,13 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the estimate, in the units of the loss.
-        error: its standard error, in the same units; infinite where the value is not finite.
+        error: its standard error, in the same units, with room for rare large terms that were not drawn; infinite
+            where the value is not finite, and where k-hat is above 0.7.
         ess: effective sample size behind it.
-        khat: Pareto shape of the weights; above 0.7 neither value nor error is to be trusted. -inf where
-            there are no weights.
+        khat: Pareto shape of the weights, or of the losses for an average; above 0.7 neither value nor error is to
+            be trusted. Of fewer than a hundred terms, where ties leave no tail, and where many of them carry the
+            variance, it follows from the share of the largest one. -inf where all are equal, and where there
+            are no weights.
         method: how it was found: `"average"`, or one of the methods of `values.local_entropy`; no field, but
             of the class.
     """

@@ -17,7 +17,7 @@ from jax import lax, random
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._control_variates import Chains
 from numpyro_regloss._estimate import BridgeEstimate, GaussianEstimate
-from numpyro_regloss._pareto import pareto_khat
+from numpyro_regloss._pareto import MAX_KHAT
 from numpyro_regloss._stats import (
     after,
     effective_sample_size,
@@ -25,6 +25,8 @@ from numpyro_regloss._stats import (
     split_rhat,
     weight_ess,
 )
+from numpyro_regloss._tail import rare_term, tail_index
+from numpyro_regloss._tempering import bounded_energy
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.gaussian import AnyGaussian
@@ -80,6 +82,10 @@ def by_gaussian(
     ]
     x = jnp.concatenate(strata)
     energy = lax.map(target.energy, x, batch_size=min(chunk_size, num_samples))
+    # Where the loss fails at draws from the reference there is no expectation, and the value is NaN. The fitted
+    # Gaussian may reach further, and there a failure is a wall, as on the paths of chains.
+    failed, _ = bounded_energy(energy[: counts[0]])
+    energy = energy.at[: counts[0]].set(failed)
     log_reference = target.reference.log_prob(x)
     log_share = [jnp.log(count / num_samples) for count in counts]
     log_fitted = fitted.log_prob(after(log_reference[0], x))
@@ -100,10 +106,14 @@ def by_gaussian(
     shares = jnp.asarray(counts, pair.dtype) / num_samples
     errors = jnp.stack([pair_error(pair[:split]), pair_error(pair[split:])])
     rounding = _rounding(log_reference[: 2 * split], log_fitted[: 2 * split], energy[: 2 * split])
-    relative = jnp.hypot(jnp.sqrt(jnp.sum((shares * errors) ** 2)) / mean, rounding)
+    khat = tail_index(log_weight, pair)
+    # Weights that are equal but for rounding have no tail.
+    khat = jnp.where(jnp.max(log_weight) - log_mean <= rounding, -jnp.inf, khat)
+    strata = jnp.hypot(jnp.sqrt(jnp.sum((shares * errors) ** 2)), rare_term(pair, khat))
+    relative = jnp.hypot(strata / mean, rounding)
     value = -target.temperature * (log_mean + jnp.log(mean))
-    error = _or_infinite(target.temperature * relative, value)
-    return GaussianEstimate(value, error, weight_ess(log_weight), pareto_khat(log_weight))
+    error = jnp.where(khat <= MAX_KHAT, target.temperature * relative, jnp.inf)
+    return GaussianEstimate(value, _or_infinite(error, value), weight_ess(log_weight), khat)
 
 
 def by_bridge(
@@ -130,7 +140,7 @@ def by_bridge(
     """
     x = draws.x.reshape(-1, target.dim)
     y = _pairs(rng_key, fitted, num_samples // 2)
-    energy = lax.map(target.energy, y, batch_size=min(chunk_size, num_samples))
+    energy, _ = bounded_energy(lax.map(target.energy, y, batch_size=min(chunk_size, num_samples)))
     points = jnp.concatenate([x, y])
     log_reference = target.reference.log_prob(points)
     log_fitted = fitted.log_prob(after(log_reference[0], points))
@@ -158,7 +168,9 @@ def _pairs(rng_key: Key, gaussian: AnyGaussian, count: int) -> Array:
 
 def _rounding(*terms: Array) -> Array:
     # Of log densities whose difference hardly varies: a Gaussian that is q leaves no other error.
-    size = jnp.stack([jnp.median(jnp.abs(term)) for term in terms])
+    # Behind walls there is nothing to round.
+    known = [jnp.where(jnp.isfinite(term), jnp.abs(term), jnp.nan) for term in terms]
+    size = jnp.nan_to_num(jnp.stack([jnp.nanmedian(term) for term in known]))
     return ROUNDING * jnp.finfo(size.dtype).eps * (1.0 + jnp.sum(size))
 
 

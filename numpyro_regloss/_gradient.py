@@ -24,10 +24,16 @@ from numpyro_regloss._checks import (
 )
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._model_source import ModelSource
+from numpyro_regloss._pair_values import (
+    HEAT_REMEDY,
+    entropy_of_pairs,
+    heat_of_means,
+    warn_of_errors,
+)
 from numpyro_regloss._probe import Probe, check_gradient, probe
 from numpyro_regloss._pytree import is_concrete, with_context_axes
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss._values import entropy_of_pairs, local_entropy
+from numpyro_regloss._values import estimate_entropy
 from numpyro_regloss.fit.forward_kl import ForwardKL
 from numpyro_regloss.gaussian import Gaussian
 from numpyro_regloss.loss import Loss
@@ -38,6 +44,7 @@ from numpyro_regloss.shift.importance import Importance
 __all__ = ["value_and_grad"]
 
 REMEDY = 'kind="local_entropy" with shift.Importance'
+GRADIENT_REMEDY = "Use a smaller tau or more draws."
 
 
 def value_and_grad(
@@ -62,7 +69,8 @@ def value_and_grad(
 
     Returns:
         `(params, rng_key, *args, **kwargs) -> (Estimate, grads)`, pure, for use under `jax.jit`; `grads` has the
-        structure of `params`. A loss with a minibatch gives that of one batch.
+        structure of `params`. A loss with a minibatch gives that of one batch. The error is infinite where k-hat
+        is above 0.7, and outside of `jax.jit` a warning says so.
 
     Raises:
         TypeError: if an argument is of the wrong kind, the loss is that of a model, or it returns integers
@@ -115,6 +123,8 @@ def value_and_grad(
         else:
             shared = shift is None
             estimate, gradient = _local_entropy(keys, target, engine, num_samples, shared=shared)
+        remedy = HEAT_REMEDY if kind == "heat" else GRADIENT_REMEDY
+        warn_of_errors(what, {"the value": estimate}, remedy)
         return estimate, loss.source.tangent(gradient)  # ty: ignore[missing-union-attribute]
 
     return regularized
@@ -134,7 +144,9 @@ def _local_entropy(
     if shared:
         estimate: Estimate = entropy_of_pairs(draws.loss[0], target.temperature)
     else:
-        estimate = local_entropy(keys[2], target, method="importance", num_samples=num_samples)
+        estimate = estimate_entropy(
+            keys[2], target, method="importance", num_samples=num_samples, chunk_size=None
+        )
     offset = target.reference.mean - fitted.mean
     return estimate, target.temperature * offset / target.reference.variance
 
@@ -142,18 +154,11 @@ def _local_entropy(
 def _heat(rng_key: Key, target: RegularizedLoss, num_samples: int) -> tuple[Estimate, Array]:
     reference, evaluate = target.reference, jax.vmap(jax.value_and_grad(target.value))
 
-    def pair(total: Array, key: Key) -> tuple[Array, Array]:
+    def pair(total: Array, key: Key) -> tuple[Array, tuple[Array, Array]]:
         offset = reference.scaled(random.normal(key, (reference.dim,), reference.mean.dtype))
         value, gradient = evaluate(reference.mean + jnp.stack([offset, -offset]))
-        return total + jnp.sum(gradient, 0), jnp.mean(value)
+        return total + jnp.sum(gradient, 0), (jnp.mean(value), jnp.max(jnp.abs(value)))
 
     keys = random.split(rng_key, -(-num_samples // 2))
-    total, values = lax.scan(pair, jnp.zeros_like(reference.mean), keys)
-    error = jnp.std(values, ddof=1) / jnp.sqrt(values.size)
-    estimate = Estimate(
-        jnp.mean(values),
-        jnp.where(jnp.isfinite(error), error, jnp.inf),
-        jnp.asarray(2.0 * values.size, values.dtype),
-        jnp.asarray(-jnp.inf, values.dtype),
-    )
-    return estimate, total / (2 * values.size)
+    total, (means, largest) = lax.scan(pair, jnp.zeros_like(reference.mean), keys)
+    return heat_of_means(means, jnp.max(largest)), total / (2 * means.size)

@@ -17,7 +17,7 @@ Rendering" (the mixture).
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,9 +30,11 @@ from jax.scipy.special import logsumexp
 from numpyro_regloss._checks import check_count, check_key, check_positive
 from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._evidence import pair_error
+from numpyro_regloss._pair_values import heat_of_pairs
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._stats import weight_ess
+from numpyro_regloss._tail import tail_error
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian, projected_covariance
 from numpyro_regloss.loss import Loss
@@ -59,8 +61,8 @@ class Landscape(NamedTuple):
             distances from the origin.
         loss: the plain loss on the grid, `(n,)` or `(n, m)`.
         local_entropy: F_tau, an `Estimate` of such arrays; its `ess` counts antithetic pairs, one about every
-            point; see `trusted`.
-        heat: F^H_tau, likewise.
+            point; its error is infinite where it is not `trusted`.
+        heat: F^H_tau, likewise; its k-hat is that of the losses about the point.
         tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
         temperature: T.
         origin: the flat parameters, `(dim,)`.
@@ -87,9 +89,7 @@ class Landscape(NamedTuple):
     @property
     def trusted(self) -> np.ndarray:
         """Where F_tau may be trusted: elsewhere q lies outside of the grid, or is too narrow for the draws."""
-        # The k-hat of few pairs is itself noisy; where most of them count alike, the weights are well.
-        even = np.asarray(self.local_entropy.ess) > LEAST_EVEN * self.num_samples / 2
-        return (np.asarray(self.local_entropy.khat) <= MAX_KHAT) | even
+        return np.asarray(_is_trusted(self.local_entropy, self.num_samples))
 
     def project(self, x: Any) -> np.ndarray:
         """Coordinates of flat parameters `(..., dim)`, projected onto the line or plane."""
@@ -355,21 +355,18 @@ def _evaluate(
         # What fails at the point's own draws is told; at those of others it has no weight.
         log_weight = jnp.where(failed, -jnp.inf, log_ratio - losses / target.temperature)
         by_draw = logsumexp(log_weight, 0) - jnp.log(1.0 * len(places))
-        log_mean = _by_pair(jnp.logaddexp, by_draw) - jnp.log(2.0)
-        known = 0.5 * _by_pair(jnp.add, jnp.mean(jnp.exp(log_ratio), 0))
+        log_mean = jnp.logaddexp(by_draw[::2], by_draw[1::2]) - jnp.log(2.0)
+        known = jnp.mean(jnp.mean(jnp.exp(log_ratio), 0).reshape(-1, 2), 1)
         entropy = _entropy(log_mean, known, target.temperature)
+        entropy = _unless(~_is_trusted(entropy, num_samples), entropy, entropy.value)
         entropy = _unless(jnp.isnan(own).any(), entropy, jnp.nan)
         usable = jnp.isfinite(losses)
         ratio = jnp.where(usable, jnp.exp(log_ratio), 0.0)
         weight, weighted = jnp.sum(ratio, 0), jnp.sum(ratio * jnp.where(usable, losses, 0.0), 0)
-        heat = _heat(_by_pair(jnp.add, weight), _by_pair(jnp.add, weighted))
+        heat = _heat(weight.reshape(-1, 2).sum(1), weighted.reshape(-1, 2).sum(1), own)
         return entropy, _unless(~jnp.isfinite(own).all(), heat, jnp.mean(own))
 
     return plain, *lax.map(regularized, (places, height, losses))
-
-
-def _by_pair(combine: Callable[[Array, Array], Array], by_draw: Array) -> Array:
-    return combine(by_draw[::2], by_draw[1::2])
 
 
 def _entropy(log_weight: Array, known: Array, temperature: Array) -> Estimate:
@@ -387,10 +384,16 @@ def _entropy(log_weight: Array, known: Array, temperature: Array) -> Estimate:
     return Estimate(value, error, weight_ess(log_weight), pareto_khat(log_weight))
 
 
-def _heat(weight: Array, weighted: Array) -> Estimate:
+def _heat(weight: Array, weighted: Array, own: Array) -> Estimate:
     value = jnp.sum(weighted) / jnp.sum(weight)
-    error = pair_error((weighted - value * weight) / jnp.mean(weight))
-    return Estimate(value, error, weight_ess(jnp.log(weight)), jnp.full_like(value, -jnp.inf))
+    khat = heat_of_pairs(own).khat
+    error = tail_error((weighted - value * weight) / jnp.mean(weight), khat)
+    return Estimate(value, error, weight_ess(jnp.log(weight)), khat)
+
+
+def _is_trusted(entropy: Estimate, num_samples: int) -> Array:
+    # The k-hat of few pairs is itself noisy; where most of them count alike, the weights are well.
+    return (entropy.khat <= MAX_KHAT) | (entropy.ess > LEAST_EVEN * num_samples / 2)
 
 
 def _unless(failed: Array, estimate: Estimate, value: Array | float) -> Estimate:

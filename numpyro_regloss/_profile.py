@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_regloss._checks import check_count, check_key, check_positive
+from numpyro_regloss._checks import check_choice, check_count, check_key, check_positive
 from numpyro_regloss._estimate import Estimate
+from numpyro_regloss._pair_values import warn_of_errors
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss._values import heat, local_entropy
+from numpyro_regloss._values import METHODS, estimate_entropy, estimate_heat
 from numpyro_regloss.gaussian import Gaussian
 from numpyro_regloss.loss import Loss
 from numpyro_regloss.regularized import RegularizedLoss
@@ -122,6 +123,7 @@ def profile(
         )
     rng_key = check_key(rng_key, what)
     check_count(num_samples, f"{what}: num_samples", 4)
+    check_choice(method, f"{what}: method", METHODS)
     values = np.atleast_1d(np.asarray(taus, float))
     if values.ndim != 1 or not values.size:
         raise ValueError(
@@ -138,7 +140,7 @@ def profile(
     for tau in values:
         target = RegularizedLoss(loss, Gaussian.isotropic(x, tau), temperature=temperature)
         entropies.append(
-            local_entropy(
+            estimate_entropy(
                 key_entropy,
                 target,
                 method=method,
@@ -146,14 +148,19 @@ def profile(
                 chunk_size=chunk_size,
             )
         )
-        heats.append(heat(key_heat, target, num_samples=num_samples, chunk_size=chunk_size))
-    return Profile(
+        heats.append(
+            estimate_heat(key_heat, target, num_samples=num_samples, chunk_size=chunk_size)
+        )
+    report = Profile(
         jnp.asarray(values, x.dtype),
         plain,
         _stacked(entropies),
         _stacked(heats),
         tuple(estimate.method for estimate in entropies),
     )
+    judged = {"F_tau": report.local_entropy, "the heat": report.heat}
+    warn_of_errors(what, judged, "Use smaller taus or more draws.")
+    return report
 
 
 def _stacked(estimates: list[Estimate]) -> Estimate:

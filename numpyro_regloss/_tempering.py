@@ -110,7 +110,8 @@ def evidence(log_evidence: Array) -> tuple[Array, Array]:
     """Log of the mean evidence of islands, and its standard error.
 
     The spread of a few islands is itself uncertain: the error is stretched by the ratio of Student's quantile
-    to the normal one, so that intervals of 1.96 errors cover 95 %. The error is that of a log-normal evidence.
+    to the normal one, so that intervals of 1.96 errors cover 95 %. The error is that of a log-normal evidence, or
+    where some islands have none at all, that of the mean.
 
     Args:
         log_evidence: `(island,)`.
@@ -122,7 +123,11 @@ def evidence(log_evidence: Array) -> tuple[Array, Array]:
     value = log_mean_exp(log_evidence)
     if count < 2:
         return value, jnp.full_like(value, jnp.inf)
-    variance = jnp.var(log_evidence, ddof=1)
+    # Islands that found nothing inside of a wall have no logarithm, and count as zeros.
+    relative = jnp.exp(log_evidence - value)
+    empty = jnp.any(log_evidence == -jnp.inf)
+    variance = jnp.expm1(jnp.var(jnp.where(empty, 0.0, log_evidence), ddof=1))
+    variance = jnp.where(empty, jnp.var(relative, ddof=1), variance)
     stretch = float(stdtrit(count - 1, UPPER)) / NORMAL_QUANTILE
-    error = stretch * jnp.sqrt(jnp.expm1(variance) / count)
+    error = stretch * jnp.sqrt(variance / count)
     return value, jnp.where(jnp.isfinite(error), error, jnp.inf)

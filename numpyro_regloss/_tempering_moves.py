@@ -193,7 +193,9 @@ def hmc(
     size = step_size * random.uniform(key_jitter, (), now.noise.dtype, 1.0 - JITTER, 1.0)
 
     def force(at: Particles) -> Array:
-        return -frame.gaussian.scaled_transpose(s * at.gradient + at.noise)
+        # Any force that is a function of the place keeps the path reversible: none where the loss has no gradient.
+        gradient = jnp.where(jnp.isfinite(at.gradient), at.gradient, 0.0)
+        return -frame.gaussian.scaled_transpose(s * gradient + at.noise)
 
     def leap(_: int, carry: tuple[Particles, Array, Array]) -> tuple[Particles, Array, Array]:
         at, momentum, failures = carry
@@ -215,7 +217,8 @@ def _potential(at: Particles, s: Array) -> Array:
 def _accept(
     rng_key: Key, now: Particles, then: Particles, log_accept: Array
 ) -> tuple[Particles, Array]:
-    # A path that ran off has NaN everywhere, and a particle behind a wall leaves it at the first chance.
+    # A path that ends where the loss fails, or ran off, is a proposal that is rejected; a particle behind a wall
+    # leaves it at the first chance.
     probability = jnp.exp(jnp.minimum(log_accept, 0.0))
     probability = jnp.where(jnp.isfinite(then.energy) & ~jnp.isnan(probability), probability, 0.0)
     accepted = random.uniform(rng_key, probability.shape, probability.dtype) < probability

@@ -23,11 +23,16 @@ from numpyro_regloss._estimate import (
     ImportanceEstimate,
     SMCEstimate,
 )
-from numpyro_regloss._evidence import by_bridge, by_gaussian, pair_error
-from numpyro_regloss._pareto import pareto_smooth
-from numpyro_regloss._pytree import is_concrete
+from numpyro_regloss._evidence import by_bridge, by_gaussian
+from numpyro_regloss._pair_values import (
+    HEAT_REMEDY,
+    entropy_of_pairs,
+    heat_of_pairs,
+    warn_of_errors,
+)
+from numpyro_regloss._pytree import all_finite, is_concrete
 from numpyro_regloss._ranks import promotes_ranks
-from numpyro_regloss._stats import log_mean_exp, monte_carlo_error, weight_ess
+from numpyro_regloss._stats import monte_carlo_error
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit.forward_kl import ForwardKL
@@ -37,7 +42,14 @@ from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
 from numpyro_regloss.shift.smc import SMC, SMCInfo
 
-__all__ = ["METHODS", "Estimate", "entropy_of_pairs", "heat", "heat_of_pairs", "local_entropy"]
+__all__ = [
+    "METHODS",
+    "Estimate",
+    "estimate_entropy",
+    "estimate_heat",
+    "heat",
+    "local_entropy",
+]
 
 METHODS = ("auto", "importance", "gaussian", "bridge", "smc")
 # What "auto" asks of weights: a finite variance, with room for the error of k-hat, and enough draws behind it.
@@ -54,6 +66,8 @@ DENSE_FROM = 4
 # Random points at which a loss must show a gradient to be called differentiable.
 NUM_PROBES = 16
 CHUNK_SIZE = 1_000
+ENTROPY_REMEDY = 'Use method="auto" or "smc", a smaller tau or more draws.'
+AUTO_REMEDY = "No method found one: use a smaller tau, a higher temperature or more draws."
 
 
 def local_entropy(
@@ -66,8 +80,8 @@ def local_entropy(
 ) -> Estimate:
     """F_tau at the reference's mean.
 
-    - `"importance"`: Pareto-smoothed importance sampling from the reference, in antithetic pairs; for q not far
-      from it. The cheapest.
+    - `"importance"`: importance sampling from the reference, in antithetic pairs; for q not far from it. The
+      cheapest.
     - `"smc"`: tempering from the reference to q (`shift.SMC`), in 16 islands whose spread is the error; for sharp
       q and for several modes, with Hamiltonian moves where the loss has a gradient. Costs `num_samples`
       evaluations (or five gradients) for each of some 5 to 100 temperatures.
@@ -78,10 +92,13 @@ def local_entropy(
       them found are not seen.
     - `"auto"`: the first of importance, gaussian, bridge (of a differentiable loss) and smc that can be trusted:
       weights with k-hat below 0.5 and 100 effective draws, and, but for importance, agreement with a short run
-      of SMC, of values and for chains of moments. Inside `jax.jit` or `jax.vmap`, where no number can be
-      looked at, it is importance sampling: look at k-hat.
+      of SMC, of values and for chains of moments; where none can, one with a finite error. Inside `jax.jit` or
+      `jax.vmap`, where no number can be looked at, it is importance sampling: look at the error.
 
     The type of the estimate says which it was: `estimate.method`. Full data are used, whatever the minibatch.
+    Weights with k-hat above 0.7 hang on draws that were not drawn: the error is infinite, and a warning says so,
+    but not inside `jax.jit`. A loss that is NaN or -infinity at draws from the reference has no local entropy, and
+    the value is NaN; where only the paths of moves and chains meet such places, they turn back, as at a wall.
 
     Args:
         rng_key: a random key.
@@ -92,7 +109,8 @@ def local_entropy(
         chunk_size: evaluations at once, in importance sampling and for the draws of a Gaussian.
 
     Returns:
-        The estimate, in the units of the loss. Its error is infinite where the method failed.
+        The estimate, in the units of the loss. Its error is infinite where the method failed; "auto" warns too
+        if every method did.
 
     Raises:
         TypeError: if a bridge is asked for and the loss has no gradient.
@@ -108,8 +126,28 @@ def local_entropy(
         >>> estimate.method
         'importance'
     """
-    check_choice(method, "values.local_entropy: method", METHODS)
-    rng_key = _checked(rng_key, target, num_samples, "values.local_entropy")
+    what = "values.local_entropy"
+    check_choice(method, f"{what}: method", METHODS)
+    rng_key = _checked(rng_key, target, num_samples, what)
+    estimate = estimate_entropy(
+        rng_key, target, method=method, num_samples=num_samples, chunk_size=chunk_size
+    )
+    # Chains that disagree, and islands, say by an infinite error what they are there to say.
+    if method not in ("bridge", "smc"):
+        remedy = AUTO_REMEDY if method == "auto" else ENTROPY_REMEDY
+        warn_of_errors(what, {"F_tau": estimate}, remedy)
+    return estimate
+
+
+def estimate_entropy(
+    rng_key: Key,
+    target: RegularizedLoss,
+    *,
+    method: str,
+    num_samples: int,
+    chunk_size: int | None,
+) -> Estimate:
+    """`local_entropy` of arguments that were checked, without warnings."""
     engine = _pairs(num_samples, chunk_size)
     target = target.without_batches()
     num_samples, chunk_size = max(20, engine.num_samples), chunk_size or CHUNK_SIZE
@@ -144,7 +182,9 @@ def heat(
 ) -> Estimate:
     """F^H_tau at the reference's mean, by the mean over antithetic pairs.
 
-    Full data are used, whatever the minibatch; the temperature does not matter.
+    Full data are used, whatever the minibatch; the temperature does not matter. The larger a few losses are, the
+    wider is the error; with k-hat of the losses above 0.7 it is infinite, and a warning says so, but not inside
+    `jax.jit`.
 
     Args:
         rng_key: a random key.
@@ -163,7 +203,17 @@ def heat(
         >>> round(float(heat(random.key(0), target).value), 4)
         6.0
     """
-    rng_key = _checked(rng_key, target, num_samples, "values.heat")
+    what = "values.heat"
+    rng_key = _checked(rng_key, target, num_samples, what)
+    estimate = estimate_heat(rng_key, target, num_samples=num_samples, chunk_size=chunk_size)
+    warn_of_errors(what, {"the heat": estimate}, HEAT_REMEDY)
+    return estimate
+
+
+def estimate_heat(
+    rng_key: Key, target: RegularizedLoss, *, num_samples: int, chunk_size: int | None
+) -> Estimate:
+    """`heat` of arguments that were checked, without warnings."""
     return _heat(rng_key, target.without_batches(), _pairs(num_samples, chunk_size))
 
 
@@ -188,28 +238,33 @@ def _automatic(
 ) -> Estimate:
     keys = random.split(rng_key, 5)
     first = _local_entropy(keys[0], target, engine)
-    # Where the mean is not finite, a loss failed or all were infinite: there is no expectation to estimate.
-    if _is_good(first) or not jnp.isfinite(first.value):
+    # Where a loss failed there is no expectation to estimate.
+    if _is_good(first) or jnp.isnan(first.value) or jnp.isneginf(first.value):
         return first
     differentiable = _is_differentiable(target)
     pilot = _smc(NUM_ISLANDS * PILOT_PARTICLES, differentiable)
     short, draws = _by_smc(keys[1], target, pilot)
-    if not jnp.isfinite(short.value):
-        return short
-    gaussian = _by_gaussian(keys[2], target, draws, num_samples, chunk_size)
-    if _is_good(gaussian) and _agree(gaussian, short):
-        return gaussian
-    if differentiable and jnp.isfinite(short.error):
-        step = draws.x.shape[1] * NUM_ISLANDS // NUM_CHAINS
-        start = draws.x.reshape(-1, target.dim)[::step]
-        bridge, same = _by_bridge(keys[3], target, start, num_samples, chunk_size, draws)
-        if same and jnp.isfinite(bridge.error) and _agree(bridge, short):
-            return bridge
-    return _by_smc(keys[4], target, _smc(num_samples, differentiable))[0]
+    # Islands that disagree, or found nothing, say nothing of the others.
+    if jnp.isfinite(short.error):
+        gaussian = _by_gaussian(keys[2], target, draws, num_samples, chunk_size)
+        if _is_good(gaussian) and _agree(gaussian, short):
+            return gaussian
+        if differentiable:
+            step = draws.x.shape[1] * NUM_ISLANDS // NUM_CHAINS
+            start = draws.x.reshape(-1, target.dim)[::step]
+            bridge, same = _by_bridge(keys[3], target, start, num_samples, chunk_size, draws)
+            if same and jnp.isfinite(bridge.error) and _agree(bridge, short):
+                return bridge
+    long = _by_smc(keys[4], target, _smc(num_samples, differentiable))[0]
+    found = (long, first, short)
+    least_bad = long if jnp.isfinite(long.value) else first
+    return next((estimate for estimate in found if jnp.isfinite(estimate.error)), least_bad)
 
 
 def _is_good(estimate: Estimate) -> bool:
-    return bool((estimate.khat < GOOD_KHAT) & (estimate.ess >= GOOD_ESS))
+    return bool(
+        (estimate.khat < GOOD_KHAT) & (estimate.ess >= GOOD_ESS) & jnp.isfinite(estimate.error)
+    )
 
 
 def _agree(one: Estimate, other: Estimate) -> bool:
@@ -244,8 +299,10 @@ def _is_differentiable(target: RegularizedLoss) -> bool:
 @promotes_ranks
 def _has_gradient(target: RegularizedLoss) -> Array:
     probes = target.reference.sample(random.key(0), (NUM_PROBES,))
-    gradient = jax.vmap(jax.grad(target.value))(probes)
-    return jnp.any(jnp.isfinite(gradient) & (gradient != 0))
+    value, gradient = jax.vmap(jax.value_and_grad(target.value))(probes)
+    # Where the loss is a number its gradient should be one, or moves that follow it go nowhere.
+    usable = jnp.isfinite(gradient).all(1) | ~jnp.isfinite(value)
+    return usable.all() & jnp.any(jnp.isfinite(gradient) & (gradient != 0))
 
 
 @partial(jax.jit, static_argnames="engine")
@@ -254,27 +311,13 @@ def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) ->
     return entropy_of_pairs(engine.losses(rng_key, target), target.temperature)
 
 
-def entropy_of_pairs(loss: Array, temperature: Array) -> ImportanceEstimate:
-    """F_tau of the losses `(sample,)` at antithetic pairs from the reference."""
-    # A NaN among the losses makes the value NaN: there is no expectation to estimate.
-    smoothed, khat = pareto_smooth(-loss / temperature)
-    log_mean = log_mean_exp(smoothed)
-    pair = jnp.mean(jnp.exp(smoothed - log_mean).reshape(-1, 2), 1)
-    return ImportanceEstimate(
-        value=-temperature * log_mean,
-        error=temperature * pair_error(pair),
-        ess=weight_ess(smoothed),
-        khat=khat,
-    )
-
-
 @jax.jit
 @promotes_ranks
 def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEstimate, StoredDraws]:
     info: SMCInfo
     _, draws, info = engine.step(rng_key, (), target)
-    # As above; and what has not reached q knows no error.
-    value = jnp.where(info.num_rejected > 0, jnp.nan, -target.temperature * info.log_evidence)
+    # As above, whatever moves met on their ways; and what has not reached q knows no error.
+    value = jnp.where(info.num_undefined > 0, jnp.nan, -target.temperature * info.log_evidence)
     error = target.temperature * info.log_evidence_error
     error = jnp.where(info.ok & jnp.isfinite(value), error, jnp.inf)
     return SMCEstimate(value, error, info.ess, jnp.full_like(value, -jnp.inf)), draws
@@ -331,21 +374,17 @@ def _mean(x: Array, log_weight: Array) -> tuple[Array, Array]:
 def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGaussian:
     dense = draws.loss.size >= DENSE_FROM * target.dim
     method = ForwardKL("dense" if dense else "diagonal")
-    return method.step(rng_key, (), target, draws)[1]
+    fitted = method.step(rng_key, (), target, draws)[1]
+    # Where no particle is left the reference itself stands in.
+    usable = all_finite(fitted)
+    sd = jnp.sqrt(target.reference.variance)
+    return fitted._replace(
+        mean=jnp.where(usable, fitted.mean, target.reference.mean),
+        scale=jnp.where(usable, fitted.scale, jnp.diag(sd) if dense else sd),
+    )
 
 
 @partial(jax.jit, static_argnames="engine")
 @promotes_ranks
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
     return heat_of_pairs(engine.losses(rng_key, target))
-
-
-def heat_of_pairs(loss: Array) -> Estimate:
-    """F^H_tau of the same."""
-    pair = jnp.mean(loss.reshape(-1, 2), 1)
-    return Estimate(
-        value=jnp.mean(pair),
-        error=pair_error(pair),
-        ess=jnp.asarray(loss.size, loss.dtype),
-        khat=jnp.asarray(-jnp.inf, loss.dtype),
-    )

@@ -20,9 +20,10 @@ from jax.scipy.special import ndtri
 from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._descent import CrossFitted, cross_fitted
 from numpyro_regloss._estimate import Estimate
+from numpyro_regloss._pair_values import entropy_of_pairs, heat_of_pairs
 from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._tail import mean_with_error
 from numpyro_regloss._typing import Array, Key
-from numpyro_regloss._values import entropy_of_pairs, heat_of_pairs
 from numpyro_regloss.draws import Draws
 from numpyro_regloss.gaussian import AnyGaussian
 from numpyro_regloss.regularized import RegularizedLoss
@@ -45,7 +46,7 @@ class RecordInfo(NamedTuple):
     Attributes:
         decrease: of the regularized loss by this step, in the units of the loss: of F_tau, cross-fitted and so
             a little too small, where the fit works from draws, else of F^H_tau; of a minibatch if there is one.
-        decrease_error: its standard error.
+        decrease_error: its standard error; infinite where the losses of a heat step have too heavy a tail.
         verdict: 1, the decrease is significant; 0, not distinguishable from none; -1, the increase is significant,
             beyond what the Monte Carlo error of the centre explains. Rejected steps have 0. See `VERDICTS`.
         local_entropy: F_tau where the step started, on all data; NaN where it was not asked for.
@@ -180,8 +181,8 @@ class Record:
 
         keys = random.split(rng_key, self._num_pairs)
         change = lax.map(pair_change, keys, batch_size=CHUNK_PAIRS)
-        error = jnp.std(change, ddof=1) / jnp.sqrt(change.size)
-        return CrossFitted(jnp.mean(change), error, jnp.zeros_like(error))
+        mean, error, _ = mean_with_error(change, jnp.max(jnp.abs(change)))
+        return CrossFitted(mean, error, jnp.zeros_like(error))
 
 
 def _noise(target: RegularizedLoss, change: CrossFitted, fit_info: Any) -> Array:

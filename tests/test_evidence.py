@@ -5,12 +5,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from conftest import SIGMAS, long, with_long
 from jax import random
+from scipy import stats
+from scipy.special import logsumexp
 from values import build, plain_ess
 
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, values
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, _values, values
 from numpyro_regloss._bridge import bridge
 from numpyro_regloss._control_variates import Chains
 
@@ -104,6 +108,64 @@ def test_the_way_is_the_type():
     assert values.heat(random.key(0), target, num_samples=100).method == "average"
     assert min(error, ess) > 0
     assert np.isfinite([value, khat]).all()
+
+
+MEASURED = np.array([0.4, -1.3, 2.2, 0.1, 0.9, -0.6])
+
+
+def mean_and_scale(y, mean_sd, scale_sd):
+    mean = numpyro.sample("mean", dist.Normal(0.0, mean_sd))
+    scale = numpyro.sample("scale", dist.HalfNormal(scale_sd))
+    with numpyro.plate("rows", y.shape[0]):
+        numpyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+
+def exact_mean_and_scale(y, mean_sd, scale_sd, tau):
+    grid = np.linspace(-10.0, 10.0, 1201)
+    z = np.meshgrid(grid, grid, indexing="ij")
+    mean, log_scale = (np.sqrt(tau) * axis for axis in z)
+    scale = np.exp(log_scale)
+    log_density = stats.norm.logpdf(mean, 0.0, mean_sd) + log_scale
+    log_density += stats.halfnorm.logpdf(scale, 0.0, scale_sd)
+    log_density += sum(stats.norm.logpdf(row, mean, scale) for row in y)
+    log_density += stats.norm.logpdf(z[0]) + stats.norm.logpdf(z[1])
+    return -logsumexp(log_density) - 2.0 * np.log(grid[1] - grid[0])
+
+
+@pytest.mark.parametrize("method", ["smc", "auto", long("gaussian"), long("bridge")])
+def test_a_scale_parameter_whose_paths_run_off(method):
+    # Paths of moves reach scales at which the density is 0 / 0; draws from the reference do not.
+    settings = (np.asarray(MEASURED, np.float32), 8.0, 3.0)
+    loss = Loss.from_model(mean_and_scale, *settings)
+    for tau in (0.1, 1.0, 3.0):
+        target = RegularizedLoss(loss, Gaussian.isotropic(jnp.zeros(2), tau))
+        estimate = local_entropy(target, method, num_samples=NUM_SAMPLES)
+        exact = exact_mean_and_scale(MEASURED, 8.0, 3.0, tau)
+        assert abs(estimate.value - exact) < SIGMAS * estimate.error
+        assert estimate.error < 0.2
+
+
+def test_auto_has_a_value_wherever_a_method_has(monkeypatch):
+    # Weights of log-normal tail; SMC is made to fail.
+    loss = Loss.from_function(lambda x, s: s * x[0], np.zeros(1), 1.0)
+
+    def failing(*arguments):
+        estimate, draws = by_smc(*arguments)
+        return estimate._replace(value=jnp.nan, error=jnp.inf), draws
+
+    by_smc = _values._by_smc
+    monkeypatch.setattr(_values, "_by_smc", failing)
+    reference = Gaussian.isotropic(jnp.zeros(1), 1.0)
+    with pytest.warns(UserWarning, match="No method found one: .*smaller tau") as told:
+        worst = values.local_entropy(random.key(0), RegularizedLoss(loss, reference, (4.0,)))
+    assert len(told) == 1
+    assert worst.method == "importance"
+    assert np.isfinite(worst.value)
+    assert worst.error == np.inf
+    # k-hat between "auto"'s limit and 0.7: a wide error is better than none.
+    fair = local_entropy(RegularizedLoss(loss, reference, (2.0,)), "auto", seed=1)
+    assert fair.khat > 0.5
+    assert abs(fair.value + 2.0) < SIGMAS * fair.error < np.inf
 
 
 def test_auto_has_no_value_for_a_loss_that_fails():

@@ -25,6 +25,8 @@ FLOORS = {
     "_stats": 0,
     "_pareto": 0,
     "_checks": 1,
+    "_tail": 1,
+    "_pair_values": 2,
     "_estimate": 1,
     "_one_at_a_time": 1,
     "_sites": 1,

@@ -52,6 +52,23 @@ def test_profile_as_a_figure(report):
     mpl.pyplot.close(ax.figure)
 
 
+def test_profile_with_values_that_have_no_error():
+    # exp(3 x): the heat at a wide tau hangs on draws that are not there.
+    loss = Loss.from_function(lambda x: jnp.exp(3.0 * x[0]), np.zeros(1))
+    with pytest.warns(UserWarning, match="values.profile: the error of the heat at 1 of 2") as told:
+        report = values.profile(random.key(0), loss, taus=[1e-2, 2.0])
+    assert len(told) == 1
+    assert np.isfinite(report.heat.error[0])
+    assert report.heat.error[1] == np.inf
+    assert np.isfinite(report.local_entropy.error).all()
+    assert "± inf" in str(report).splitlines()[-1]
+    ax = plots.profile(report)
+    ax.figure.canvas.draw()
+    assert np.isfinite(ax.lines[1].get_ydata()).all()
+    assert np.isfinite(ax.get_ylim()).all()
+    mpl.pyplot.close(ax.figure)
+
+
 def test_profile_of_trained_sites():
     from test_loss import SIGMA, Y, eight_schools  # noqa: PLC0415
 
@@ -84,6 +101,15 @@ def test_gradients_are_exact_within_errors():
         assert np.all(np.abs(np.mean(flat, 0) - exact[name]) < 8.0 * error)
         value = PROBLEM.local_entropy(x, tau, 0.5) if name == "entropy" else PROBLEM.heat(x, tau)
         assert np.all(np.abs(estimates.value - value) < SIGMAS * estimates.error)
+
+
+def test_gradients_of_a_heavy_tail_say_so():
+    loss = Loss.from_function(lambda p: jnp.exp(4.0 * p["a"]), {"a": 0.0})
+    call, params = values.value_and_grad(loss, 1.0, kind="heat"), {"a": jnp.zeros(())}
+    with pytest.warns(UserWarning, match="values.value_and_grad: the error of the value"):
+        estimate, _ = call(params, random.key(0))
+    assert estimate.error == np.inf
+    assert jax.jit(call)(params, random.key(0))[0].error == np.inf  # in silence
 
 
 def test_any_training_loop_minimizes_the_regularized_loss():

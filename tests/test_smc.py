@@ -134,6 +134,10 @@ def test_error_of_the_evidence():
     value, error = evidence(jnp.log(jnp.array([1.0, 3.0])))
     np.testing.assert_allclose(value, np.log(2.0), rtol=1e-6)
     assert error > 1.0  # of two islands that far apart
+    # Islands without any count: a mean of 4, 0, 0, 0 and so on in sixteen is known to a share of one.
+    value, error = evidence(jnp.where(jnp.arange(16) == 0, np.log(16.0), -np.inf))
+    np.testing.assert_allclose(value, 0.0, atol=1e-6)
+    assert 1.0 < error < 1.2
     assert evidence(jnp.zeros(1))[1] == np.inf
     assert evidence(jnp.full(4, -jnp.inf))[1] == np.inf
 
@@ -163,11 +167,45 @@ def test_walls_and_failures_of_the_loss():
         error = abs(info.log_evidence - 2 * np.log(inside))
         assert error < SIGMAS * info.log_evidence_error
     assert infos[0].num_rejected == 0
-    assert infos[1].num_rejected == infos[2].num_rejected > 100
+    assert infos[1].num_rejected == infos[2].num_rejected > infos[1].num_undefined > 100
+    assert infos[0].num_undefined == infos[3].num_undefined == 0
     assert not infos[3].ok
     assert infos[3].num_stages == 0
     assert infos[3].log_evidence == -np.inf
     assert np.isfinite(draws.x).all()
+
+
+@pytest.mark.parametrize("moves", ENGINES)
+def test_failures_on_the_way_are_rejected_moves(moves):
+    # Beyond five standard deviations of the reference, where moves come and draws do not: q is a normal
+    # distribution of twice its width before the wall.
+    def loss_at(x, bad):
+        return jnp.where(jnp.abs(x[0]) < 5.0, -0.375 * x[0] ** 2, bad)
+
+    inside = np.log(2.0) + np.log(0.9875806693)  # P(|N(0, 1)| < 2.5)
+    for bad in (np.nan, -np.inf):
+        loss = Loss.from_function(loss_at, np.zeros(1), bad)
+        target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+        draws, info, fitted, fit_info = run(ENGINES[moves], random.key(0), target)
+        assert info.ok
+        assert info.num_undefined == 0
+        assert info.num_rejected > 10
+        assert abs(info.log_evidence - inside) < SIGMAS * info.log_evidence_error
+        assert np.abs(draws.x).max() < 5.0
+        assert abs(fitted.mean[0]) < SIGMAS * fit_info.mean_error[0]
+
+
+def test_a_loss_whose_gradient_is_missing_in_places():
+    # max(x, 0) by a branch with a logarithm: its gradient is NaN for negative x, where its value is zero.
+    def relu(x):
+        return jnp.sum(jnp.where(x > 0, jnp.exp(jnp.log(x)), 0.0))
+
+    loss = Loss.from_function(relu, np.zeros(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0), temperature=0.2)
+    _, info, *_ = run(ENGINES["hmc"], random.key(0), target)
+    # E exp(-5 max(x, 0)) in each of two coordinates.
+    exact = 2 * np.log(0.5 + np.exp(12.5 + jax.scipy.stats.norm.logcdf(-5.0)))
+    assert abs(info.log_evidence - exact) < SIGMAS * info.log_evidence_error
 
 
 def test_a_ladder_that_is_too_short_is_not_ok():

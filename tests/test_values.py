@@ -9,6 +9,7 @@ from jax import random
 from test_engines import setup
 
 from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, problems, values
+from numpyro_regloss._tail import mean_with_error
 
 PROBLEMS = {
     "linear": problems.linear(np.array([0.5, -1.0])),
@@ -62,14 +63,106 @@ def test_errors_are_calibrated(temperature):
     assert jnp.all(jnp.abs(covered - 0.95) < 0.044), covered
 
 
+def covered(estimate, exact):
+    # What says that it has no error covers everything.
+    return np.abs(estimate.value - exact) < 1.96 * np.asarray(estimate.error)
+
+
 def test_khat_tells_a_degenerate_estimate():
     target = setup(problems.linear(np.full(20, 3.0)), np.zeros(20), 1.0, 1.0)
-    estimate = values.local_entropy(random.key(0), target, method="importance", num_samples=1000)
+    with pytest.warns(UserWarning, match=r"local_entropy: the error of F_tau \(k-hat") as told:
+        estimate = values.local_entropy(
+            random.key(0), target, method="importance", num_samples=1000
+        )
+    assert len(told) == 1
+    assert told[0].filename == __file__
     assert estimate.khat > 0.7
+    assert estimate.error == np.inf
     good = values.local_entropy(random.key(0), setup(PROBLEMS["absolute"], np.zeros(3), 0.3, 1.0))
     assert good.khat < 0.7
     assert 5000 < good.ess <= 10_000
     assert values.heat(random.key(0), target).khat == -jnp.inf
+
+
+LOG_NORMAL = Loss.from_function(lambda x, s: jnp.exp(s * x[0]), np.zeros(1), 1.0)
+LINEAR = Loss.from_function(lambda x, s: s * x[0], np.zeros(1), 1.0)
+
+
+@pytest.fixture(scope="module")
+def heavy():
+    """Both values of losses with log-normal terms, exp(s x) and weights exp(-s x), over repetitions."""
+
+    def both(rng_key, s):
+        reference = Gaussian.isotropic(jnp.zeros(1), 1.0)
+        return (
+            values.heat(rng_key, RegularizedLoss(LOG_NORMAL, reference, (s,)), num_samples=4000),
+            values.local_entropy(
+                rng_key,
+                RegularizedLoss(LINEAR, reference, (s,)),
+                method="importance",
+                num_samples=4000,
+            ),
+        )
+
+    program = jax.jit(jax.vmap(both, (0, None)))
+    return lambda s: jax.device_get(program(random.split(random.key(0), 300), s))
+
+
+@pytest.mark.parametrize("s", [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
+def test_heavy_tails_have_wide_errors_or_none(heavy, s):
+    heat, entropy = heavy(s)
+    for estimate, exact in ((heat, np.exp(s**2 / 2)), (entropy, -(s**2) / 2)):
+        # The number covered is binomial: four standard deviations are 0.05 at 300 repetitions.
+        assert np.mean(covered(estimate, exact)) > 0.9
+        unknown = np.mean(estimate.error == np.inf)
+        np.testing.assert_array_equal(estimate.error == np.inf, estimate.khat > 0.7)
+        # Of tails that are heavier than any sample shows, and of those that do no harm.
+        assert unknown > 0.8 if s >= 3 else unknown < 0.02 if s <= 1 else True
+    if s == 0.5:
+        # sd of a pair's mean is sinh(s²/2) times a number near sqrt(2) exp(s²/2).
+        sd = np.sqrt(0.5 * (np.exp(2 * s**2) + 1) - np.exp(s**2))
+        np.testing.assert_allclose(np.median(heat.error), sd / np.sqrt(2000), rtol=0.05)
+
+
+LIGHT = {
+    "normal": lambda key, n: random.normal(key, (n,)),
+    "chi-squared": lambda key, n: random.normal(key, (n,)) ** 2,
+    "exponential": lambda key, n: random.exponential(key, (n,)),
+    "bounded": lambda key, n: random.uniform(key, (n,)),
+    "counts": lambda key, n: random.poisson(key, 1.0, (n,)).astype(float),
+    "zero or one": lambda key, n: random.bernoulli(key, 0.3, (n,)).astype(float),
+}
+
+
+@pytest.mark.parametrize("count", [20, 100, 2000])
+def test_light_tails_keep_their_errors(count):
+    def judge(draw):
+        def one(key):
+            terms = draw(key, count)
+            error = mean_with_error(terms, jnp.max(jnp.abs(terms)))[1]
+            return error * jnp.sqrt(count) / jnp.std(terms, ddof=1)
+
+        return jax.vmap(one)(random.split(random.key(count), 200))
+
+    judged = jax.device_get(jax.jit(lambda: {name: judge(LIGHT[name]) for name in LIGHT})())
+    for name, ratio in judged.items():
+        # Chance refuses a sample of a hundred in 50 at most, and widens errors of few terms a little.
+        assert np.mean(ratio == np.inf) <= (0.03 if count < 1000 else 0.0), name
+        assert np.median(ratio) < {20: 1.15, 100: 1.3, 2000: 1.02}[count], name
+
+
+def test_a_mean_without_an_error_says_so_once():
+    def say(s):
+        target = RegularizedLoss(LOG_NORMAL, Gaussian.isotropic(jnp.zeros(1), 1.0), (s,))
+        return values.heat(random.key(0), target)
+
+    with pytest.warns(UserWarning, match="values.heat: .*k-hat.*infinite.*smaller tau") as told:
+        estimate = say(4.0)
+    assert len(told) == 1
+    assert estimate.error == np.inf
+    assert np.isfinite(estimate.value)
+    assert jax.jit(say)(4.0).error == np.inf  # in silence
+    assert say(0.5).error < 0.02
 
 
 def test_full_data_whatever_the_minibatch():
@@ -106,3 +199,19 @@ def test_infinite_losses():
     )
     exact = -jax.scipy.stats.norm.logcdf(1.0)
     assert abs(estimate.value - exact) < SIGMAS * estimate.error
+    # The mean itself is infinite, and says so by itself.
+    assert values.heat(random.key(0), RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0)))[
+        :2
+    ] == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize("method", ["auto", "importance", "smc"])
+def test_a_wall_that_few_draws_pass(method):
+    loss = Loss.from_function(lambda x: jnp.where(x[0] > 3, 0.0, jnp.inf), np.array([3.5]))
+    target = RegularizedLoss(loss, Gaussian.isotropic(jnp.zeros(1), 1.0))
+    exact = -jax.scipy.stats.norm.logcdf(-3.0)
+    for seed in range(3):
+        estimate = values.local_entropy(random.key(seed), target, method=method)
+        # Some 13 draws of 10,000.
+        assert abs(estimate.value - exact) < SIGMAS * estimate.error
+        assert estimate.error < 0.6

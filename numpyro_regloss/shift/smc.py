@@ -56,7 +56,9 @@ class SMCInfo(NamedTuple):
         num_stages: rungs of the ladder.
         accept_prob: mean acceptance probability at the last rung.
         step_size: of the moves at the end, see `SMC`.
-        num_rejected: evaluations where the loss was NaN or -infinity; they got weight zero.
+        num_rejected: evaluations where the loss was NaN or -infinity: draws got weight zero, moves were rejected.
+        num_undefined: those of them at draws from the reference, which leave E exp(-loss / T) undefined; others
+            lie on the paths of moves, which may lead anywhere, and do no harm.
     """
 
     ok: Array
@@ -69,6 +71,7 @@ class SMCInfo(NamedTuple):
     accept_prob: Array
     step_size: Array
     num_rejected: Array
+    num_undefined: Array
 
 
 class _Carry(NamedTuple):
@@ -215,7 +218,7 @@ class SMC(Shift):
             return (carry.s < 1) & (carry.num_stages < self.max_stages) & alive
 
         carry = lax.while_loop(unfinished, partial(self._stage, key_run, evaluate), carry)
-        return state, *self._report(target, carry)
+        return state, *self._report(target, carry, jnp.sum(failures))
 
     def _stage(self, rng_key: Key, evaluate: kernels.Evaluate, carry: _Carry) -> _Carry:
         key_resample, key_move = random.split(random.fold_in(rng_key, carry.num_stages))
@@ -225,7 +228,14 @@ class SMC(Shift):
         noise = particles.noise.reshape(*halves, particles.noise.shape[-1])
         # Each half of the islands moves by what the other half has learned. A proposal that was fitted to the very
         # particles that it moves keeps their deviations from q, and over a ladder these add up in the evidence.
-        other = noise[::-1], log_weight.reshape(halves)[::-1]
+        own = noise, log_weight.reshape(halves)
+        other = jax.tree.map(lambda a: a[::-1], own)
+        # But a half of which nothing is left has nothing to teach.
+        empty = jnp.all(other[1] == -jnp.inf, 1)
+        other = (
+            jnp.where(empty[:, None, None], own[0], other[0]),
+            jnp.where(empty[:, None], own[1], other[1]),
+        )
         frames = jax.vmap(kernels.frame_of)(*other)
         keys = random.split(key_resample, self.num_islands)
         survive = partial(systematic, count=self.num_particles // self.num_moves)
@@ -244,8 +254,12 @@ class SMC(Shift):
         ) -> tuple[tuple[Particles, Array], tuple[Particles, Array, Array]]:
             now, step_size = state
             propose = partial(move, s=s, step_size=step_size, evaluate=evaluate)
+            # Particles behind a wall have no weight and tell nothing of the step size.
+            inside = jnp.isfinite(now.energy)
             now, probability, failures = jax.vmap(propose)(random.split(key), now, frame=frames)
-            accept_prob = jnp.mean(probability)
+            accept_prob = jnp.sum(jnp.where(inside, probability, 0.0)) / jnp.maximum(
+                jnp.sum(inside), 1
+            )
             step_size = kernels.adapt(self.moves, step_size, accept_prob)
             return (now, step_size), (now, accept_prob, failures)
 
@@ -282,7 +296,9 @@ class SMC(Shift):
 
         return jax.tree.map(arrange, states)
 
-    def _report(self, target: RegularizedLoss, carry: _Carry) -> tuple[StoredDraws, SMCInfo]:
+    def _report(
+        self, target: RegularizedLoss, carry: _Carry, num_undefined: Array
+    ) -> tuple[StoredDraws, SMCInfo]:
         particles = carry.particles
         alive = jnp.isfinite(particles.energy).any()
         islands = jnp.where(alive, carry.log_evidence, -jnp.inf)
@@ -303,7 +319,7 @@ class SMC(Shift):
         usable = jnp.isfinite(log_evidence) & (agreeing >= LEAST_ISLANDS)
         usable &= carry.accept_prob >= LEAST_ACCEPTANCE
         if score is not None:
-            usable &= jnp.isfinite(score).all()
+            usable &= (jnp.isfinite(score).all(-1) | (log_weight == -jnp.inf)).all()
         info = SMCInfo(
             ok=(carry.s >= 1) & usable,
             num_loss=jnp.zeros_like(evaluations) if self.uses_gradient else evaluations,
@@ -315,6 +331,7 @@ class SMC(Shift):
             accept_prob=carry.accept_prob,
             step_size=carry.step_size,
             num_rejected=carry.num_rejected,
+            num_undefined=num_undefined,
         )
         draws = StoredDraws(x, log_weight, loss, target.temperature, score)
         return draws, info
