@@ -6,6 +6,8 @@ Reference: Vehtari, Gelman, Simpson, Carpenter & Bürkner (2021), "Rank-normaliz
 improved R-hat for assessing convergence of MCMC".
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +20,15 @@ from numpyro_regloss.draws import Draws
 __all__ = ["chains_rhat", "disagreement"]
 
 LEAST_DRAWS = 4
-# R-hat of good runs is 1.03 in the median when effective draws are few; one of two modes in one chain of four
-# gives 1.1 already where the modes are two standard deviations apart.
+# R-hat of good runs is 1.03 in the median when effective draws are few; one chain of four that is off by a
+# standard deviation gives 1.1.
 MAX_RHAT = 1.1
 # Probability that chains which agree are reported, over all coordinates.
 FALSE_ALARM = 1e-3
 # Effective draws below which moments say little, whether or not chains differ by more than chance.
 FEW_DRAWS = 10
+# Draws of half a chain that count, were there no other half, from which on it has a place of its own.
+LEAST_WITHIN = 5
 # Coordinates that a warning names.
 MOST_NAMES = 5
 
@@ -46,7 +50,7 @@ def chains_rhat(draws: Draws) -> Array:
     return jnp.where(unweighted, split_rhat(draws.x), jnp.nan)
 
 
-def disagreement(x: Array, rhat: Array, ess: Array, names: tuple[str, ...] | None) -> str | None:
+def disagreement(x: Any, rhat: Any, ess: np.ndarray, names: tuple[str, ...] | None) -> str | None:
     """Says where chains do not agree, or hardly move.
 
     Args:
@@ -66,12 +70,11 @@ def disagreement(x: Array, rhat: Array, ess: Array, names: tuple[str, ...] | Non
     wandering = (np.asarray(ess) < FEW_DRAWS) & (count > 10 * FEW_DRAWS)
     if not (len(suspects) or wandering.any()):
         return None
-    apart, within = _apart(np.asarray(x)[..., suspects], values[suspects], len(values))
-    wandering[suspects] |= apart & (within < FEW_DRAWS)
-    # Few effective draws is what chains in different modes have too.
-    wandering[suspects] &= within < FEW_DRAWS
-    modes = suspects[apart & ~wandering[suspects]]
-    lost = np.flatnonzero(wandering)
+    apart, size = _apart(np.asarray(x)[..., suspects], values[suspects], len(values))
+    # Few draws count where chains are in different modes too, but each has then seen its own.
+    settled = apart & (size >= LEAST_WITHIN)
+    wandering[suspects] = (wandering[suspects] | apart) & ~settled
+    modes, lost = suspects[settled], np.flatnonzero(wandering)
     parts = "chains" if len(x) > 1 else "halves of the chain"
     if len(modes):
         return (
@@ -99,7 +102,7 @@ def _list(which: np.ndarray, rhat: np.ndarray, names: tuple[str, ...] | None) ->
 
 def _apart(x: np.ndarray, rhat: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
     # Whether the differences of half chains are more than chance, given how correlated draws within them are; and
-    # how many draws count, were there only the correlations within.
+    # how many draws of half a chain count, were there only the correlations within.
     if not x.shape[-1]:
         return np.zeros(0, bool), np.zeros(0)
     half = x.shape[1] // 2
@@ -109,4 +112,4 @@ def _apart(x: np.ndarray, rhat: np.ndarray, dim: int) -> tuple[np.ndarray, np.nd
     size = np.clip(within / count, 1.0, half)
     # By chance, size (R-hat² - 1) is a ratio of variances, F-distributed but for 1 / half.
     quantile = fdtri(count - 1, np.maximum(count * (size - 1), 1.0), 1.0 - FALSE_ALARM / dim)
-    return rhat > np.sqrt(1.0 + quantile / size), within
+    return rhat > np.sqrt(1.0 + quantile / size), size

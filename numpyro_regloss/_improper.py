@@ -23,7 +23,7 @@ from jax.scipy.linalg import solve_triangular
 from numpyro.util import find_stack_level
 
 from numpyro_regloss._typing import Array
-from numpyro_regloss.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.gaussian import AnyGaussian
 
 __all__ = [
     "Guard",
@@ -32,6 +32,7 @@ __all__ = [
     "most_growth",
     "outgrown",
     "still_growing",
+    "unsettled",
     "unused_coordinates",
     "warn_improper",
 ]
@@ -40,8 +41,9 @@ __all__ = [
 LEAST_CURVATURE = 0.9
 # Growth that no posterior needs, in units of the first limit.
 MOST_GROWTH = 1e5
-# What is this many times wider than the start after all natural gradients, and would still double its variance.
-SLOW_GROWTH, SLOW_CURVATURE = 30.0, 0.5
+# Where something is this many times wider than the start, and slopes and curvatures this far from those of a
+# solution, the search goes on; what is then wider by this factor would go on so.
+SLOW_GROWTH, UNSETTLED, SLOW_FACTOR = 30.0, 0.2, 1.5
 # Standard errors of a curvature. That of a quadratic is 11 or more at 256 draws.
 SIGMAS = 4.0
 # Rounding of an eigenvalue in units of the last digit of the largest.
@@ -108,7 +110,7 @@ def most_growth(dtype: Any) -> float:
 
 
 def outgrown(
-    gaussian: Gaussian, noise: Array, slopes: Array, curvature: Array, limit: Array
+    gaussian: AnyGaussian, noise: Array, slopes: Array, curvature: Array, limit: Array
 ) -> Array:
     """Whether a coordinate has grown much and has not met a curvature.
 
@@ -129,7 +131,7 @@ def outgrown(
 
 
 def flat_directions(
-    gaussian: Gaussian, noise: Array, gradient: Array, limit: Array, guard: Guard, *, last: bool
+    gaussian: Any, noise: Array, gradient: Array, limit: Array, guard: Guard, before: Any = None
 ) -> Guard:
     """Adds directions to a guard that have outgrown a limit without meeting a curvature.
 
@@ -139,8 +141,9 @@ def flat_directions(
         gradient: of the guarded energy at the draws, `(draw, dim)`.
         limit: standard deviations from which on a coordinate has grown much, `(dim,)`.
         guard: what is held already.
-        last: whether the search is over: then what has grown much and is not stationary counts too, and
-            coordinates that have little part in all that is held are not counted as held.
+        before: standard deviations before the last search, `(dim,)`, when it was the last: then what has grown
+            much, or slowly but still does, counts too, and coordinates that have little part in all that is held
+            are not counted as held.
 
     Returns:
         The guard.
@@ -149,24 +152,45 @@ def flat_directions(
     finite = jnp.isfinite(curvature).all()
     values, vectors = jnp.linalg.eigh(jnp.where(finite, curvature, jnp.eye(len(limit))))
     least = _curvature_error(curvature, slopes, noise, vectors)
-    if last:
+    if before is not None:
         least = jnp.maximum(least, LEAST_CURVATURE)
     directions = gaussian.scale @ vectors
     growth = jnp.max(jnp.abs(directions) / limit[:, None], 0)
     # Among equal curvatures eigenvectors are mixed, and their growth with them.
     grown = growth > 0.5 * len(limit) ** -0.5
-    flat = grown & (values <= jnp.minimum(least, LEAST_CURVATURE))
-    if last:
-        slow = growth > SLOW_GROWTH / most_growth(limit.dtype)
-        flat |= slow & (values <= SLOW_CURVATURE)
-    flat &= finite
+    flat = grown & finite & (values <= jnp.minimum(least, LEAST_CURVATURE))
     # Columns S⁻ᵀ v, so that the quadratic is that of the whitened coordinates along what is flat.
     pulls = solve_triangular(gaussian.scale, vectors, lower=True, trans="T")
     pulls = jnp.where(flat, pulls, 0.0)
+    precision = guard.precision + pulls @ pulls.T
     held = guard.variance + jnp.sum(jnp.where(flat, directions, 0.0) ** 2, 1)
-    if last:
-        held = jnp.where(held > LEAST_SHARE * gaussian.variance, held, 0.0)
-    return Guard(guard.center, guard.precision + pulls @ pulls.T, held)
+    if before is not None:
+        variance = gaussian.variance
+        held = jnp.where(held > LEAST_SHARE * variance, held, 0.0)
+        slow = unsettled(gaussian, noise, gradient, limit)
+        slow &= jnp.sqrt(variance) > SLOW_FACTOR * before
+        precision = precision + jnp.diag(jnp.where(slow, 1.0 / variance, 0.0))
+        held = jnp.where(slow, variance, held)
+    return Guard(guard.center, precision, held)
+
+
+def unsettled(gaussian: Any, noise: Array, gradient: Array, limit: Array) -> Array:
+    """Coordinates that have grown slowly by a search that has not found a solution.
+
+    Args:
+        gaussian: dense.
+        noise: its whitened draws, `(draw, dim)`.
+        gradient: of the guarded energy at the draws, `(draw, dim)`.
+        limit: standard deviations from which on a coordinate has grown much, `(dim,)`.
+
+    Returns:
+        `(dim,)`, booleans.
+    """
+    slopes, curvature = _curvature(gaussian, noise, gradient)
+    off = jnp.max(jnp.abs(curvature - jnp.eye(len(limit))))
+    off = jnp.maximum(off, jnp.max(jnp.abs(jnp.mean(slopes, 0))))
+    least = SLOW_GROWTH / most_growth(limit.dtype) * limit
+    return (jnp.sqrt(gaussian.variance) > least) & jnp.isfinite(off) & (off > UNSETTLED)
 
 
 def unused_coordinates(gaussian: AnyGaussian, gradient: Array, growth: float) -> Guard:

@@ -27,6 +27,7 @@ from numpyro_regloss._improper import (
     guarded,
     most_growth,
     outgrown,
+    unsettled,
     unused_coordinates,
 )
 from numpyro_regloss._pytree import all_finite
@@ -68,9 +69,10 @@ class _Search(NamedTuple):
 
 
 class _Round(NamedTuple):
-    gaussian: Gaussian
+    gaussian: AnyGaussian
     gradient: Array
     guard: Guard
+    before: Array
     num_steps: Array
     num_rounds: Array
     more: Array
@@ -159,7 +161,7 @@ def first_stage(
     limit: Array,
     num_steps: int,
     num_draws: int,
-) -> tuple[Gaussian, Guard, Array]:
+) -> tuple[AnyGaussian, Guard, Array]:
     """A dense fit by natural gradients, which finds the directions that nothing holds.
 
     Args:
@@ -183,21 +185,25 @@ def first_stage(
         energies = guarded(evaluate, now.guard)
         found = natural_gradient(energies, now.gaussian, "dense", noise, None, num_steps, limit)
         gradient = found.evaluation.gradient
-        guard = flat_directions(found.gaussian, noise, gradient, limit, now.guard, last=False)
+        guard = flat_directions(found.gaussian, noise, gradient, limit, now.guard)
+        more = jnp.any(guard.precision != now.guard.precision)
+        more |= jnp.any(unsettled(found.gaussian, noise, gradient, limit))
         return _Round(
             found.gaussian,
             gradient,
             guard,
+            jnp.sqrt(now.gaussian.variance),
             now.num_steps + found.num_steps,
             now.num_rounds + 1,
-            jnp.any(guard.precision != now.guard.precision) & (now.num_rounds + 1 < MAX_ROUNDS),
+            more & (now.num_rounds + 1 < MAX_ROUNDS),
         )
 
     count = jnp.asarray(0)
     guard = Guard.none(start.mean, dense=True)
-    first = _Round(start, jnp.full_like(noise, jnp.nan), guard, count, count, jnp.asarray(True))
+    blank, sd = jnp.full_like(noise, jnp.nan), jnp.sqrt(start.variance)
+    first = _Round(start, blank, guard, sd, count, count, jnp.asarray(True))
     end = lax.while_loop(lambda now: now.more, search, first)
-    guard = flat_directions(end.gaussian, noise, end.gradient, limit, end.guard, last=True)
+    guard = flat_directions(end.gaussian, noise, end.gradient, limit, end.guard, end.before)
     ok = all_finite((end.gaussian, end.gradient))
     chosen: Any = jax.tree.map(
         lambda a, b: jnp.where(ok, a, b), (end.gaussian, guard), (start, first.guard)

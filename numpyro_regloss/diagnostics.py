@@ -259,7 +259,8 @@ def _findings(fit: GaussianFit, of_chains: str | None) -> list[str]:
     found = []
     forward, reverse, reached = fit.forward_kl, fit.reverse_kl, fit.reached
     if forward is not None and reverse is not None and reached is not None:
-        missed = 1.0 - reached.value > SIGMAS * reached.error and reached.value < LEAST_REACHED
+        share, error = float(reached.value), float(reached.error)
+        missed = 1.0 - share > SIGMAS * error and share < LEAST_REACHED
         khat = float(reached.khat)
         named = {"KL(q || Gaussian)": forward, "KL(Gaussian || q)": reverse}
         found.append(_verdict(named, missed=missed, heavy=not khat < MAX_KHAT))

@@ -216,10 +216,6 @@ def forward_kl(
     info = info._replace(names=names)
     if is_concrete(info):
         _tell(gaussian, info, draws, covariance)
-        if draws.block_size is None and not np.isnan(np.asarray(info.rhat)).any():
-            text = disagreement(draws.x, info.rhat, _effective_draws(gaussian, info, draws), names)
-            if text is not None:
-                warnings.warn(f"forward_kl: {text}", stacklevel=find_stack_level())
     return FitResult(gaussian, info)
 
 
@@ -327,7 +323,13 @@ def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, draws: Draws, covariance: 
             f'covariance="diagonal" or "isotropic" instead of {covariance!r}.',
             stacklevel=level,
         )
-    if float(info.shrinkage) > MUCH_SHRINKAGE:
+    rhat, of_chains = np.asarray(info.rhat), None
+    if not np.isnan(rhat).any():
+        effective = _effective_draws(gaussian, info, draws)
+        of_chains = disagreement(draws.x, rhat, effective, info.names)
+    if of_chains is not None:
+        warnings.warn(f"forward_kl: {of_chains}", stacklevel=level)
+    elif float(info.shrinkage) > MUCH_SHRINKAGE:
         warnings.warn(
             f"forward_kl: too few effective draws for a dense covariance of dimension {gaussian.dim}, so that "
             f"correlations were shrunk by {float(info.shrinkage):.0%}; draw more, or use "
