@@ -60,7 +60,7 @@ def disagreement(x: Any, rhat: Any, ess: np.ndarray, names: tuple[str, ...] | No
         names: of the coordinates, or None.
 
     Returns:
-        Two sentences, or None where nothing is wrong or nothing can be told.
+        Some sentences, or None where nothing is wrong or nothing can be told.
     """
     values = np.asarray(rhat)
     if np.isnan(values).any():
@@ -76,21 +76,22 @@ def disagreement(x: Any, rhat: Any, ess: np.ndarray, names: tuple[str, ...] | No
     wandering[suspects] = (wandering[suspects] | apart) & ~settled
     modes, lost = suspects[settled], np.flatnonzero(wandering)
     parts = "chains" if len(x) > 1 else "halves of the chain"
+    found = []
     if len(modes):
-        return (
+        found.append(
             f"the {parts} do not agree, with a split R-hat above {MAX_RHAT} at "
             f"{_list(modes, values, names)}: they are in different modes, or labels that can be exchanged are in "
             "different orders, and the Gaussian is one of the mixture. Look at the draws of each chain; order the "
             "labels in the model, or run longer."
         )
     if len(lost):
-        return (
+        found.append(
             f"the draws wander at {_list(lost, values, names)}, with split R-hat in brackets: fewer than "
             f"{FEW_DRAWS} of the {count} count, so that their moments say little. Either nothing holds these "
             "parameters, as where a density is improper: give them a proper prior or a reference, or leave them "
             "out. Or the chains mix slowly: run longer, or reparametrize."
         )
-    return None
+    return " And ".join(found) or None
 
 
 def _list(which: np.ndarray, rhat: np.ndarray, names: tuple[str, ...] | None) -> str:

@@ -13,6 +13,7 @@ quadratic, the guard, holds it there: the other coordinates are fitted as before
 huge does not spoil them.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,10 +30,11 @@ __all__ = [
     "Guard",
     "flat_directions",
     "guarded",
+    "endless_rays",
     "most_growth",
+    "ray_points",
     "outgrown",
     "still_growing",
-    "unsettled",
     "unused_coordinates",
     "warn_improper",
 ]
@@ -41,10 +43,10 @@ __all__ = [
 LEAST_CURVATURE = 0.9
 # Growth that no posterior needs, in units of the first limit.
 MOST_GROWTH = 1e5
-# Where something is this many times wider than the start, and slopes and curvatures this far from those of a
-# solution, the search goes on; what is then wider by this factor would go on so.
-SLOW_GROWTH, UNSETTLED, SLOW_FACTOR = 30.0, 0.2, 1.5
-# Standard errors of a curvature. That of a quadratic is 11 or more at 256 draws.
+# What has become this many times wider than the start is looked at from afar: at these distances, in standard
+# deviations, along a ray, between which an energy that has an integral grows by more than the logarithm.
+SOME_GROWTH, RAY = 10.0, (1e2, 1e4)
+# Standard errors of a curvature. That of a quadratic is 8 or more with 128 pairs of draws.
 SIGMAS = 4.0
 # Rounding of an eigenvalue in units of the last digit of the largest.
 ROUNDING = 100.0
@@ -131,7 +133,7 @@ def outgrown(
 
 
 def flat_directions(
-    gaussian: Any, noise: Array, gradient: Array, limit: Array, guard: Guard, before: Any = None
+    gaussian: Any, noise: Array, gradient: Array, limit: Array, guard: Guard, rays: Any = None
 ) -> Guard:
     """Adds directions to a guard that have outgrown a limit without meeting a curvature.
 
@@ -141,9 +143,8 @@ def flat_directions(
         gradient: of the guarded energy at the draws, `(draw, dim)`.
         limit: standard deviations from which on a coordinate has grown much, `(dim,)`.
         guard: what is held already.
-        before: standard deviations before the last search, `(dim,)`, when it was the last: then what has grown
-            much, or slowly but still does, counts too, and coordinates that have little part in all that is held
-            are not counted as held.
+        rays: from `endless_rays` once the search is over: then they count too, and what has grown much and still
+            does, and coordinates that have little part in all that is held are not counted as held.
 
     Returns:
         The guard.
@@ -152,7 +153,7 @@ def flat_directions(
     finite = jnp.isfinite(curvature).all()
     values, vectors = jnp.linalg.eigh(jnp.where(finite, curvature, jnp.eye(len(limit))))
     least = _curvature_error(curvature, slopes, noise, vectors)
-    if before is not None:
+    if rays is not None:
         least = jnp.maximum(least, LEAST_CURVATURE)
     directions = gaussian.scale @ vectors
     growth = jnp.max(jnp.abs(directions) / limit[:, None], 0)
@@ -164,33 +165,44 @@ def flat_directions(
     pulls = jnp.where(flat, pulls, 0.0)
     precision = guard.precision + pulls @ pulls.T
     held = guard.variance + jnp.sum(jnp.where(flat, directions, 0.0) ** 2, 1)
-    if before is not None:
+    if rays is not None:
         variance = gaussian.variance
         held = jnp.where(held > LEAST_SHARE * variance, held, 0.0)
-        slow = unsettled(gaussian, noise, gradient, limit)
-        slow &= jnp.sqrt(variance) > SLOW_FACTOR * before
-        precision = precision + jnp.diag(jnp.where(slow, 1.0 / variance, 0.0))
-        held = jnp.where(slow, variance, held)
+        precision = precision + jnp.diag(jnp.where(rays, 1.0 / variance, 0.0))
+        held = jnp.where(rays, variance, held)
     return Guard(guard.center, precision, held)
 
 
-def unsettled(gaussian: Any, noise: Array, gradient: Array, limit: Array) -> Array:
-    """Coordinates that have grown slowly by a search that has not found a solution.
+def ray_points(gaussian: Any) -> Array:
+    """Points far out along the directions that move each coordinate most, to both sides.
 
     Args:
         gaussian: dense.
-        noise: its whitened draws, `(draw, dim)`.
-        gradient: of the guarded energy at the draws, `(draw, dim)`.
+
+    Returns:
+        `(2, 2, dim, dim)`: of either side, distance and coordinate.
+    """
+    _, directions, _ = _along_coordinates(gaussian, jnp.zeros_like(gaussian.scale))
+    steps = (gaussian.scale @ directions).T
+    distances = jnp.asarray([RAY, [-distance for distance in RAY]], steps.dtype)
+    return gaussian.mean + distances[:, :, None, None] * steps
+
+
+def endless_rays(gaussian: AnyGaussian, energy: Array, limit: Array) -> Array:
+    """Coordinates along whose ray, to one side at least, a density has no integral.
+
+    Args:
+        gaussian: dense.
+        energy: at `ray_points`, `(2, 2, dim)`.
         limit: standard deviations from which on a coordinate has grown much, `(dim,)`.
 
     Returns:
-        `(dim,)`, booleans.
+        `(dim,)`, booleans; True only of what has grown by some.
     """
-    slopes, curvature = _curvature(gaussian, noise, gradient)
-    off = jnp.max(jnp.abs(curvature - jnp.eye(len(limit))))
-    off = jnp.maximum(off, jnp.max(jnp.abs(jnp.mean(slopes, 0))))
-    least = SLOW_GROWTH / most_growth(limit.dtype) * limit
-    return (jnp.sqrt(gaussian.variance) > least) & jnp.isfinite(off) & (off > UNSETTLED)
+    grown = jnp.sqrt(gaussian.variance) > SOME_GROWTH / most_growth(limit.dtype) * limit
+    rise = energy[:, 1] - energy[:, 0]
+    # A NaN is no evidence.
+    return grown & jnp.any(rise < math.log(RAY[1] / RAY[0]), 0)
 
 
 def unused_coordinates(gaussian: AnyGaussian, gradient: Array, growth: float) -> Guard:

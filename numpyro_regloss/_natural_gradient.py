@@ -23,11 +23,12 @@ from jax import lax, random
 
 from numpyro_regloss._improper import (
     Guard,
+    endless_rays,
     flat_directions,
     guarded,
     most_growth,
     outgrown,
-    unsettled,
+    ray_points,
     unused_coordinates,
 )
 from numpyro_regloss._pytree import all_finite
@@ -72,7 +73,6 @@ class _Round(NamedTuple):
     gaussian: AnyGaussian
     gradient: Array
     guard: Guard
-    before: Array
     num_steps: Array
     num_rounds: Array
     more: Array
@@ -187,12 +187,10 @@ def first_stage(
         gradient = found.evaluation.gradient
         guard = flat_directions(found.gaussian, noise, gradient, limit, now.guard)
         more = jnp.any(guard.precision != now.guard.precision)
-        more |= jnp.any(unsettled(found.gaussian, noise, gradient, limit))
         return _Round(
             found.gaussian,
             gradient,
             guard,
-            jnp.sqrt(now.gaussian.variance),
             now.num_steps + found.num_steps,
             now.num_rounds + 1,
             more & (now.num_rounds + 1 < MAX_ROUNDS),
@@ -200,10 +198,15 @@ def first_stage(
 
     count = jnp.asarray(0)
     guard = Guard.none(start.mean, dense=True)
-    blank, sd = jnp.full_like(noise, jnp.nan), jnp.sqrt(start.variance)
-    first = _Round(start, blank, guard, sd, count, count, jnp.asarray(True))
+    first = _Round(start, jnp.full_like(noise, jnp.nan), guard, count, count, jnp.asarray(True))
     end = lax.while_loop(lambda now: now.more, search, first)
-    guard = flat_directions(end.gaussian, noise, end.gradient, limit, end.guard, end.before)
+    far = ray_points(end.gaussian)
+    energy = target.on_batch(key_batch).energy
+    rows = lax.map(
+        energy, far.reshape(-1, far.shape[-1]), batch_size=min(num_draws, 4 * len(limit))
+    )
+    rays = endless_rays(end.gaussian, rows.reshape(far.shape[:-1]), limit)
+    guard = flat_directions(end.gaussian, noise, end.gradient, limit, end.guard, rays)
     ok = all_finite((end.gaussian, end.gradient))
     chosen: Any = jax.tree.map(
         lambda a, b: jnp.where(ok, a, b), (end.gaussian, guard), (start, first.guard)
