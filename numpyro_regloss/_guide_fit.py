@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 
+from numpyro_regloss._improper import Guard
 from numpyro_regloss._optax import get_optax
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._variational import draw, move, noise_size, zero_step
@@ -41,6 +42,7 @@ def guide_fit(
     num_steps: int,
     num_pairs: int,
     optimizer: Any = None,
+    guard: Guard | None = None,
 ) -> tuple[AnyGaussian, Array]:
     """Optimizes the guide's Gaussian.
 
@@ -52,6 +54,7 @@ def guide_fit(
         num_steps: optimization steps.
         num_pairs: half the draws of the guide per step.
         optimizer: Optax's or NumPyro's; default: Adam whose rate falls to zero along a cosine.
+        guard: of directions that nothing holds, or None.
 
     Returns:
         The Gaussian and the number of steps that were skipped because loss or gradient was not finite.
@@ -74,7 +77,10 @@ def guide_fit(
     def model(target: RegularizedLoss) -> None:
         flat = dist.ImproperUniform(constraints.real_matrix, (), (2 * num_pairs, target.dim))
         x = jnp.asarray(numpyro.sample("x", flat))
-        numpyro.factor("log_density", jnp.mean(jax.vmap(target.log_density)(x)))
+        log_density = jax.vmap(target.log_density)(x)
+        if guard is not None:
+            log_density = log_density - guard.pull(x)[0]
+        numpyro.factor("log_density", jnp.mean(log_density))
 
     key_init, key_batch = random.split(rng_key)
     if optimizer is None:

@@ -20,6 +20,9 @@ from numpyro_regloss.low_rank_gaussian import LowRankGaussian
 
 __all__ = ["as_family", "read_gaussian"]
 
+# Entries of a direction count from this part of the largest on, and so many are named.
+LEAST_PART, MOST_NAMES = 0.1, 5
+
 
 def read_gaussian(guide: Any, params: Any, args: tuple, kwargs: dict) -> AnyGaussian | None:
     """The Gaussian of a guide that is one in unconstrained space.
@@ -166,17 +169,20 @@ def _read_laplace(guide: Any, params: Any, args: tuple, kwargs: dict) -> Gaussia
 def _check_precision(precision: np.ndarray, name: str) -> None:
     # In units of the diagonal, so that the scales of parameters do not matter.
     diagonal = np.diagonal(precision)
-    smallest = -np.inf
-    if np.isfinite(precision).all() and (diagonal > 0).all():
+    smallest, flat = -np.inf, ~(diagonal > 0) | ~np.isfinite(precision).all(1)
+    if not flat.any():
         unit = np.sqrt(diagonal)
-        smallest = np.linalg.eigvalsh(precision / unit[:, None] / unit)[0]
+        values, vectors = np.linalg.eigh(precision / unit[:, None] / unit)
+        smallest, direction = values[0], np.abs(vectors[:, 0])
+        flat = direction > LEAST_PART * direction.max()
     least = 10 * len(precision) * np.finfo(precision.dtype).eps
     if not smallest > least:
         raise ValueError(
             "from_guide: expected a positive definite Hessian for AutoLaplaceApproximation, got one that is "
-            f"singular, indefinite or not finite at params[{name!r}]: no mode, or a flat direction; train until "
-            "the loss settles, add a ridge with hessian_fn=lambda f, x: jax.hessian(f)(x) + 1e-3 * "
-            "jnp.eye(x.size), or use AutoMultivariateNormal."
+            f"singular, indefinite or not finite at params[{name!r}], along a direction of its entries "
+            f"{np.flatnonzero(flat)[:MOST_NAMES].tolist()}: no mode, or nothing that holds "
+            "them; train until the loss settles, give proper priors, add a ridge with hessian_fn=lambda f, x: "
+            "jax.hessian(f)(x) + 1e-3 * jnp.eye(x.size), or use AutoMultivariateNormal."
         )
 
 
@@ -189,6 +195,15 @@ def _checked(gaussian: AnyGaussian) -> AnyGaussian:
             "from_guide: expected positive scales among the params, got others; pass the constrained params of "
             "svi.get_params(state), not those of the optimizer."
         )
+    if is_concrete(gaussian):
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(np.asarray(gaussian.variance)) & np.isfinite(gaussian.mean)
+        if not finite.all():
+            raise ValueError(
+                "from_guide: expected params with a finite mean and variance, got none at the entries "
+                f"{np.flatnonzero(~finite)[:MOST_NAMES].tolist()} of the guide's vector. Where nothing holds a "
+                "parameter the width of a guide grows without end: give it a proper prior, or leave it out."
+            )
     return gaussian
 
 

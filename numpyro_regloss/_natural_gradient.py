@@ -15,22 +15,37 @@ Positive-Definite Constraint in the Bayesian Learning Rule".
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, random
 
-from numpyro_regloss._typing import Array
+from numpyro_regloss._improper import (
+    Guard,
+    endless_rays,
+    flat_directions,
+    guarded,
+    most_growth,
+    outgrown,
+    ray_points,
+    unused_coordinates,
+)
+from numpyro_regloss._pytree import all_finite
+from numpyro_regloss._typing import Array, Key
 from numpyro_regloss._variational import (
     Evaluation,
     Solution,
     divergence,
     draw,
+    evaluator,
+    noise_for,
+    project,
 )
 from numpyro_regloss.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.regularized import RegularizedLoss
 
-__all__ = ["natural_gradient"]
+__all__ = ["first_stage", "natural_gradient", "unused"]
 
 # Largest entry of the natural gradient of a solution, in standard deviations.
 TOLERANCE = 1e-4
@@ -38,6 +53,10 @@ TOLERANCE = 1e-4
 GAIN, MAX_IDLE = 5e-7, 2
 # Below this step only the rounding of the bound decides.
 LEAST_RATE = 1e-3
+# Without a reference a search may find directions that nothing holds; the next goes on with them held.
+MAX_ROUNDS = 4
+# Draws whose gradients show which coordinates are not used.
+FEW_DRAWS = 16
 
 
 class _Search(NamedTuple):
@@ -50,6 +69,15 @@ class _Search(NamedTuple):
     done: Array
 
 
+class _Round(NamedTuple):
+    gaussian: AnyGaussian
+    gradient: Array
+    guard: Guard
+    num_steps: Array
+    num_rounds: Array
+    more: Array
+
+
 def natural_gradient(
     evaluate: Callable[[Array], Evaluation],
     start: AnyGaussian,
@@ -57,6 +85,7 @@ def natural_gradient(
     noise: Array,
     reference: AnyGaussian | None,
     num_steps: int,
+    limit: Array | None = None,
 ) -> Solution:
     """Minimizes the bound over a family on fixed draws.
 
@@ -67,6 +96,8 @@ def natural_gradient(
         noise: from `noise_for`, with the identity as sample covariance.
         reference: the target's.
         num_steps: evaluations of all draws at most.
+        limit: of a dense Gaussian without a reference, standard deviations from which on a coordinate ends the
+            search where nothing bounds it, `(dim,)`.
 
     Returns:
         The solution; of an evaluation that is not finite if the start's is none.
@@ -78,7 +109,8 @@ def natural_gradient(
         trial = _moved(now.gaussian, covariance, search)
         evaluation = evaluate(draw(trial, noise))
         value = jnp.mean(evaluation.energy) + divergence(trial, reference)
-        slope, curvature = _local(trial, noise, evaluation, reference)
+        slopes = jax.vmap(trial.scaled_transpose)(evaluation.gradient)
+        slope, curvature = _local(trial, noise, slopes, reference)
         finite = jnp.isfinite(value) & jnp.isfinite(slope).all() & jnp.isfinite(curvature).all()
         eps = jnp.finfo(noise.dtype).eps
         rounding = 4 * eps * (jnp.mean(jnp.abs(now.evaluation.energy)) + 1.0)
@@ -86,6 +118,9 @@ def natural_gradient(
         idle = ~first & (search.value - value < GAIN)
         num_idle = jnp.where(idle, search.num_idle + 1, 0)
         size = jnp.max(jnp.abs(_change(covariance, slope, curvature)))
+        lost = jnp.asarray(False)
+        if limit is not None:
+            lost = outgrown(trial, noise, slopes, curvature, limit)
         tried = now._replace(num_steps=now.num_steps + 1, num_rejected=now.num_rejected + ~finite)
         fresh = _Search(
             tried._replace(gaussian=trial, evaluation=evaluation),
@@ -94,7 +129,7 @@ def natural_gradient(
             curvature,
             jnp.where(first, search.rate, jnp.minimum(2 * search.rate, 1.0)),
             num_idle,
-            (size <= TOLERANCE) | (num_idle >= MAX_IDLE),
+            (size <= TOLERANCE) | (num_idle >= MAX_IDLE) | lost,
         )
         same = search._replace(
             solution=tried,
@@ -119,13 +154,90 @@ def natural_gradient(
     return lax.while_loop(unfinished, advance, search).solution
 
 
+def first_stage(
+    rng_key: Key,
+    target: RegularizedLoss,
+    start: AnyGaussian,
+    limit: Array,
+    num_steps: int,
+    num_draws: int,
+) -> tuple[AnyGaussian, Guard, Array]:
+    """A dense fit by natural gradients, which finds the directions that nothing holds.
+
+    Args:
+        rng_key: a random key.
+        target: without a reference.
+        start: any Gaussian.
+        limit: standard deviations from which on a coordinate has grown much, `(dim,)`.
+        num_steps: evaluations of all draws at most, in each round.
+        num_draws: how many, at least twice the number of parameters.
+
+    Returns:
+        The Gaussian, the start where losses are not finite; the guard of what nothing holds; and the number of
+        gradients.
+    """
+    key_noise, key_batch = random.split(rng_key)
+    start = project(start, "dense")
+    evaluate = evaluator(key_batch, target)
+    noise = noise_for(key_noise, start, "dense", num_draws)
+
+    def search(now: _Round) -> _Round:
+        energies = guarded(evaluate, now.guard)
+        found = natural_gradient(energies, now.gaussian, "dense", noise, None, num_steps, limit)
+        gradient = found.evaluation.gradient
+        guard = flat_directions(found.gaussian, noise, gradient, limit, now.guard)
+        more = jnp.any(guard.precision != now.guard.precision)
+        return _Round(
+            found.gaussian,
+            gradient,
+            guard,
+            now.num_steps + found.num_steps,
+            now.num_rounds + 1,
+            more & (now.num_rounds + 1 < MAX_ROUNDS),
+        )
+
+    count = jnp.asarray(0)
+    guard = Guard.none(start.mean, dense=True)
+    first = _Round(start, jnp.full_like(noise, jnp.nan), guard, count, count, jnp.asarray(True))
+    end = lax.while_loop(lambda now: now.more, search, first)
+    far = ray_points(end.gaussian)
+    energy = target.on_batch(key_batch).energy
+    rows = lax.map(
+        energy, far.reshape(-1, far.shape[-1]), batch_size=min(num_draws, 4 * len(limit))
+    )
+    rays = endless_rays(end.gaussian, rows.reshape(far.shape[:-1]), limit)
+    guard = flat_directions(end.gaussian, noise, end.gradient, limit, end.guard, rays)
+    ok = all_finite((end.gaussian, end.gradient))
+    chosen: Any = jax.tree.map(
+        lambda a, b: jnp.where(ok, a, b), (end.gaussian, guard), (start, first.guard)
+    )
+    return *chosen, end.num_steps * num_draws
+
+
+def unused(rng_key: Key, target: RegularizedLoss, start: AnyGaussian) -> tuple[Guard, Array]:
+    """A guard of the coordinates that the loss does not depend on near the start.
+
+    Args:
+        rng_key: a random key.
+        target: without a reference.
+        start: any Gaussian.
+
+    Returns:
+        The guard and the number of gradients.
+    """
+    key_noise, key_batch = random.split(rng_key)
+    noise = noise_for(key_noise, start, "reference", FEW_DRAWS)
+    gradient = evaluator(key_batch, target)(draw(start, noise)).gradient
+    guard = unused_coordinates(start, gradient, most_growth(start.mean.dtype))
+    return guard, jnp.asarray(FEW_DRAWS)
+
+
 def _local(
-    gaussian: AnyGaussian, noise: Array, evaluation: Evaluation, reference: AnyGaussian | None
+    gaussian: AnyGaussian, noise: Array, slopes: Array, reference: AnyGaussian | None
 ) -> tuple[Array, Array]:
     # Gradient and expected Hessian of energy - log reference, in coordinates whitened by the Gaussian.
-    gradient = jax.vmap(gaussian.scaled_transpose)(evaluation.gradient)
-    slope = jnp.mean(gradient, 0)
-    lower = jnp.tril(gradient.T @ noise / len(noise))
+    slope = jnp.mean(slopes, 0)
+    lower = jnp.tril(slopes.T @ noise / len(noise))
     curvature = lower + jnp.tril(lower, -1).T
     if reference is None:
         return slope, curvature

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users call samples, arrays, dicts of sites, a run MCMC or draws, as one flat cloud of draws."""
 
+import math
+import warnings
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpyro.infer import MCMC
+from numpyro.util import find_stack_level
 
 from numpyro_regloss._checks import check_choice
 from numpyro_regloss._pytree import is_concrete, with_context_axes
@@ -19,6 +22,8 @@ from numpyro_regloss.regularized import RegularizedLoss, latent_name, model, x_n
 
 __all__ = ["as_draws"]
 
+# Coordinates that a message names.
+MOST_NAMES = 5
 Names = tuple[str, ...] | None
 
 
@@ -94,7 +99,7 @@ def as_draws(
         x, log_weight = x[None], log_weight[None]
         score, log_density = (None if a is None else a[None] for a in (score, log_density))
     if is_concrete((x, log_weight, score)):
-        _check_values(x, log_weight, score, what)
+        _check_values(x, log_weight, score, names, what)
     zero = jnp.zeros(x.shape[:-1], x.dtype)
     draws = StoredDraws(x, log_weight, zero, jnp.ones((), x.dtype), score)
     return draws, names, log_density
@@ -126,6 +131,19 @@ def _of_mcmc(
         # A kernel of a potential: its samples are arrays already.
         return sites, None, None, log_density
     kept = {name: sites[name] for name in latent if name in sites}
+    discrete = [name for name, value in kept.items() if _is_discrete(value)]
+    if kept and len(discrete) == len(kept):
+        raise ValueError(
+            f"{what}: expected a run with continuous latent sites, got only discrete ones, {discrete}; a Gaussian "
+            "cannot stand for them. Count their values instead."
+        )
+    if discrete:
+        kept = {name: value for name, value in kept.items() if name not in discrete}
+        warnings.warn(
+            f"{what}: the discrete sites {discrete} were left out, since a Gaussian cannot stand for them; the "
+            f"others, {sorted(kept)}, are fitted as they are on average over these.",
+            stacklevel=find_stack_level(),
+        )
     flat, names = _of_sites(kept, loss, "constrained", what, group_by_chain=True)
     return flat, names, None, log_density
 
@@ -134,6 +152,13 @@ def _of_sites(
     sites: dict, loss: Loss | None, space: str, what: str, *, group_by_chain: bool
 ) -> tuple[Array, Names]:
     num_leading = 2 if group_by_chain else 1
+    discrete = [str(name) for name, value in sites.items() if _is_discrete(value)]
+    if discrete:
+        raise TypeError(
+            f"{what}: expected sites of floating-point numbers, got integers or booleans in {discrete}; a "
+            "Gaussian cannot stand for discrete sites. Leave them out of the dict, or pass the MCMC itself, where "
+            "they are left out; convert integers that stand for something continuous by astype(float)."
+        )
     arrays = {str(name): _array(value, f"site {name!r}", what) for name, value in sites.items()}
     if not arrays:
         raise ValueError(f"{what}: expected at least one site, got an empty dict.")
@@ -151,11 +176,13 @@ def _of_sites(
                 f'{what}: expected a loss with space="unconstrained", got none; without one, sites are '
                 "fitted in the space in which they are given."
             )
-        flat = [arrays[name].reshape(*lead, -1) for name in sorted(arrays)]
         order = [Site(n, arrays[n].shape[num_leading:]) for n in sorted(arrays)]
+        # No -1 among the shapes: a site may be of size zero.
+        flat = [arrays[site.name].reshape(*lead, math.prod(site.shape)) for site in order]
         return jnp.concatenate(flat, -1), flat_labels(tuple(order))
     flatten = loss.unconstrain if space == "constrained" else loss.source.ravel
-    rows = {name: array.reshape(-1, *array.shape[num_leading:]) for name, array in arrays.items()}
+    count = math.prod(lead)
+    rows = {name: a.reshape(count, *a.shape[num_leading:]) for name, a in arrays.items()}
     flat = jax.vmap(flatten)(rows).reshape(*lead, loss.dim)
     if space == "constrained" and is_concrete((flat, rows)):
         _check_supports(flat, arrays, loss, what)
@@ -173,6 +200,12 @@ def _check_supports(flat: Array, arrays: dict[str, Array], loss: Loss, what: str
             f"{bad.any(-1).size} draws outside or on the boundary. If the draws are unconstrained, write "
             'space="unconstrained".'
         )
+
+
+def _is_discrete(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    dtype = np.asarray(value).dtype if dtype is None else dtype
+    return np.dtype(dtype).kind in "biu"
 
 
 def _refuse_score_of_sites(score: Any, what: str) -> None:
@@ -219,19 +252,26 @@ def _checked_draws(draws: Draws, loss: Loss | None, what: str) -> Draws:
     if is_concrete(draws.log_weight):
         _check_weights(np.asarray(draws.log_weight), what)
         if isinstance(draws, StoredDraws):
-            _check_values(draws.x, draws.log_weight, draws.score, what)
+            _check_values(draws.x, draws.log_weight, draws.score, None, what)
     return draws
 
 
-def _check_values(x: Array, log_weight: Array, score: Array | None, what: str) -> None:
+def _check_values(
+    x: Array, log_weight: Array, score: Array | None, names: Names, what: str
+) -> None:
     for name, value in (("samples", x), ("score", score)):
         if value is None:
             continue
-        bad = ~np.isfinite(np.asarray(value)).all(-1)
+        finite = np.isfinite(np.asarray(value))
+        bad = ~finite.all(-1)
         if bad.any():
+            which = np.flatnonzero(~finite.reshape(-1, finite.shape[-1]).all(0))
+            listed = ", ".join(str(names[i] if names else i) for i in which[:MOST_NAMES])
+            listed += ", ..." if len(which) > MOST_NAMES else ""
             raise ValueError(
-                f"{what}: expected finite {name}, got NaN or infinity in {bad.sum()} of {bad.size} draws; "
-                "drop them, or give them log_weight -inf and any finite value."
+                f"{what}: expected finite {name}, got NaN or infinity in {bad.sum()} of {bad.size} draws, at the "
+                f"coordinates {listed}; drop them, or give them log_weight -inf and any finite value. If draws of "
+                "a parameter run off to infinity, nothing holds it: give it a proper prior or a reference."
             )
     _check_weights(np.asarray(log_weight), what)
     used = np.asarray(x)[np.asarray(log_weight) > -np.inf]

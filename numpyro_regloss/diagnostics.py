@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from numpyro_regloss._bridge import bridge
+from numpyro_regloss._chain_agreement import chains_rhat, disagreement
 from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._control_variates import Chains, series_error
 from numpyro_regloss._estimate import Estimate
@@ -74,7 +75,7 @@ class GaussianFit(NamedTuple):
         excess_kurtosis: of the draws' marginals, `(dim,)`.
         excess_kurtosis_error: standard error of it.
         names: of the coordinates.
-        findings: one sentence each.
+        findings: one sentence each; with a target the first is the verdict that the others explain.
     """
 
     forward_kl: Estimate | None
@@ -167,7 +168,12 @@ def gaussian_fit(
         y = gaussian.sample(rng_key, (num_samples,))
         divergences = _divergences(x, log_weight, gaussian, target, y)
     fit = GaussianFit._make((*divergences, *marginals, names, ()))
-    return fit._replace(findings=tuple(_findings(fit)))
+    of_chains = None
+    if cloud.block_size is None:
+        with np.errstate(divide="ignore"):
+            ess = np.asarray(fit.mean_shift_error) ** -2.0
+        of_chains = disagreement(x, chains_rhat(cloud), ess, names)
+    return fit._replace(findings=tuple(_findings(fit, of_chains)))
 
 
 @jax.jit
@@ -253,33 +259,68 @@ def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tu
     return jnp.where(found, mean[best], mean[0]), jnp.where(found, error[best], jnp.inf)
 
 
-def _findings(fit: GaussianFit) -> list[str]:
+def _findings(fit: GaussianFit, of_chains: str | None) -> list[str]:
     found = []
-    reached = fit.reached
-    if fit.forward_kl is not None and fit.reverse_kl is not None and reached is not None:
-        for name, estimate in (
-            ("q || Gaussian", fit.forward_kl),
-            ("Gaussian || q", fit.reverse_kl),
-        ):
-            size = "near" if estimate.value < SMALL_DIVERGENCE else "not near"
-            if not np.isfinite(estimate.error):
-                found.append(
-                    f"KL({name}) cannot be told: draws of q and of the Gaussian do not overlap."
-                )
-                continue
-            found.append(
-                f"KL({name}) = {estimate.value:.3g} ± {estimate.error:.1g} nats: the Gaussian is {size}."
-            )
+    forward, reverse, reached = fit.forward_kl, fit.reverse_kl, fit.reached
+    if forward is not None and reverse is not None and reached is not None:
+        share, error = float(reached.value), float(reached.error)
+        missed = 1.0 - share > SIGMAS * error and share < LEAST_REACHED
         khat = float(reached.khat)
-        missed = 1.0 - reached.value > SIGMAS * reached.error and reached.value < LEAST_REACHED
+        named = {"KL(q || Gaussian)": forward, "KL(Gaussian || q)": reverse}
+        found.append(_verdict(named, missed=missed, heavy=not khat < MAX_KHAT))
+        found += [_divergence_text(name, estimate) for name, estimate in named.items()]
         if missed:
             found.append(f"mass: draws of the Gaussian reach {reached.value:.0%} of q only.")
         able = "can" if khat < MAX_KHAT and not missed else "cannot"
         found.append(
             f"k-hat = {khat:.2f}: averages over the Gaussian {able} be corrected by importance weights."
         )
+    if of_chains is not None:
+        found.append(f"draws: {of_chains}")
     found += [text.format(which) for text, which in _deviations(fit) if which]
     return found or ["No deviation from the Gaussian was found in the marginals."]
+
+
+def _range(estimate: Estimate) -> tuple[float, float]:
+    # Of a divergence, which is never negative, with 95 %; unknown where the estimate is so far below zero that its
+    # error must be wrong.
+    value, error = float(estimate.value), float(estimate.error)
+    if not (np.isfinite(value) and np.isfinite(error)) or value < -SIGMAS * error:
+        return 0.0, np.inf
+    return max(value - 2.0 * error, 0.0), max(value, 0.0) + 2.0 * error
+
+
+def _verdict(named: dict[str, Estimate], *, missed: bool, heavy: bool) -> str:
+    ranges = {name: _range(estimate) for name, estimate in named.items()}
+    far = [name for name, (least, _) in ranges.items() if least > SMALL_DIVERGENCE]
+    if far:
+        both = "in both directions" if len(far) == 2 else f"by {far[0]}"
+        return f"The Gaussian is not near q, {both} (near is below {SMALL_DIVERGENCE} nats)."
+    if not any(np.isfinite(estimate.error) for estimate in named.values()):
+        return "The Gaussian is not near q, or the draws are not q's: they do not overlap."
+    if missed:
+        return "The Gaussian is not near q: it misses a part of it."
+    if any(most >= SMALL_DIVERGENCE for _, most in ranges.values()):
+        return (
+            f"It cannot be told whether the Gaussian is near q, within {SMALL_DIVERGENCE} nats: errors are too "
+            "large. Use more draws and num_samples."
+        )
+    tails = ", but for its tails, which are too heavy for importance weights" if heavy else ""
+    return f"The Gaussian is near q, within {SMALL_DIVERGENCE} nats in both directions{tails}."
+
+
+def _divergence_text(name: str, estimate: Estimate) -> str:
+    least, most = _range(estimate)
+    if not np.isfinite(estimate.error):
+        return f"{name} cannot be told: draws of q and of the Gaussian do not overlap."
+    if not np.isfinite(most):
+        return (
+            f"{name} cannot be told: its estimate is {estimate.value:.2g}, but no divergence is negative; the "
+            "draws are not q's, or too few for its tails."
+        )
+    if least == 0.0:
+        return f"{name} cannot be distinguished from 0: it is at most {most:.2g} nats."
+    return f"{name} = {estimate.value:.3g} ± {estimate.error:.1g} nats."
 
 
 def _deviations(fit: GaussianFit) -> list[tuple[str, str]]:

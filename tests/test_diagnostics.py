@@ -11,7 +11,16 @@ import pytest
 from conftest import SIGMAS
 from jax import random
 
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, forward_kl, kl_divergence, shift
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    RegularizedLoss,
+    diagnostics,
+    forward_kl,
+    kl_divergence,
+    shift,
+)
+from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._pareto import pareto_khat
 from numpyro_regloss.diagnostics import gaussian_fit
 
@@ -131,6 +140,86 @@ def test_reverse_kl_of_two_modes_is_seen_as_narrow():
     assert abs(fit.reverse_kl.value - np.log(2.0)) < 0.05
     assert fit.forward_kl.value > 5
     assert "narrower" in str(fit)
+
+
+NEAR = Gaussian(jnp.zeros(2), jnp.ones(2))
+REPORTS = {
+    # What the estimates are, with k-hat and the share of q that is reached; how the report begins and goes on.
+    "below zero": (
+        (-0.06, 0.04, 0.01, 0.002, 0.1, 1.0),
+        [
+            "It cannot be told whether the Gaussian is near q, within 0.05 nats: errors are too large.",
+            "KL(q || Gaussian) cannot be distinguished from 0: it is at most 0.08 nats.",
+            "KL(Gaussian || q) = 0.01 ± 0.002 nats.",
+            "k-hat = 0.10: averages over the Gaussian can be corrected",
+        ],
+    ),
+    "near": (
+        (-0.001, 0.002, 0.0, 0.001, 0.1, 1.0),
+        [
+            "The Gaussian is near q, within 0.05 nats in both directions.",
+            "KL(q || Gaussian) cannot be distinguished from 0: it is at most 0.004 nats.",
+            "KL(Gaussian || q) cannot be distinguished from 0: it is at most 0.002 nats.",
+        ],
+    ),
+    "far one way": (
+        (5.0, 0.1, 0.02, 0.02, 0.9, 0.5),
+        [
+            "The Gaussian is not near q, by KL(q || Gaussian) (near is below 0.05 nats).",
+            "KL(q || Gaussian) = 5 ± 0.1 nats.",
+            "KL(Gaussian || q) cannot be distinguished from 0",
+            "mass: draws of the Gaussian reach 50% of q only.",
+            "k-hat = 0.90: averages over the Gaussian cannot be corrected",
+        ],
+    ),
+    "heavy tails": (
+        (0.01, 0.002, 0.01, 0.002, 0.8, 1.0),
+        [
+            "The Gaussian is near q, within 0.05 nats in both directions, but for its tails, which are too heavy"
+        ],
+    ),
+    "impossible": (
+        (-3.0, 0.04, 0.01, 0.002, 0.1, 1.0),
+        ["It cannot be told whether", "KL(q || Gaussian) cannot be told: its estimate is -3,"],
+    ),
+    "one unknown": (
+        (1.0, np.inf, 0.3, 0.02, 2.0, 1.0),
+        [
+            "The Gaussian is not near q, by KL(Gaussian || q)",
+            "KL(q || Gaussian) cannot be told: draws",
+        ],
+    ),
+    "nothing in common": (
+        (1.0, np.inf, 9.0, np.inf, np.inf, 1.0),
+        ["The Gaussian is not near q, or the draws are not q's: they do not overlap."],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_one_verdict_and_estimates_that_respect_their_sign(name):
+    (forward, forward_error, reverse, reverse_error, khat, share), lines = REPORTS[name]
+    plain = gaussian_fit(random.normal(random.key(0), (400, 2)), NEAR)
+    khat = jnp.asarray(khat)
+    estimates = [
+        Estimate(jnp.asarray(value), jnp.asarray(error), jnp.asarray(400.0), khat)
+        for value, error in ((forward, forward_error), (reverse, reverse_error), (share, 0.01))
+    ]
+    fit = plain._replace(
+        forward_kl=estimates[0], reverse_kl=estimates[1], reached=estimates[2], khat=khat
+    )
+    found = diagnostics._findings(fit, None)
+    for text, start in zip(found, lines, strict=False):
+        assert text.startswith(start), (text, start)
+    # Only the first sentence judges.
+    assert not re.search(r"\bnear\b", " ".join(found[1:]))
+    assert "-0" not in " ".join(found)
+
+
+def test_chains_in_different_modes_are_a_finding():
+    x = random.normal(random.key(0), (4, 200, 2)) + jnp.array([[[4.0, 0.0]], [[-4.0, 0.0]]] * 2)
+    fit = gaussian_fit(x, Gaussian(jnp.zeros(2), jnp.array([4.0, 1.0])))
+    assert re.search(r"^draws: the chains do not agree.* at 0 \(\d", str(fit), re.MULTILINE)
 
 
 def test_no_overlap_is_said_so():

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import pytest
 from conftest import OPTIMIZED, SIGMAS, long
 from jax import random
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, DiscreteHMCGibbs
 
 import numpyro_regloss as regloss
 from numpyro_regloss import (
@@ -25,6 +25,8 @@ from numpyro_regloss import (
     problems,
     shift,
 )
+from numpyro_regloss._stats import split_rhat
+from numpyro_regloss.diagnostics import gaussian_fit
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit import ForwardKL
 
@@ -359,6 +361,124 @@ def test_sites_by_name(run_mcmc):
     unconstrained = {"a_effect": samples["a_effect"], "b_scale": jnp.log(samples["b_scale"])}
     again, _ = forward_kl(unconstrained, loss=loss, space="unconstrained")
     np.testing.assert_allclose(again.mean, free.mean, atol=1e-5)
+
+
+def discrete_model(y):
+    with numpyro.plate("K", 2):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 3.0))
+    with numpyro.plate("rows", len(y)):
+        z = numpyro.sample("z", dist.Categorical(jnp.array([0.5, 0.5])))
+        numpyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+
+
+def test_discrete_sites_are_left_out_of_a_run():
+    mcmc = MCMC(
+        DiscreteHMCGibbs(NUTS(discrete_model)), num_warmup=50, num_samples=60, progress_bar=False
+    )
+    mcmc.run(random.key(0), jnp.array([-3.0, 3.0, -3.1, 2.9]))
+    with pytest.warns(UserWarning, match=r"discrete sites \['z'\] were left out.*\['mu'\]"):
+        gaussian, info = forward_kl(mcmc, "diagonal")
+    assert info.names == ("mu[0]", "mu[1]")
+    samples = mcmc.get_samples()
+    np.testing.assert_allclose(gaussian.mean, samples["mu"].mean(0), rtol=1e-4)
+    with pytest.warns(UserWarning, match="were left out"):
+        fit = gaussian_fit(mcmc, gaussian)
+    assert fit.names == info.names
+    # A dict was put together by hand: what is discrete in it is refused.
+    for sites in (samples, {**samples, "z": samples["z"] > 0}):
+        with pytest.raises(
+            TypeError, match=r"integers or booleans in \['z'\].*pass the MCMC itself"
+        ):
+            forward_kl(sites)
+    mcmc.last_state.z.pop("mu")
+    with pytest.raises(ValueError, match="only discrete ones"):
+        forward_kl(mcmc)
+
+
+def test_sites_of_size_zero():
+    def empty(y=1.0):
+        numpyro.sample("b", dist.Normal(0.0, 1.0).expand([0]).to_event(1))
+        scale = numpyro.sample("c", dist.HalfNormal(1.0))
+        numpyro.sample("a", dist.Normal(0.0, scale).expand([3, 0]).to_event(2))
+        numpyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    loss = Loss.from_model(empty)
+    c = np.exp(np.random.default_rng(0).normal(size=40))
+    sites = {"a": np.zeros((40, 3, 0)), "b": np.zeros((40, 0)), "c": c}
+    exact = np.log(c).mean()
+    np.testing.assert_allclose(forward_kl(sites, loss=loss).gaussian.mean, [exact], rtol=1e-5)
+    gaussian, info = forward_kl(sites)
+    assert info.names == ("c",)
+    np.testing.assert_allclose(gaussian.mean, [c.mean()], rtol=1e-5)
+    chains = {name: site.reshape(2, 20, *site.shape[1:]) for name, site in sites.items()}
+    grouped = forward_kl(chains, loss=loss, group_by_chain=True).gaussian
+    np.testing.assert_allclose(grouped.mean, [exact], rtol=1e-5)
+    with pytest.raises(ValueError, match="at least one parameter"):
+        forward_kl({"a": np.zeros((40, 0))})
+
+
+def autoregressive(seed, shape, correlation):
+    noise = np.random.default_rng(seed).normal(size=shape)
+    x = noise.copy()
+    for t in range(1, shape[1]):
+        x[:, t] = correlation * x[:, t - 1] + np.sqrt(1 - correlation**2) * noise[:, t]
+    return x
+
+
+def test_chains_that_agree_give_no_warning():
+    # Four chains of 200 with some fifty effective draws each, one of them alone, and very few draws.
+    for seed in range(5):
+        x = autoregressive(seed, (4, 200, 5), 0.6)
+        info = forward_kl(x, "diagonal").info
+        np.testing.assert_allclose(info.rhat, split_rhat(jnp.asarray(x, jnp.float32)), rtol=1e-4)
+        assert np.all(info.rhat < 1.1)
+        forward_kl(x[0], "diagonal")
+        assert forward_kl(x[0, ::10], "diagonal").info.rhat.shape == (5,)
+    x = x[:, :, 0]
+    weight = np.where(x > 0, 0.1, 0.0)
+    assert np.isnan(forward_kl(x[..., None], log_weight=weight).info.rhat).all()
+    cloud = shift.Importance(100).step(random.key(0), (), SKEWED_TARGET)[1]
+    assert np.isnan(forward_kl(cloud).info.rhat).all()
+    # In a scheme the shift reports it.
+    assert ForwardKL().step(random.key(0), (), SKEWED_TARGET, cloud)[2].rhat is None
+
+
+MODES = np.array([[-4.0], [4.0], [-4.0], [4.0]])
+APART = {
+    "modes": (
+        lambda x: x + MODES,
+        r"chains do not agree.*R-hat above 1\.1 at b \(\d.*different modes",
+    ),
+    "labels": (lambda x: x + MODES[::-1], r"labels that can be exchanged.*order the labels"),
+    "walk": (lambda x: np.cumsum(x, 1), r"draws wander at b \(\d.*density is improper"),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_chains_that_do_not_agree_are_told(name):
+    move, words = APART[name]
+    x = np.random.default_rng(1).normal(size=(2, 4, 200))
+    sites = {"a": x[0], "b": move(x[1])}
+    with pytest.warns(UserWarning, match=words) as found:
+        info = forward_kl(sites, group_by_chain=True).info
+    assert len(found) == 1
+    assert "a (" not in str(found[0].message)
+    assert info.ok
+    assert info.rhat[0] < 1.1 < info.rhat[1]
+    # One chain is judged by its halves.
+    if name != "walk":
+        x = np.concatenate([sites["b"][0], sites["b"][1]])[:, None]
+        with pytest.warns(UserWarning, match="halves of the chain do not agree"):
+            forward_kl(x)
+
+
+def test_a_range_that_floats_cannot_hold_is_named():
+    x = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 1e25]
+    with pytest.raises(ValueError, match="floats cannot hold at 1.*proper prior"):
+        forward_kl(x)
+    sites = {"a": x[:, 0], "b": np.where(np.arange(200) < 3, np.inf, x[:, 1])}
+    with pytest.raises(ValueError, match="3 of 200 draws, at the coordinates b; .*nothing holds"):
+        forward_kl(sites)
 
 
 def test_a_run_of_the_regularized_model_brings_its_scores():

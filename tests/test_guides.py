@@ -622,7 +622,12 @@ BAD = {
         ValueError,
         "exactly diagonal",
     ),
-    "flat": (flat_laplace, ValueError, "hessian_fn"),
+    "flat": (flat_laplace, ValueError, r"entries \[0, 1\].*hessian_fn"),
+    "endless": (
+        lambda: with_trained(auto_scale=jnp.array([1.0, 1e25])),
+        ValueError,
+        r"entries \[1\].*proper prior",
+    ),
     "under jit": (laplace_under_jit, ValueError, "the model's arguments"),
     "no key": (lambda: drawn(rng_key=None), TypeError, r"rng_key=jax.random.key\(0\)"),
     "bad key": (lambda: drawn(rng_key=0), TypeError, "random key"),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reverse-KL fits against optima found independently, in float64, by quadrature and SciPy or in closed form."""
 
+import re
 from functools import partial
 
 import jax
@@ -542,10 +543,76 @@ def test_bad_input(row):
         call()
 
 
-def test_a_flat_posterior_is_not_taken_for_a_solution():
-    target = RegularizedLoss(Loss.from_function(lambda x: 0.0 * jnp.sum(x), np.zeros(2)))
-    _, info = reverse_kl(KEY, target, "isotropic", method="natural", num_steps=10)
-    assert not info.ok or info.residual > 0.5
+def falling_off(x, code):
+    """Densities of three coordinates; the last is N(2, 0.5²) in all."""
+    last = 0.5 * ((x[2] - 2.0) / 0.5) ** 2
+    total = 0.5 * ((x[0] + x[1] - 1.0) / 0.1) ** 2
+    first = 0.5 * ((x[0] - 1.0) / 0.1) ** 2
+    branches = [
+        lambda: first,
+        lambda: total,
+        lambda: jax.nn.softplus(-x[0]) + 0.5 * x[1] ** 2,
+        lambda: 0.3 * jnp.log1p(x[0] ** 2) + 0.5 * x[1] ** 2,
+        lambda: first + 0.5 * (x[1] / 1000.0) ** 2,
+        lambda: total + 0.5 * (x[0] ** 2 + x[1] ** 2) / 1000.0**2,
+        lambda: jnp.logaddexp(0.0, 2.0 * x[0]) - x[0] + 0.5 * x[1] ** 2,
+    ]
+    return last + lax.switch(code.astype(int), branches)
+
+
+# Which coordinates nothing holds: one that is not used, two of which the sum counts, one that is bounded on one
+# side only, one with tails that have no integral; and wide priors, of a coordinate and of a difference, and
+# exponential tails.
+IMPROPER = [(1,), (0, 1), (0,), (0,), (), (), ()]
+PLAIN_ENGINES = {
+    "dense": ("dense", {}),
+    "natural": ("diagonal", {"method": "natural"}),
+    "svi": ("isotropic", {"method": "svi", "num_steps": 200}),
+    "low_rank": ("low_rank", {"rank": 1}),
+}
+
+
+@pytest.mark.parametrize("name", ["dense", "natural", "svi", long("low_rank")])
+def test_a_target_that_has_no_gaussian_is_told(name):
+    family, settings = PLAIN_ENGINES[name]
+    for code, which in enumerate(IMPROPER):
+        target = RegularizedLoss(Loss.from_function(falling_off, np.zeros(3), np.float32(code)))
+        fit = partial(reverse_kl, KEY, target, family, **settings)
+        if which:
+            listed = ", ".join(target.loss.flat_names[i] for i in which)
+            with pytest.warns(UserWarning, match=f"no finite Gaussian.*of {re.escape(listed)},"):
+                gaussian, info = fit()
+            assert not info.ok
+            assert info.bound == -np.inf
+        else:
+            gaussian, info = fit()
+            assert info.ok
+            assert np.isfinite(info.bound)
+        assert tuple(np.flatnonzero(info.improper)) == which
+        # What holds is fitted as if it were alone.
+        assert abs(gaussian.mean[2] - 2.0) < 0.01
+        if family != "isotropic":
+            np.testing.assert_allclose(gaussian.variance[2], 0.25, rtol=0.02)
+    if family == "dense":
+        loss = Loss.from_function(falling_off, np.zeros(3), np.float32(4))
+        gaussian = reverse_kl(KEY, RegularizedLoss(loss)).gaussian
+        np.testing.assert_allclose(gaussian.variance[1], 1e6, rtol=0.01)
+
+
+def test_a_flat_direction_within_compiled_code_and_beyond_many_dimensions():
+    # More parameters than draws: what nothing depends on is found all the same.
+    loss = Loss.from_function(lambda x: 0.5 * jnp.sum((x[:-2] - 1.0) ** 2), np.zeros(150))
+    target = RegularizedLoss(loss)
+    gaussian, info = jax.jit(lambda key: reverse_kl(key, target, "diagonal"))(KEY)
+    assert not info.ok
+    assert tuple(np.flatnonzero(info.improper)) == (148, 149)
+    np.testing.assert_allclose(gaussian.mean[:148], 1.0, atol=0.01)
+    # With a reference there is a Gaussian always.
+    known = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 4.0))
+    gaussian, info = reverse_kl(KEY, known, "diagonal")
+    assert info.ok
+    assert info.improper is None
+    np.testing.assert_allclose(gaussian.variance[-1], 4.0, rtol=0.01)
 
 
 def test_a_posterior_that_is_nowhere_finite():

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.util import find_stack_level
 
+from numpyro_regloss._chain_agreement import chains_rhat, disagreement
 from numpyro_regloss._checks import check_choice
 from numpyro_regloss._control_variates import CONTROLS
 from numpyro_regloss._families import Projection, project, structure_of
@@ -40,6 +41,8 @@ __all__ = ["ForwardKL", "ForwardKLInfo", "forward_kl"]
 
 # Shrinkage that a user should know of.
 MUCH_SHRINKAGE = 0.5
+# Coordinates that a message names.
+MOST_NAMES = 5
 
 
 class ForwardKLInfo(NamedTuple):
@@ -60,6 +63,9 @@ class ForwardKLInfo(NamedTuple):
         score_compatible: False when the scores are not those of a differentiable density, and were not used.
         converged: whether factors converged; True for other families.
         names: of the coordinates, where the samples had names; None within compiled code.
+        rhat: split R-hat of the chains that `forward_kl` was given, `(dim,)`, a single chain judged by its halves;
+            NaN for weighted or independent draws and for fewer than four per chain. None in a two-step scheme,
+            where the shift reports its own.
     """
 
     ok: Array
@@ -74,6 +80,7 @@ class ForwardKLInfo(NamedTuple):
     score_compatible: Array
     converged: Array
     names: Any = None
+    rhat: Any = None
 
 
 @pytree_dataclass
@@ -157,8 +164,8 @@ def forward_kl(
     Args:
         samples: an array `(draw, dim)` or `(chain, draw, dim)`; a dict of sites as
             `MCMC.get_samples()` returns it, flattened in sorted order of names; an `MCMC` that has run, of any
-            model (its latent sites) or of `numpyro_regloss.model` (the flat parameters, and their scores if
-            it ran with `extra_fields=("z_grad",)`); `Draws`.
+            model (its latent sites, without discrete ones) or of `numpyro_regloss.model` (the flat parameters,
+            and their scores if it ran with `extra_fields=("z_grad",)`); `Draws`.
         covariance: `"isotropic"`, `"diagonal"`, `"dense"` or `"low_rank"`.
         rank: number of factors of `"low_rank"`.
         log_weight: log importance weights, of the samples' leading shape.
@@ -174,8 +181,10 @@ def forward_kl(
             `MCMC.get_samples(group_by_chain=True)` returns them.
 
     Returns:
-        The Gaussian and the info, with standard errors and, where sites were given, the names of the
-        coordinates. Under `jax.jit` values are not checked and there are no warnings: look at `info.ok`.
+        The Gaussian and the info, with standard errors, the split R-hat of chains and, where sites were given, the
+        names of the coordinates. Chains that do not agree are a warning: with several modes or labels that
+        switch, moments are those of a mixture, and of draws that wander they are no moments. Under `jax.jit`
+        values are not checked and there are no warnings: look at `info.ok` and `info.rhat`.
 
     Raises:
         TypeError: if the samples are of another kind.
@@ -207,7 +216,7 @@ def forward_kl(
     gaussian, info = _jitted_fit(method, draws, log_density)
     info = info._replace(names=names)
     if is_concrete(info):
-        _tell(gaussian, info, covariance)
+        _tell(gaussian, info, draws, covariance)
     return FitResult(gaussian, info)
 
 
@@ -267,11 +276,32 @@ def _fit(
 def _jitted_fit(
     method: ForwardKL, draws: Draws, log_density: Array | None
 ) -> tuple[AnyGaussian, ForwardKLInfo]:
-    return _fit(method, draws, None, log_density)
+    gaussian, info = _fit(method, draws, None, log_density)
+    return gaussian, info._replace(rhat=chains_rhat(draws))
 
 
-def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, covariance: str) -> None:
+def _effective_draws(gaussian: AnyGaussian, info: ForwardKLInfo, draws: Draws) -> np.ndarray:
+    error = np.asarray(info.mean_error)
+    # Control variates make the errors of means smaller than draws alone could.
+    known = (int(info.control_variate) == 0) & (error > 0)
+    variance = np.asarray(gaussian.variance)
+    if gaussian.structure == "isotropic":
+        variance = np.var(np.asarray(draws.x), (0, 1))
+    return np.where(known, variance / np.where(known, error, 1.0) ** 2, np.inf)
+
+
+def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, draws: Draws, covariance: str) -> None:
     if not bool(info.ok):
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = np.var(np.asarray(draws.x), (0, 1))
+        huge = np.flatnonzero(~np.isfinite(variance))
+        if len(huge):
+            listed = ", ".join(str(info.names[i] if info.names else i) for i in huge[:MOST_NAMES])
+            raise ValueError(
+                "forward_kl: expected draws whose variance is a number, got a range that floats cannot hold at "
+                f"{listed}. Where nothing holds a parameter its draws wander off: give it a proper "
+                "prior or a reference, or leave it out."
+            )
         raise ValueError(
             "forward_kl: expected moments of several draws, got a Gaussian that is not finite or that hangs on "
             f"one weight (largest standard error of the mean {float(jnp.max(info.mean_error)):.3g}); draw more, "
@@ -295,7 +325,13 @@ def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, covariance: str) -> None:
             f'covariance="diagonal" or "isotropic" instead of {covariance!r}.',
             stacklevel=level,
         )
-    if float(info.shrinkage) > MUCH_SHRINKAGE:
+    rhat, of_chains = np.asarray(info.rhat), None
+    if not np.isnan(rhat).any():
+        effective = _effective_draws(gaussian, info, draws)
+        of_chains = disagreement(draws.x, rhat, effective, info.names)
+    if of_chains is not None:
+        warnings.warn(f"forward_kl: {of_chains}", stacklevel=level)
+    elif float(info.shrinkage) > MUCH_SHRINKAGE:
         warnings.warn(
             f"forward_kl: too few effective draws for a dense covariance of dimension {gaussian.dim}, so that "
             f"correlations were shrunk by {float(info.shrinkage):.0%}; draw more, or use "

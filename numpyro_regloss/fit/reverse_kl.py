@@ -25,7 +25,14 @@ from jax import random
 from numpyro_regloss._base_draws import round_up
 from numpyro_regloss._checks import check_choice, check_count, check_key, check_optimizer
 from numpyro_regloss._guide_fit import guide_fit
-from numpyro_regloss._natural_gradient import natural_gradient
+from numpyro_regloss._improper import (
+    Guard,
+    guarded,
+    most_growth,
+    still_growing,
+    warn_improper,
+)
+from numpyro_regloss._natural_gradient import first_stage, natural_gradient, unused
 from numpyro_regloss._probe import Probe, check_gradient, probe
 from numpyro_regloss._pytree import all_finite, is_concrete, pytree_dataclass, static_field, strong
 from numpyro_regloss._ranks import promotes_ranks
@@ -77,7 +84,7 @@ class ReverseKLInfo(NamedTuple):
     """Diagnostics of one fit.
 
     Attributes:
-        ok: Gaussian, bound and its error are finite.
+        ok: Gaussian, bound and its error are finite, and the target has a finite Gaussian.
         num_loss: zero.
         num_grad: gradient evaluations, those of line searches included.
         bound: E loss + T KL(Gaussian || reference), in the units of the loss: an upper bound of F_tau(centre);
@@ -88,6 +95,9 @@ class ReverseKLInfo(NamedTuple):
             deviations of the Gaussian: how far it is from stationary on the draws of the fit.
         num_steps: steps done; of `"sample_average"` and `"natural"` evaluations of all draws.
         num_rejected: those that met a loss or gradient that was not finite.
+        improper: coordinates in which the target has no finite Gaussian, `(dim,)` booleans, or None where it has a
+            reference. The bound is then -inf, and a weak guard has held these coordinates: their mean and
+            variance say nothing, those of the others are right.
     """
 
     ok: Array
@@ -98,6 +108,7 @@ class ReverseKLInfo(NamedTuple):
     residual: Array
     num_steps: Array
     num_rejected: Array
+    improper: Any = None
 
 
 @pytree_dataclass
@@ -194,14 +205,24 @@ class ReverseKL(Fit):
             The solution in units of the reference, the Gaussian and the info.
         """
         del draws
+        return self._step(rng_key, state, target)
+
+    def _step(
+        self,
+        rng_key: Key,
+        state: ReverseKLState,
+        target: RegularizedLoss,
+        guard: Guard | None = None,
+        limit: Array | None = None,
+    ) -> tuple[ReverseKLState, AnyGaussian, ReverseKLInfo]:
         frame = self._frame(target)
         start = from_relative(state.loc, state.scale, frame, self._unit(frame))
         key_noise, key_fit, key_batch = random.split(rng_key, 3)
-        reference, evaluate = target.reference, evaluator(key_batch, target)
+        reference, evaluate = target.reference, guarded(evaluator(key_batch, target), guard)
         noise = noise_for(key_noise, start, self.covariance, self._num_draws(target))
         if self.method == "svi":
             pairs = -(-(self.num_particles or SVI_PARTICLES) // 2)
-            settings = (self._num_steps, pairs, self.optimizer)
+            settings = (self._num_steps, pairs, self.optimizer, guard)
             gaussian, rejected = guide_fit(key_fit, target, start, self.covariance, *settings)
             evaluation = evaluate(draw(gaussian, noise))
             solution = Solution(gaussian, evaluation, jnp.asarray(self._num_steps), rejected)
@@ -215,8 +236,16 @@ class ReverseKL(Fit):
         bound = target.temperature * summary.bound
         bound_error = target.temperature * summary.bound_error
         after = self._relative(gaussian, frame)
+        ok, improper = all_finite((gaussian, after, bound, bound_error)), None
+        if reference is None:
+            if limit is None:
+                limit = most_growth(noise.dtype) * jnp.sqrt(start.variance)
+            at = (noise, draw(gaussian, noise), solution.evaluation.gradient)
+            improper = still_growing(gaussian, *at, guard, limit)
+            endless = jnp.where(jnp.any(improper), jnp.inf, 0.0)
+            ok, bound, bound_error = ok & (endless == 0), bound - endless, bound_error + endless
         info = ReverseKLInfo(
-            ok=all_finite((gaussian, after, bound, bound_error)),
+            ok=ok,
             num_loss=jnp.asarray(0),
             num_grad=num_grad,
             bound=bound,
@@ -224,6 +253,7 @@ class ReverseKL(Fit):
             residual=jnp.where(jnp.isfinite(summary.residual), summary.residual, jnp.inf),
             num_steps=solution.num_steps,
             num_rejected=solution.num_rejected,
+            improper=improper,
         )
         return strong(_select(info.ok, after, state)), gaussian, strong(info)
 
@@ -284,6 +314,10 @@ def reverse_kl(
     natural gradients, which do not depend on units, before the method's own steps. Otherwise give parameters of
     similar units, or `init`.
 
+    A density that does not fall off along some direction (a flat prior without data, two parameters of which only
+    the sum counts) has no finite Gaussian: `info.improper` and a warning name the coordinates. Directions across
+    coordinates are found where the natural gradients run; elsewhere only parameters that nothing depends on.
+
     Args:
         rng_key: a random key.
         target: loss, reference or None, and temperature.
@@ -297,7 +331,7 @@ def reverse_kl(
         optimizer: see `ReverseKL`.
 
     Returns:
-        The Gaussian and the info, a pair.
+        The Gaussian and the info, a pair. Under `jax.jit` there are no warnings: look at `info.ok`.
 
     Raises:
         TypeError: if an argument is of the wrong kind, or the loss returns integers.
@@ -335,6 +369,8 @@ def reverse_kl(
     gaussian, info, found = _fit(engine, rng_key, target, init)
     if is_concrete(found):
         check_gradient(jax.device_get(found), ["ReverseKL"], "reverse_kl")
+        if info.improper is not None:
+            warn_improper(info.improper, target.loss.flat_names)
     return FitResult(gaussian, info)
 
 
@@ -349,34 +385,23 @@ def _fit(
     if init is None and target.reference is None:
         start, num_loss = best_width(key_width, target)
     seen = probe(rng_key, target.on_batch(rng_key), around=start)
-    if init is None and target.reference is None:
-        first = _first_stage(engine, target)
-        if first is not None:
-            _, found, info = _run(first, key_first, target, frame, start)
-            start, num_grad = (
-                _select(info.ok, found, project(start, first.covariance)),
-                info.num_grad,
-            )
-    _, gaussian, info = _run(engine, key_step, target, frame, start)
-    num_grad = info.num_grad + num_grad + seen.values.size
-    return gaussian, strong(info._replace(num_loss=num_loss, num_grad=num_grad)), seen
-
-
-def _run(
-    engine: ReverseKL, rng_key: Key, target: RegularizedLoss, frame: AnyGaussian, start: AnyGaussian
-) -> tuple[ReverseKLState, AnyGaussian, ReverseKLInfo]:
-    key_start, key_step = random.split(rng_key)
+    guard = limit = None
+    if target.reference is None:
+        limit = most_growth(start.mean.dtype) * jnp.sqrt(start.variance)
+        # Natural gradients do not depend on units, of which nothing is known; their draws must span the space.
+        count = max(DEFAULT_DRAWS, DRAWS_PER_PARAMETER * target.dim)
+        if engine.covariance == "dense" or 2 * target.dim <= DEFAULT_DRAWS:
+            steps, size = DEFAULT_STEPS["natural"], round_up(count)
+            found, guard, num_grad = first_stage(key_first, target, start, limit, steps, size)
+            start = found if init is None else start
+        else:
+            guard, num_grad = unused(key_first, target, start)
+    key_start, key_step = random.split(key_step)
     start = project(start, engine.covariance, engine.rank, key_start)
     state = engine._relative(start, frame)  # noqa: SLF001
-    return engine.step(key_step, state, target, None)  # ty: ignore[invalid-argument-type]
-
-
-def _first_stage(engine: ReverseKL, target: RegularizedLoss) -> ReverseKL | None:
-    # Without a reference nothing is known of the units of the parameters. Natural gradients do not depend on
-    # them; they need draws that span the space.
-    covariance = "diagonal" if engine.covariance == "low_rank" else engine.covariance
-    spans = covariance == "dense" or 2 * target.dim <= DEFAULT_DRAWS
-    return ReverseKL(covariance, "natural") if engine.method != "natural" and spans else None
+    _, gaussian, info = engine._step(key_step, state, target, guard, limit)  # noqa: SLF001
+    num_grad = info.num_grad + num_grad + seen.values.size
+    return gaussian, strong(info._replace(num_loss=num_loss, num_grad=num_grad)), seen
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:
