@@ -9,14 +9,10 @@ import numpy as np
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
 from numpyro_regloss._result import TwoStepResult
+from numpyro_regloss._run_arrival import Finding, Run
 from numpyro_regloss._run_columns import COLUMNS, run_columns, run_motion
-from numpyro_regloss._run_findings import (
-    LEAST_ESS,
-    MAX_RHAT,
-    Finding,
-    arrival,
-    run_findings,
-)
+from numpyro_regloss._run_doubts import LEAST_ESS, MAX_RHAT
+from numpyro_regloss._run_findings import judge
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss.draws import BatchMeans, Draws
 
@@ -27,8 +23,6 @@ SHOWN_ROWS = 12
 SHOWN_NAMES = 3
 # Not shown: they follow from others, or are constant in most runs.
 HIDDEN = ("error", "decrease_error", "ok")
-# Findings with which a centre that rests says nothing: steps are not those that were asked for.
-UNSOLVED = ("k-hat", "ess", "R-hat", "residual")
 # Not shown where there were none.
 COUNTS = ("num_divergent", "num_rejected", "num_grad")
 
@@ -167,15 +161,13 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
         )
     motion = run_motion(result)
     columns = run_columns(result, motion)
-    findings = run_findings(result, columns, motion, optimizer)
-    arrived, sentence = arrival(motion)
-    if arrived and any(finding.name in UNSOLVED for finding in findings):
-        arrived, sentence = None, "Arrived? The centre rests, but the steps are wrong: see below."
+    run = Run(columns, result.history, motion)
+    findings, arrived, sentence = judge(run, optimizer)
     ends = None
     if draws is not None:
         ends = _draws_summary(draws, optimizer)
-        findings += _draws_findings(ends)
-    return RunSummary(columns, ends, tuple(findings), arrived, sentence)
+        findings = (*findings, *_draws_findings(ends))
+    return RunSummary(columns, ends, findings, arrived, sentence)
 
 
 def _draws_summary(draws: Any, optimizer: Any) -> DrawsSummary:

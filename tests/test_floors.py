@@ -69,8 +69,10 @@ FLOORS = {
     "_result": 6,
     "_rank_diagnostics": 1,
     "_run_columns": 7,
-    "_run_findings": 8,
-    "_run_summary": 9,
+    "_run_arrival": 8,
+    "_run_doubts": 9,
+    "_run_findings": 10,
+    "_run_summary": 11,
     "shift.base": 6,
     "fit.base": 6,
     "anchor.base": 5,
@@ -98,9 +100,9 @@ FLOORS = {
     "schedules": 2,
     "schemes": 9,
     "record": 9,
-    "diagnostics": 10,
-    "": 11,
-    "__main__": 12,
+    "diagnostics": 12,
+    "": 13,
+    "__main__": 14,
 }
 ENGINES = ("shift", "fit", "anchor")  # one file, one algorithm: none imports another
 MODULES = sorted(ROOT.rglob("*.py"))
