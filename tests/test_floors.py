@@ -56,6 +56,7 @@ FLOORS = {
     "_evidence": 6,
     "_samples": 5,
     "_families": 6,
+    "_probe": 3,
     "_outer_step": 5,
     "_variational": 5,
     "_sample_average": 6,
