@@ -66,8 +66,8 @@ def _rounding(run: Run) -> str:
         return ""
     return (
         f"a loss of {np.median(loss):.3g} is rounded to multiples of about {unit:.2g}, and it varied by "
-        f"{varied:.2g} over the draws, at a temperature of {temperature:.3g}: steps follow the rounding; subtract a "
-        "constant from the loss, use a larger tau, or compute in double precision (jax_enable_x64)."
+        f"{varied:.2g} over the draws, at a temperature of {temperature:.3g}: steps follow the rounding; subtract "
+        "a constant from the loss, use a larger tau, or compute in double precision (jax_enable_x64)."
     )
 
 
@@ -97,9 +97,9 @@ def _heating(run: Run) -> str:
     if not adapted > MAX_HEATING * yours:
         return ""
     return (
-        f"the effective sample size set a temperature of {adapted:.3g}, and yours is {yours:.3g}: losses that differ "
-        "by less than the former are hardly told apart; use a smaller tau (or last_width), scale the parameters to "
-        "equal importance, or go on from here with a fixed temperature and no ess."
+        f"the effective sample size set a temperature of {adapted:.3g}, and yours is {yours:.3g}: losses that "
+        "differ by less than the former are hardly told apart; use a smaller tau (or last_width), scale the "
+        "parameters to equal importance, or go on from here with a fixed temperature and no ess."
     )
 
 
@@ -137,8 +137,8 @@ def _excess(run: Run) -> str:
     share = np.mean(draws.share_lower[-count:])
     return (
         f"the loss is {loss[-1]:.6g} at the centre and {mean[-1]:.6g} in the mean over q, and lower than at the "
-        f"centre in {share:.0%} of q: the centre rests on a saddle, on a ridge or between modes; start elsewhere, or "
-        "use a larger tau."
+        f"centre in {share:.0%} of q: the centre rests on a saddle, on a ridge or between modes; start elsewhere, "
+        "or use a larger tau."
     )
 
 
@@ -146,8 +146,8 @@ def _lengths(run: Run) -> str:
     if all(np.isfinite(part).all() for part in (run.motion.pull, run.motion.step)):
         return ""
     return (
-        "steps are no finite numbers of standard deviations of the reference: tau is too small for the precision, or "
-        "a fitted mean is not finite; use a larger tau, or look at history.fitted."
+        "steps are no finite numbers of standard deviations of the reference: tau is too small for the precision, "
+        "or a fitted mean is not finite; use a larger tau, or look at history.fitted."
     )
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
 from numpyro_regloss._result import TwoStepResult
-from numpyro_regloss._run_arrival import Finding, Run
+from numpyro_regloss._run_arrival import Finding, Run, arrival
 from numpyro_regloss._run_columns import COLUMNS, run_columns, run_motion
 from numpyro_regloss._run_doubts import LEAST_ESS, MAX_RHAT
 from numpyro_regloss._run_findings import judge
+from numpyro_regloss._run_probe import Look, look_around
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss.draws import BatchMeans, Draws
 
@@ -67,6 +68,7 @@ class RunSummary(NamedTuple):
         findings: what is wrong; empty for a good run.
         arrived: whether the centre has: True, False for still moving, None where it cannot be told.
         arrival: the same as a sentence.
+        checked: what was checked and what was not, as sentences.
     """
 
     columns: dict[str, np.ndarray]
@@ -74,6 +76,7 @@ class RunSummary(NamedTuple):
     findings: tuple[Finding, ...]
     arrived: bool | None
     arrival: str
+    checked: str = ""
 
     def table(self, most: int | None = None) -> str:
         """One row per step.
@@ -120,7 +123,7 @@ class RunSummary(NamedTuple):
         if not self.findings:
             lines.append("Nothing wrong was found.")
         lines += [f"[{finding.name}] {finding.text}" for finding in self.findings]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.checked] if self.checked else lines)
 
 
 def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = None) -> RunSummary:
@@ -130,7 +133,9 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
 
     Args:
         result: of `TwoStep.run`, of any engines, user-written ones too.
-        optimizer: the `TwoStep`, for names of parameters and for what its engines say; infos alone say most of it.
+        optimizer: the `TwoStep`, for names of parameters and for what its engines say. Where they follow
+            gradients, some hundred of these are evaluated around the last centre, at the arguments bound to the
+            loss: do they say how the loss differs, and does it bend down somewhere? Infos alone say the rest.
         draws: at the end, as `optimizer.draw(rng_key, result.state)` makes them.
 
     Returns:
@@ -162,12 +167,34 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
     motion = run_motion(result)
     columns = run_columns(result, motion)
     run = Run(columns, result.history, motion)
-    findings, arrived, sentence = judge(run, optimizer)
+    look = Look()
+    if optimizer is not None and len(motion.pull):
+        resting = arrival(motion)[0] is not False
+        look = look_around(optimizer, result.state.reference, result.history, curvature=resting)
+    findings, arrived, sentence = judge(run, optimizer, look.findings)
     ends = None
     if draws is not None:
         ends = _draws_summary(draws, optimizer)
         findings = (*findings, *_draws_findings(ends))
-    return RunSummary(columns, ends, findings, arrived, sentence)
+    return RunSummary(columns, ends, findings, arrived, sentence, _checked(run, look, optimizer))
+
+
+def _checked(run: Run, look: Look, optimizer: Any) -> str:
+    columns, draws = run.columns, run.history.draws
+    seen = {
+        "the loss at the draws": draws is not None,
+        "weights": "khat" in columns,
+        "chains": "rhat" in columns,
+        "noise of the centre": run.motion.error is not None,
+    }
+    checked = [*(name for name, known in seen.items() if known), *look.checked]
+    unchecked = list(look.unchecked)
+    if draws is None and not look.checked:
+        unchecked.append("values of the loss beside the centre")
+    if optimizer is None and np.any(columns["num_grad"]):
+        unchecked.append("gradients against differences and curvature (pass the optimizer)")
+    text = f"Checked: {', '.join(['steps', *checked])}."
+    return f"{text} Not checked: {', '.join(unchecked)}." if unchecked else text
 
 
 def _draws_summary(draws: Any, optimizer: Any) -> DrawsSummary:
