@@ -17,6 +17,8 @@ __all__ = [
     "LEAST_ESS",
     "MAX_DIVERGENT",
     "MAX_RHAT",
+    "adapted",
+    "at_rounding",
     "bad_steps",
     "single_steps",
     "transitions",
@@ -34,6 +36,11 @@ MAX_DIVERGENT = 0.01
 MAX_SINGLE_KHAT = 1.0
 # Losses are rounded, in the last place and at many places on the way: they tell nothing where they vary by less.
 ROUNDINGS = 4.0
+# A cloud that narrows comes to the rounding of the loss; one that began with such a spread, in units of it, knew
+# the loss before.
+BEGUN = 1000.0
+# Temperatures that differ by less are the same.
+SAME = 1e-3
 # Weights exp(-loss / T) of a loss that is rounded to T / 2 are off by a quarter.
 MAX_ROUNDING = 0.5
 # Length of the mean's noise, all parameters together, in standard deviations of the reference: fewer draws than
@@ -52,23 +59,54 @@ def _rounding(run: Run) -> str:
     # SGLD follows gradients alone, whatever the values: with its usual temperatures they are all but equal.
     if draws is None or "stability" in run.columns:
         return ""
-    count = window(len(run.history.ok))
-    loss = np.abs(np.asarray(run.history.loss)[-count:])
-    unit = np.median(np.finfo(loss.dtype).eps * loss)
-    varied = np.median(draws.sd[-count:])
+    unit, varied, temperature = rounding(run)
+    if at_rounding(run):
+        return ""
     if varied == 0.0:
         return (
             "the loss was the same at all draws of a step, so that nothing tells where it is lower: use a larger "
             "tau, or look whether the loss depends on its parameters."
         )
-    temperature = np.median(_temperature(run)[-count:])
     if not (varied <= ROUNDINGS * unit or unit > MAX_ROUNDING * temperature):
         return ""
     return (
-        f"a loss of {np.median(loss):.3g} is rounded to multiples of about {unit:.2g}, and it varied by "
+        f"a loss of {run.history.loss[-1]:.3g} is rounded to multiples of about {unit:.2g}, and it varied by "
         f"{varied:.2g} over the draws, at a temperature of {temperature:.3g}: steps follow the rounding; subtract "
         "a constant from the loss, use a larger tau, or compute in double precision (jax_enable_x64)."
     )
+
+
+def rounding(run: Run) -> tuple[float, float, float]:
+    """Of the end of a run: the unit in the last place of the loss, its spread over the draws, the temperature."""
+    count = window(len(run.history.ok))
+    loss = np.abs(np.asarray(run.history.loss)[-count:])
+    unit = np.median(np.finfo(loss.dtype).eps * np.where(np.isfinite(loss), loss, 0.0))
+    spread, temperature = run.history.draws.sd[-count:], _temperature(run)[-count:]
+    return float(unit), float(np.median(spread)), float(np.median(temperature))
+
+
+def at_rounding(run: Run) -> bool:
+    """Whether a cloud whose temperature adapts has narrowed until the loss is rounded, and not begun so.
+
+    Args:
+        run: that rests.
+
+    Returns:
+        True where the centre is as well known as the precision allows.
+    """
+    draws = run.history.draws
+    if draws is None or np.allclose(_temperature(run), draws.temperature, rtol=SAME):
+        return False
+    unit, varied, _ = rounding(run)
+    return bool(varied <= ROUNDINGS * unit and np.max(draws.sd) > BEGUN * unit)
+
+
+def adapted(run: Run) -> tuple[float, float] | None:
+    """The last temperature and the target's, where they differ."""
+    draws = run.history.draws
+    if draws is None or np.isclose(_temperature(run)[-1], draws.temperature[-1], rtol=SAME):
+        return None
+    return float(_temperature(run)[-1]), float(draws.temperature[-1])
 
 
 def _dimension(run: Run) -> str:
@@ -93,11 +131,11 @@ def _heating(run: Run) -> str:
         return ""
     count = window(len(run.history.ok))
     yours = np.median(run.history.draws.temperature[-count:])
-    adapted = np.median(_temperature(run)[-count:])
-    if not adapted > MAX_HEATING * yours:
+    used = np.median(_temperature(run)[-count:])
+    if not used > MAX_HEATING * yours:
         return ""
     return (
-        f"the effective sample size set a temperature of {adapted:.3g}, and yours is {yours:.3g}: losses that "
+        f"the effective sample size set a temperature of {used:.3g}, and yours is {yours:.3g}: losses that "
         "differ by less than the former are hardly told apart; use a smaller tau (or last_width), scale the "
         "parameters to equal importance, or go on from here with a fixed temperature and no ess."
     )
@@ -164,8 +202,10 @@ def bad_steps(run: Run) -> dict[str, np.ndarray]:
     bad = {}
     if "rhat" in columns:
         bad["R-hat"] = columns["rhat"] > MAX_RHAT
-    if "num_divergent" in columns and transitions(run) is not None:
-        bad["divergences"] = columns["num_divergent"] > MAX_DIVERGENT * transitions(run)
+    if "num_divergent" in columns:
+        count = transitions(run)
+        most = np.inf if count is None else MAX_DIVERGENT * count
+        bad["divergences"] = columns["num_divergent"] > most
     # Chains of SGLD are short on purpose.
     if "ess" in columns and "stability" not in columns:
         bad["ess"] = columns["ess"] < LEAST_ESS

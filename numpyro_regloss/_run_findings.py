@@ -25,6 +25,8 @@ from numpyro_regloss._run_doubts import (
     LEAST_ESS,
     MAX_DIVERGENT,
     MAX_RHAT,
+    adapted,
+    at_rounding,
     bad_steps,
     single_steps,
     transitions,
@@ -71,13 +73,16 @@ class Verdict(NamedTuple):
     sentence: str
 
 
-def judge(run: Run, optimizer: Any = None, others: tuple[Finding, ...] = ()) -> Verdict:
+def judge(
+    run: Run, optimizer: Any = None, others: tuple[Finding, ...] = (), *, wall: bool = False
+) -> Verdict:
     """Tries all rules.
 
     Args:
         run: of which the infos are known.
         optimizer: whose engines may have something to say.
         others: reasons to doubt that the run has arrived, found elsewhere.
+        wall: whether the loss is infinite near the centre, so that divergent paths are no fault.
 
     Returns:
         The verdict.
@@ -88,28 +93,35 @@ def judge(run: Run, optimizer: Any = None, others: tuple[Finding, ...] = ()) -> 
     texts |= remedies(history, optimizer)
     texts |= {name: rule(run) for name, rule in RULES.items()}
     doubts = DOUBTS if arrived is not False else {n: DOUBTS[n] for n in DOUBTS if n not in AT_REST}
-    doubts = {name: rule(run) for name, rule in doubts.items()}
+    seen = {finding.name for finding in others}
+    doubts = {name: rule(run) for name, rule in doubts.items() if name not in seen}
     bad = {name: steps for name, steps in bad_steps(run).items() if not texts[name]}
+    if wall:
+        texts["divergences"] = ""
+        bad.pop("divergences", None)
     single = single_steps(run, bad)
+    unsolved = any(texts[name] for name in UNSOLVED)
+    if unsolved or doubts.get("dimension"):
+        # Of so poor a mean over q nothing follows.
+        doubts.pop("centre", None)
     findings = [Finding(name, text) for name, text in (texts | doubts).items() if text]
     findings += [*others, *([Finding("single steps", single)] if single else ())]
     late = any(steps[-window(len(steps)) :].any() for steps in bad.values())
-    if arrived and (any(texts[name] for name in UNSOLVED) or late):
-        arrived, sentence = None, "Arrived? The centre rests, but steps are wrong: see below."
+    if arrived and (unsolved or late):
+        arrived, sentence = None, "Arrived? The centre rests, but the steps are wrong: see below."
     elif arrived and (others or any(doubts.values())):
         arrived, sentence = None, "Arrived? The centre rests, which proves little here: see below."
     elif arrived:
-        sentence = sentence[:-1] + _at_temperature(run) + "."
+        sentence = f"{sentence[:-1]}{_how(run)}."
     return Verdict(tuple(findings), arrived, sentence)
 
 
-def _at_temperature(run: Run) -> str:
-    if "temperature" not in run.columns or run.history.draws is None:
+def _how(run: Run) -> str:
+    found = adapted(run)
+    if found is None:
         return ""
-    used, yours = run.columns["temperature"][-1], run.history.draws.temperature[-1]
-    if np.isclose(used, yours, rtol=1e-3):
-        return ""
-    return f", at an adapted temperature of {used:.3g}, not yours ({yours:.3g})"
+    text = f", at an adapted temperature of {found[0]:.3g}, not yours ({found[1]:.3g})"
+    return f"{text}, and as far as the rounding of the loss tells" if at_rounding(run) else text
 
 
 def _not_finite(run: Run) -> str:
@@ -184,7 +196,8 @@ def _divergences(run: Run) -> str:
         return ""
     return (
         f"{int(np.sum(count))} divergent transitions in {np.sum(count > 0)} of {len(count)} steps: draws miss "
-        "places where q is steep; use a smaller tau, a target_accept_prob nearer to one, or other parameters."
+        "places where q is steep, unless they end at a wall where the loss is infinite; use a smaller tau, a "
+        "target_accept_prob nearer to one, or other parameters."
     )
 
 
@@ -202,7 +215,7 @@ def _draws(run: Run) -> str:
     if "stability" in run.columns or not run.often("error", lambda error: error > MAX_ERROR):
         return ""
     moving = arrival(run.motion)[0] is False
-    if moving:
+    if moving or not np.isfinite(run.median("error")):
         return ""
     seen = (
         f"the fitted mean is known to {run.median('error'):.2g} sd of the reference per parameter only, and the "

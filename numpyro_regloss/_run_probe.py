@@ -45,11 +45,14 @@ class Look(NamedTuple):
         findings: what is wrong.
         checked: what was compared.
         unchecked: what could not be, and why.
+        wall: whether the loss is infinite at some point near the centre: paths of NUTS that end there are called
+            divergent, and are right.
     """
 
     findings: tuple[Finding, ...] = ()
     checked: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
+    wall: bool = False
 
 
 def look_around(
@@ -81,18 +84,16 @@ def look_around(
             "the loss around the centre: the run had other arguments than those bound to the loss"
         )
         return Look(unchecked=(what,))
+    wall = bool(np.isinf(seen[0].values).any())
     text = _of_gradients(seen[0])
-    findings = (Finding("gradient", text),) if text else ()
-    if text or not curvature:
-        return Look(findings, ("gradients against differences",))
-    if not seen[0].comparable.any():
-        unchecked = ("gradients against differences, which are rounding here",)
-        checked: tuple[str, ...] = ()
-    else:
-        checked, unchecked = ("gradients against differences",), ()
-    text = _of_curvature(keys[2], target, uses_draws=getattr(parts[1], "uses_draws", True))
-    findings = (Finding("curvature", text),) if text else ()
-    return Look(findings, (*checked, "curvature at the centre"), unchecked)
+    checked = ["gradients against differences"] if text or seen[0].comparable.any() else []
+    unchecked = () if checked else ("gradients against differences, which are rounding here",)
+    findings = [Finding("gradient", text)] if text else []
+    if curvature and not text:
+        checked.append("curvature at the centre")
+        text = _of_curvature(keys[2], target, uses_draws=getattr(parts[1], "uses_draws", True))
+        findings += [Finding("curvature", text)] if text else []
+    return Look(tuple(findings), tuple(checked), unchecked, wall)
 
 
 @jax.jit
@@ -112,7 +113,7 @@ def _of_gradients(seen: Probe) -> str:
     if seen.gradient_fails:
         return f"the gradient is not finite around the centre, though the loss is: {remedy}"
     if seen.gradient_is_wrong:
-        worst = int(np.argmax(np.abs(seen.difference - seen.slope) * seen.disagrees))
+        worst = int(np.argmax(np.where(seen.disagrees, np.abs(seen.difference - seen.slope), -1.0)))
         return (
             f"gradients do not say how the loss differs: by {seen.slope[worst]:.3g} between two points near the "
             f"centre, and by {seen.difference[worst]:.3g} in fact; {remedy}"

@@ -171,7 +171,7 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
     if optimizer is not None and len(motion.pull):
         resting = arrival(motion)[0] is not False
         look = look_around(optimizer, result.state.reference, result.history, curvature=resting)
-    findings, arrived, sentence = judge(run, optimizer, look.findings)
+    findings, arrived, sentence = judge(run, optimizer, look.findings, wall=look.wall)
     ends = None
     if draws is not None:
         ends = _draws_summary(draws, optimizer)
