@@ -104,6 +104,8 @@ def judge(
     if unsolved or doubts.get("dimension"):
         # Of so poor a mean over q nothing follows.
         doubts.pop("centre", None)
+    if texts["temperature"]:
+        doubts.pop("adapted temperature", None)
     findings = [Finding(name, text) for name, text in (texts | doubts).items() if text]
     findings += [*others, *([Finding("single steps", single)] if single else ())]
     late = any(steps[-window(len(steps)) :].any() for steps in bad.values())
@@ -188,11 +190,10 @@ def _rhat(run: Run) -> str:
 
 def _divergences(run: Run) -> str:
     count = run.columns.get("num_divergent", np.zeros(1))
-    if transitions(run) is None:
-        few = np.mean(count > 0) <= 0.5
-    else:
-        few = np.sum(count) <= MAX_DIVERGENT * np.sum(transitions(run))
-    if few:
+    total = transitions(run)
+    if total is None and np.mean(count > 0) <= 0.5:
+        return ""
+    if total is not None and np.sum(count) <= MAX_DIVERGENT * np.sum(total):
         return ""
     return (
         f"{int(np.sum(count))} divergent transitions in {np.sum(count > 0)} of {len(count)} steps: draws miss "

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax, random
 
 from numpyro_regloss._outer_step import TwoStepInfo
-from numpyro_regloss._probe import Probe, probe
+from numpyro_regloss._probe import STEP, Probe, probe
 from numpyro_regloss._run_arrival import Finding
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.loss import Loss
@@ -26,6 +26,10 @@ from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = ["Look", "look_around"]
 
+# Points whose gradients are compared with differences.
+NUM_PROBES = 8
+# Where a loss differs so many times more from point to point than gradients at these points say, it has steps.
+BLIND = 100.0
 # Pairs of points, for the direction and again for what is said of it.
 NUM_PAIRS = 4
 NUM_ITERATIONS = 20
@@ -98,7 +102,7 @@ def look_around(
 
 @jax.jit
 def _seen(rng_key: Key, target: RegularizedLoss, x: Array) -> tuple[Probe, Array]:
-    return probe(rng_key, target), target.value(x)
+    return probe(rng_key, target, NUM_PROBES), target.value(x)
 
 
 def _of_gradients(seen: Probe) -> str:
@@ -117,6 +121,13 @@ def _of_gradients(seen: Probe) -> str:
         return (
             f"gradients do not say how the loss differs: by {seen.slope[worst]:.3g} between two points near the "
             f"centre, and by {seen.difference[worst]:.3g} in fact; {remedy}"
+        )
+    values = seen.value[np.isfinite(seen.value)]
+    steepest = np.abs(seen.slope[np.isfinite(seen.slope)]).max(initial=0.0) / (2 * STEP)
+    if len(values) and np.ptp(values) > BLIND * steepest + seen.rounding:
+        return (
+            f"the loss differs by {np.ptp(values):.3g} between points around the centre, and by {steepest:.3g} at "
+            f"most as gradients say: it has steps; {remedy}"
         )
     if seen.some_gradient_is_zero:
         return (

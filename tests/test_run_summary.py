@@ -388,6 +388,7 @@ PLACES = {
     ),
     "maximum": ("curvature", lambda x: -jnp.sum(jnp.cosh(x) ** -1), np.full(4, 3.0), 1.0),
     "stairs with a slope": ("gradient", stairs, np.full(3, 2.3), 0.5),
+    "stairs between the points": ("gradient", stairs, np.full(3, 2.3), 0.01),
     "stairs": ("gradient", lambda x: jnp.sum(jnp.round(5 * x) ** 2), np.zeros(3), 0.5),
     "minimum": (None, lambda x: jnp.sum((x - 1) ** 2), np.ones(30), 10.0),
     "a large constant": (None, lambda x: jnp.sum((x - 1) ** 2) + 1e7, np.ones(3), 0.1),
@@ -525,6 +526,10 @@ def test_draws_at_the_end(cloud, chains):
     off = type(draws)(moved, draws.log_weight, draws.loss, draws.temperature)
     texts = [f.text for f in diagnostics.summary(result, None, off).findings]
     assert any("R-hat is bad at 0 (" in text for text in texts)
+    stuck = type(draws)(draws.x.at[..., 1].set(jnp.nan), draws.log_weight, draws.loss, 1.0)
+    report = diagnostics.summary(result, None, stuck)
+    assert any("draws of 1 are all equal or not finite" in f.text for f in report.findings)
+    assert "nan" not in str(report)
     optimizer, result = cloud
     report = diagnostics.summary(result, optimizer, optimizer.draw(random.key(2), result.state))
     assert report.findings == ()
