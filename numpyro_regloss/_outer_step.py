@@ -23,6 +23,7 @@ from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 
 __all__ = [
+    "LossOfDraws",
     "TwoStepInfo",
     "TwoStepState",
     "advance",
@@ -55,6 +56,25 @@ class TwoStepState(NamedTuple):
     anchor: Any
 
 
+class LossOfDraws(NamedTuple):
+    """The loss over the draws of one step, those of weight zero and of no finite loss left out.
+
+    Attributes:
+        mean: average over q, in the units of the loss; of minibatches if there are any, as the others.
+        sd: standard deviation over q.
+        lowest: the lowest one.
+        share_lower: part of q where the loss is below that at the centre; NaN of minibatches, which differ between
+            the two.
+        temperature: the target's; an engine may have used another.
+    """
+
+    mean: Array
+    sd: Array
+    lowest: Array
+    share_lower: Array
+    temperature: Array
+
+
 class TwoStepInfo(NamedTuple):
     """What one step did; stacked over steps, the history.
 
@@ -70,6 +90,7 @@ class TwoStepInfo(NamedTuple):
         num_loss: loss evaluations of the step.
         num_grad: gradient evaluations of the step.
         record: what the optimizer's `record` wrote down, or None.
+        draws: the loss over the draws, or None where the shift makes none.
     """
 
     ok: Array
@@ -83,6 +104,7 @@ class TwoStepInfo(NamedTuple):
     num_loss: Array
     num_grad: Array
     record: Any = None
+    draws: LossOfDraws | None = None
 
 
 def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> RegularizedLoss:
@@ -160,6 +182,7 @@ def step(
         keys[2], state.anchor, target, draws, fitted, fit_info
     )
     infos = (shift_info, fit_info, anchor_info)
+    loss = target.on_batch(keys[3]).value(here.mean)
     ok = all_finite(reference) & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
     recover_anchor = getattr(optimizer.anchor, "after_rejection", lambda *old: old)
@@ -196,6 +219,7 @@ def step(
         num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(num_loss)),
         num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
         record=record,
+        draws=_loss_of_draws(target, draws, loss),
     )
     state = TwoStepState(
         step=state.step + 1,
@@ -267,6 +291,26 @@ def revisit(
     target = _target(optimizer, reference, arguments)
     shift = optimizer.shift.init(key, target)
     return strong(state._replace(step=step, reference=reference, shift=shift))
+
+
+def _loss_of_draws(target: RegularizedLoss, draws: Draws, center_loss: Array) -> LossOfDraws | None:
+    if not draws.loss.size:
+        return None
+    loss, log_weight = draws.loss.reshape(-1), draws.log_weight.reshape(-1)
+    counts = jnp.isfinite(loss) & (log_weight > -jnp.inf)
+    weight = jax.nn.softmax(jnp.where(counts, log_weight, -jnp.inf))
+    lowest = jnp.min(jnp.where(counts, loss, jnp.inf))
+    # From the lowest one: means of large numbers that differ by little lose their digits.
+    above = jnp.where(counts, loss - lowest, 0.0)
+    mean = jnp.sum(weight * above)
+    share = jnp.sum(jnp.where(counts & (loss < center_loss), weight, 0.0))
+    return LossOfDraws(
+        mean=lowest + mean,
+        sd=jnp.sqrt(jnp.sum(weight * (above - mean) ** 2)),
+        lowest=lowest,
+        share_lower=share if target.loss.minibatch is None else jnp.full_like(share, jnp.nan),
+        temperature=jnp.asarray(target.temperature, loss.dtype),
+    )
 
 
 def _keys(rng_key: Key, step: Array) -> Key:

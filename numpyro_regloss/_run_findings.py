@@ -2,34 +2,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a run and what to change, one rule each, and whether the centre has arrived.
 
-Rules look at shares of steps and medians over them: single steps are bad in good runs too.
+Rules look at shares of steps and medians over them; single steps, which are bad in good runs too, are counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from numpyro_regloss._pareto import MAX_KHAT
-from numpyro_regloss._result import TwoStepResult, rejections, remedies
-from numpyro_regloss._run_columns import Motion
+from numpyro_regloss._result import rejections, remedies
+from numpyro_regloss._run_arrival import (
+    LEAST_STEPS,
+    SIGMAS,
+    Finding,
+    Run,
+    arrival,
+    window,
+)
+from numpyro_regloss._run_doubts import (
+    DOUBTS,
+    LEAST_ESS,
+    MAX_DIVERGENT,
+    MAX_RHAT,
+    adapted,
+    at_rounding,
+    bad_steps,
+    single_steps,
+    transitions,
+)
 
-__all__ = ["Finding", "arrival", "run_findings", "window"]
+__all__ = ["LEAST_STEPS", "RULES", "Finding", "Verdict", "arrival", "judge", "window"]
 
-# The end of a run: its last quarter, and enough steps to tell a trend from a single one.
-END, LEAST_STEPS = 0.25, 4
-# So few effective draws do not tell their own error.
-LEAST_ESS = 20.0
-# With as many effective draws as that R-hat of a chain at rest is 1.03 in the median over a few coordinates.
-MAX_RHAT = 1.1
+# Findings with which a centre that rests says nothing: steps are not those that were asked for.
+UNSOLVED = ("k-hat", "ess", "R-hat", "residual")
+# Doubts about a centre that rests: of one that moves they say nothing.
+AT_REST = ("dimension", "gradient", "centre")
+
 # Samplers are tuned to 0.4 and more; below this most draws are copies.
 LEAST_ACCEPTANCE = 0.15
 # Standard deviations of the reference per parameter: 16 independent draws of q, if it is as wide, know its mean so
 # well. The noise of the centre then costs 3 % of T per parameter in F_tau.
 MAX_ERROR = 0.25
-# Share of divergent transitions that leave a hole in q: of the centred eight schools one in 250 diverges, and that
-# is harmless beside the noise of the centre.
-MAX_DIVERGENT = 0.01
 # Share of steps in which an optimizer's update may fail.
 MAX_FALLBACK = 0.1
 # Share of evaluations that are not finite: q is then another density, the loss cut off.
@@ -39,131 +53,80 @@ MAX_STABILITY = 1.0
 # The temperature that the effective sample size sets counts as settled where it changes by less between two
 # quarters of a run; its noise is some per cent.
 MAX_DRIFT = 1.2
-# Verdicts of increase happen by chance in one step of forty, see `Record`; three standard deviations above that.
-FALSE_INCREASES, SIGMAS = 0.025, 3.0
-# Errors are estimates: they count twice as large in squares, as those of chains and control variates may be.
-MARGIN = 2.0
-# Without errors: a walk of w independent steps has |sum|^2 = sum |step|^2 on average, a straight one w times that.
-STRAIGHT = 3.0
-# Less is gained at the end of the run, in units of T, than any use of the loss notices.
-NEGLIGIBLE = 1e-3
-# Steps that shrink by less from the first to the second half of the end of a run will not end soon.
-STEADY, TREND = 0.9, 10
+# Verdicts of increase happen by chance in one step of forty, see `Record`.
+FALSE_INCREASES = 0.025
 # The fit by ReverseKL is far from stationary, in standard deviations of its Gaussian per parameter.
 MAX_RESIDUAL = 0.3
 
 
-class Finding(NamedTuple):
-    """Something that is wrong.
+class Verdict(NamedTuple):
+    """What is said of a run.
 
     Attributes:
-        name: of the rule.
-        text: what was seen, and what to change.
+        findings: what is wrong.
+        arrived: whether the centre has, None where it cannot be told.
+        sentence: the same in words.
     """
 
-    name: str
-    text: str
+    findings: tuple[Finding, ...]
+    arrived: bool | None
+    sentence: str
 
 
-class _Run(NamedTuple):
-    columns: Mapping[str, np.ndarray]
-    history: Any
-    motion: Motion
-
-    def often(self, name: str, bad: Callable[[np.ndarray], np.ndarray]) -> bool:
-        # In most steps, of all or of the end of the run.
-        if name not in self.columns:
-            return False
-        values = bad(np.asarray(self.columns[name], float))
-        return max(values.mean(), values[-window(len(values)) :].mean()) > 0.5
-
-    def median(self, name: str) -> float:
-        return float(np.nanmedian(self.columns[name]))
-
-
-def window(num_steps: int) -> int:
-    """How many steps are the end of a run."""
-    return min(num_steps, max(LEAST_STEPS, int(END * num_steps)))
-
-
-def run_findings(
-    result: TwoStepResult, columns: Mapping[str, np.ndarray], motion: Motion, optimizer: Any = None
-) -> list[Finding]:
+def judge(
+    run: Run, optimizer: Any = None, others: tuple[Finding, ...] = (), *, wall: bool = False
+) -> Verdict:
     """Tries all rules.
 
     Args:
-        result: of the run.
-        columns: of the run.
-        motion: of the run.
+        run: of which the infos are known.
         optimizer: whose engines may have something to say.
+        others: reasons to doubt that the run has arrived, found elsewhere.
+        wall: whether the loss is infinite near the centre, so that divergent paths are no fault.
 
     Returns:
-        What is wrong.
+        The verdict.
     """
-    history = result.history
-    found = [Finding("rejections", rejections(history))]
-    found += [Finding(part, text) for part, text in remedies(history, optimizer).items()]
-    run = _Run(columns, history, motion)
-    found += [Finding(name, rule(run)) for name, rule in RULES.items()]
-    return [finding for finding in found if finding.text]
+    history = run.history
+    arrived, sentence = arrival(run.motion)
+    texts = {"rejections": rejections(history)}
+    texts |= remedies(history, optimizer)
+    texts |= {name: rule(run) for name, rule in RULES.items()}
+    doubts = DOUBTS if arrived is not False else {n: DOUBTS[n] for n in DOUBTS if n not in AT_REST}
+    seen = {finding.name for finding in others}
+    doubts = {name: rule(run) for name, rule in doubts.items() if name not in seen}
+    bad = {name: steps for name, steps in bad_steps(run).items() if not texts[name]}
+    if wall:
+        texts["divergences"] = ""
+        bad.pop("divergences", None)
+    single = single_steps(run, bad)
+    unsolved = any(texts[name] for name in UNSOLVED)
+    if unsolved or doubts.get("dimension"):
+        # Of so poor a mean over q nothing follows.
+        doubts.pop("centre", None)
+    if texts["temperature"]:
+        doubts.pop("adapted temperature", None)
+    findings = [Finding(name, text) for name, text in (texts | doubts).items() if text]
+    findings += [*others, *([Finding("single steps", single)] if single else ())]
+    late = any(steps[-window(len(steps)) :].any() for steps in bad.values())
+    if arrived and (unsolved or late):
+        arrived, sentence = None, "Arrived? The centre rests, but the steps are wrong: see below."
+    elif arrived and (others or any(doubts.values())):
+        arrived, sentence = None, "Arrived? The centre rests, which proves little here: see below."
+    elif arrived:
+        sentence = f"{sentence[:-1]}{_how(run)}."
+    return Verdict(tuple(findings), arrived, sentence)
 
 
-def arrival(motion: Motion) -> tuple[bool | None, str]:
-    """Whether the centre has arrived: in the last steps fitted means pull it nowhere, beyond their noise.
-
-    Args:
-        motion: of the run.
-
-    Returns:
-        The answer, None where it cannot be told, and a sentence.
-    """
-    count = window(len(motion.step))
-    if count < LEAST_STEPS:
-        return None, f"Arrived? Fewer than {LEAST_STEPS} steps were taken: too few to tell."
-    pull, step = (np.asarray(a[-count:], float) for a in (motion.pull, motion.step))
-    way = np.sum(step.sum(0) ** 2)
-    # Anchors with momentum step where the pull has gone, and ties between replicas pull where no step goes.
-    went = min(way, np.sum(pull.sum(0) ** 2))
-    where = f"in the last {count} steps the centre moved by {np.sqrt(way):.2g} sd of the reference"
-    error = None if motion.error is None else np.asarray(motion.error[-count:], float)
-    if error is None or not np.isfinite(error).all():
-        limit, noise = STRAIGHT * np.sum(pull**2), None
-    else:
-        squares = np.sum(error**2, 0)
-        noise = squares.sum()
-        dimension = max(noise**2 / max(np.sum(squares**2), np.finfo(float).tiny), 1.0)
-        limit = MARGIN * noise * (1 + SIGMAS * np.sqrt(2 / dimension))
-    if went / count < NEGLIGIBLE:
-        if went > limit and _is_steady(pull):
-            return None, f"Arrived? {where.capitalize()}, steadily in one direction. {FASTER}"
-        return True, f"Arrived: {where}, which the loss does not notice."
-    if noise is None:
-        if went > limit:
-            return False, f"Still moving: {where}, in one direction. {CONTINUE}"
-        return None, f"Arrived? {where.capitalize()}; the fit states no error to compare that with."
-    of = f"noise alone moves it by {np.sqrt(noise):.2g}"
-    if went > limit:
-        return False, f"Still moving: {where}, and {of}. {CONTINUE}"
-    return True, f"Arrived, as far as these draws tell: {where}, and {of}."
+def _how(run: Run) -> str:
+    found = adapted(run)
+    if found is None:
+        return ""
+    text = f", at an adapted temperature of {found[0]:.3g}, not yours ({found[1]:.3g})"
+    return f"{text}, and as far as the rounding of the loss tells" if at_rounding(run) else text
 
 
-def _is_steady(pull: np.ndarray) -> bool:
-    # Steps that end do so by becoming shorter, which few of them do not tell from noise.
-    if len(pull) < TREND:
-        return False
-    half = len(pull) // 2
-    early, late = (np.linalg.norm(part.sum(0)) for part in (pull[:half], pull[-half:]))
-    return bool(late > STEADY * early)
-
-
-CONTINUE = "Run more steps, with init_state=result.state."
-FASTER = (
-    "If the loss should fall further, use a larger tau or a lower temperature: steps are tau / T times "
-    "the slope."
-)
-
-
-def _not_finite(run: _Run) -> str:
+def _not_finite(run: Run) -> str:
     if "num_rejected" not in run.columns:
         return ""
     spent = np.sum(run.history.shift.num_loss + run.history.shift.num_grad)
@@ -177,7 +140,7 @@ def _not_finite(run: _Run) -> str:
     )
 
 
-def _khat(run: _Run) -> str:
+def _khat(run: Run) -> str:
     if not run.often("khat", lambda khat: khat > MAX_KHAT):
         return ""
     khat = run.median("khat")
@@ -201,7 +164,7 @@ def _khat(run: _Run) -> str:
 GUIDE = "the guide is too far from q; use more num_steps of SVI, a richer guide, or shift.NUTS."
 
 
-def _ess(run: _Run) -> str:
+def _ess(run: Run) -> str:
     # Chains of SGLD are short on purpose: they average over outer steps.
     if "stability" in run.columns or not run.often("ess", lambda ess: ess < LEAST_ESS):
         return ""
@@ -216,7 +179,7 @@ def _ess(run: _Run) -> str:
     return f"{seen}, too few to know their own error; use more draws, or a smaller tau."
 
 
-def _rhat(run: _Run) -> str:
+def _rhat(run: Run) -> str:
     if not run.often("rhat", lambda rhat: rhat > MAX_RHAT):
         return ""
     return (
@@ -225,23 +188,21 @@ def _rhat(run: _Run) -> str:
     )
 
 
-def _divergences(run: _Run) -> str:
+def _divergences(run: Run) -> str:
     count = run.columns.get("num_divergent", np.zeros(1))
-    # Transitions, warm-up among them, where the engine tells the gradients of each; else in how many steps.
-    per_transition = getattr(run.history.shift, "num_steps", None)
-    if per_transition is None:
-        few = np.mean(count > 0) <= 0.5
-    else:
-        few = np.sum(count) <= MAX_DIVERGENT * np.sum(run.history.shift.num_grad / per_transition)
-    if few:
+    total = transitions(run)
+    if total is None and np.mean(count > 0) <= 0.5:
+        return ""
+    if total is not None and np.sum(count) <= MAX_DIVERGENT * np.sum(total):
         return ""
     return (
         f"{int(np.sum(count))} divergent transitions in {np.sum(count > 0)} of {len(count)} steps: draws miss "
-        "places where q is steep; use a smaller tau, a target_accept_prob nearer to one, or other parameters."
+        "places where q is steep, unless they end at a wall where the loss is infinite; use a smaller tau, a "
+        "target_accept_prob nearer to one, or other parameters."
     )
 
 
-def _acceptance(run: _Run) -> str:
+def _acceptance(run: Run) -> str:
     if not run.often("accept_prob", lambda accepted: accepted < LEAST_ACCEPTANCE):
         return ""
     return (
@@ -250,12 +211,12 @@ def _acceptance(run: _Run) -> str:
     )
 
 
-def _draws(run: _Run) -> str:
+def _draws(run: Run) -> str:
     # SGLD and minibatches in a heat step are noisy on purpose: noise averages out over outer steps.
     if "stability" in run.columns or not run.often("error", lambda error: error > MAX_ERROR):
         return ""
     moving = arrival(run.motion)[0] is False
-    if moving:
+    if moving or not np.isfinite(run.median("error")):
         return ""
     seen = (
         f"the fitted mean is known to {run.median('error'):.2g} sd of the reference per parameter only, and the "
@@ -266,7 +227,7 @@ def _draws(run: _Run) -> str:
     return f"{seen}: too few draws; use more of them, or shift.Adaptive, which draws until a step is certain."
 
 
-def _stability(run: _Run) -> str:
+def _stability(run: Run) -> str:
     # From two on it is the engine that says so.
     if not run.often("stability", lambda value: (value > MAX_STABILITY) & (value < 2.0)):
         return ""
@@ -276,14 +237,14 @@ def _stability(run: _Run) -> str:
     )
 
 
-def _temperature(run: _Run) -> str:
+def _temperature(run: Run) -> str:
     temperature, tau = run.columns.get("temperature"), run.columns["tau"]
     # Where tau falls too, the user asks for another loss at every step.
     if temperature is None or np.ptp(tau) > 1e-3 * tau.max() or len(tau) < 2 * LEAST_STEPS:
         return ""
     count = window(len(tau))
     earlier, last = np.median(temperature[-2 * count : -count]), np.median(temperature[-count:])
-    if max(earlier, last) <= MAX_DRIFT * min(earlier, last):
+    if not max(earlier, last) > MAX_DRIFT * min(earlier, last):
         return ""
     return (
         f"the temperature that the effective sample size sets still drifts, from {earlier:.3g} to {last:.3g} in "
@@ -292,7 +253,7 @@ def _temperature(run: _Run) -> str:
     )
 
 
-def _increases(run: _Run) -> str:
+def _increases(run: Run) -> str:
     verdict = run.columns.get("verdict", np.zeros(1))
     count, size = np.sum(verdict == -1), len(verdict)
     expected = FALSE_INCREASES * size
@@ -304,13 +265,14 @@ def _increases(run: _Run) -> str:
     )
 
 
-def _residual(run: _Run) -> str:
+def _residual(run: Run) -> str:
     fit = run.history.fit
     if hasattr(fit, "curvature"):
         # As long as directions in which the loss is flat take to move, see `RobbinsMonro`.
         needed = np.median(1 + fit.curvature)
         way = np.sqrt(np.sum(run.motion.pull**2, -1))
-        if needed <= np.median(fit.num_steps) or np.median(fit.residual[run.history.ok] - way) <= 0:
+        far = np.median(fit.residual[run.history.ok] - way) > 0
+        if not (needed > np.median(fit.num_steps) and far):
             return ""
         return (
             f"RobbinsMonro did {int(np.median(fit.num_steps))} inner steps, and flat directions need about "
@@ -327,7 +289,7 @@ def _residual(run: _Run) -> str:
     )
 
 
-def _covariance(run: _Run) -> str:
+def _covariance(run: Run) -> str:
     floored = np.asarray(getattr(run.history.fit, "floored", False))
     if np.mean(floored) <= 0.5:
         return ""
@@ -337,7 +299,7 @@ def _covariance(run: _Run) -> str:
     )
 
 
-def _fallback(run: _Run) -> str:
+def _fallback(run: Run) -> str:
     fell_back = np.asarray(getattr(run.history.anchor, "fell_back", False))
     if np.mean(fell_back) <= MAX_FALLBACK:
         return ""
@@ -347,7 +309,7 @@ def _fallback(run: _Run) -> str:
     )
 
 
-RULES: dict[str, Callable[[_Run], str]] = {
+RULES: dict[str, Callable[[Run], str]] = {
     "not finite": _not_finite,
     "k-hat": _khat,
     "ess": _ess,

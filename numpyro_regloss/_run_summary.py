@@ -10,14 +10,11 @@ from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._pytree import with_context_axes
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
 from numpyro_regloss._result import TwoStepResult
+from numpyro_regloss._run_arrival import Finding, Run, arrival
 from numpyro_regloss._run_columns import COLUMNS, run_columns, run_motion
-from numpyro_regloss._run_findings import (
-    LEAST_ESS,
-    MAX_RHAT,
-    Finding,
-    arrival,
-    run_findings,
-)
+from numpyro_regloss._run_doubts import LEAST_ESS, MAX_RHAT
+from numpyro_regloss._run_findings import judge
+from numpyro_regloss._run_probe import Look, look_around
 from numpyro_regloss._stats import weight_ess
 from numpyro_regloss.draws import BatchMeans, Draws
 
@@ -28,8 +25,6 @@ SHOWN_ROWS = 12
 SHOWN_NAMES = 3
 # Not shown: they follow from others, or are constant in most runs.
 HIDDEN = ("error", "decrease_error", "ok")
-# Findings with which a centre that rests says nothing: steps are not those that were asked for.
-UNSOLVED = ("k-hat", "ess", "R-hat", "residual")
 # Not shown where there were none.
 COUNTS = ("num_divergent", "num_rejected", "num_grad")
 
@@ -60,8 +55,8 @@ class DrawsSummary(NamedTuple):
                 f"Draws at the end: effective number {self.ess_weights:.4g}, k-hat {self.khat:.2f}."
             )
         return (
-            f"Draws at the end: bulk ESS {self.ess_bulk.min():.4g}, tail ESS {self.ess_tail.min():.4g}, R-hat "
-            f"{self.rhat.max():.3f} at worst."
+            f"Draws at the end: bulk ESS {np.nanmin(self.ess_bulk):.4g}, tail ESS {np.nanmin(self.ess_tail):.4g}, "
+            f"R-hat {np.nanmax(self.rhat):.3f} at worst."
         )
 
 
@@ -74,6 +69,7 @@ class RunSummary(NamedTuple):
         findings: what is wrong; empty for a good run.
         arrived: whether the centre has: True, False for still moving, None where it cannot be told.
         arrival: the same as a sentence.
+        checked: what was checked and what was not, as sentences.
     """
 
     columns: dict[str, np.ndarray]
@@ -81,6 +77,7 @@ class RunSummary(NamedTuple):
     findings: tuple[Finding, ...]
     arrived: bool | None
     arrival: str
+    checked: str = ""
 
     def table(self, most: int | None = None) -> str:
         """One row per step.
@@ -127,7 +124,7 @@ class RunSummary(NamedTuple):
         if not self.findings:
             lines.append("Nothing wrong was found.")
         lines += [f"[{finding.name}] {finding.text}" for finding in self.findings]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.checked] if self.checked else lines)
 
 
 def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = None) -> RunSummary:
@@ -137,7 +134,9 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
 
     Args:
         result: of `TwoStep.run`, of any engines, user-written ones too.
-        optimizer: the `TwoStep`, for names of parameters and for what its engines say; infos alone say most of it.
+        optimizer: the `TwoStep`, for names of parameters and for what its engines say. Where they follow
+            gradients, some hundred of these are evaluated around the last centre, at the arguments bound to the
+            loss: do they say how the loss differs, and does it bend down somewhere? Infos alone say the rest.
         draws: at the end, as `optimizer.draw(rng_key, result.state)` makes them.
 
     Returns:
@@ -168,15 +167,35 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
         )
     motion = run_motion(result)
     columns = run_columns(result, motion)
-    findings = run_findings(result, columns, motion, optimizer)
-    arrived, sentence = arrival(motion)
-    if arrived and any(finding.name in UNSOLVED for finding in findings):
-        arrived, sentence = None, "Arrived? The centre rests, but the steps are wrong: see below."
+    run = Run(columns, result.history, motion)
+    look = Look()
+    if optimizer is not None and len(motion.pull):
+        resting = arrival(motion)[0] is not False
+        look = look_around(optimizer, result.state.reference, result.history, curvature=resting)
+    findings, arrived, sentence = judge(run, optimizer, look.findings, wall=look.wall)
     ends = None
     if draws is not None:
         ends = _draws_summary(draws, optimizer)
-        findings += _draws_findings(ends)
-    return RunSummary(columns, ends, tuple(findings), arrived, sentence)
+        findings = (*findings, *_draws_findings(ends))
+    return RunSummary(columns, ends, findings, arrived, sentence, _checked(run, look, optimizer))
+
+
+def _checked(run: Run, look: Look, optimizer: Any) -> str:
+    columns, draws = run.columns, run.history.draws
+    seen = {
+        "the loss at the draws": draws is not None,
+        "weights": "khat" in columns,
+        "chains": "rhat" in columns,
+        "noise of the centre": run.motion.error is not None,
+    }
+    checked = [*(name for name, known in seen.items() if known), *look.checked]
+    unchecked = list(look.unchecked)
+    if draws is None and not look.checked:
+        unchecked.append("values of the loss beside the centre")
+    if optimizer is None and np.any(columns["num_grad"]):
+        unchecked.append("gradients against differences and curvature (pass the optimizer)")
+    text = f"Checked: {', '.join(['steps', *checked])}."
+    return f"{text} Not checked: {', '.join(unchecked)}." if unchecked else text
 
 
 def _draws_summary(draws: Any, optimizer: Any) -> DrawsSummary:
@@ -218,16 +237,22 @@ def _draws_findings(draws: DrawsSummary) -> list[Finding]:
     for name, values, bad in worst:
         if bad.any():
             which = np.flatnonzero(bad)
-            places = ", ".join(f"{draws.names[i]} ({values[i]:.3g})" for i in which[:SHOWN_NAMES])
-            rest = len(which) - SHOWN_NAMES
-            places += f" and {rest} more" if rest > 0 else ""
-            found.append(
-                Finding(
-                    "draws at the end",
-                    f"{name} is bad at {places}: draw with longer chains (num_samples, num_warmup).",
-                )
-            )
+            places = _places([f"{draws.names[i]} ({values[i]:.3g})" for i in which])
+            text = f"{name} is bad at {places}: draw with longer chains (num_samples, num_warmup)."
+            found.append(Finding("draws at the end", text))
+    unknown = np.isnan(draws.rhat)
+    if unknown.any() and not unknown.all():
+        places = _places([draws.names[i] for i in np.flatnonzero(unknown)])
+        text = (
+            f"draws of {places} are all equal or not finite: look whether the loss depends on it."
+        )
+        found.append(Finding("draws at the end", text))
     return found
+
+
+def _places(names: list[str]) -> str:
+    rest = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _text(value: Any) -> str:

@@ -33,7 +33,7 @@ from numpyro_regloss._estimate import Estimate
 from numpyro_regloss._moments import standardized
 from numpyro_regloss._pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._ranks import promotes_ranks
-from numpyro_regloss._run_findings import Finding
+from numpyro_regloss._run_arrival import Finding
 from numpyro_regloss._run_summary import DrawsSummary, RunSummary, summary
 from numpyro_regloss._samples import as_draws
 from numpyro_regloss._stats import normalize_log_weight, weight_ess

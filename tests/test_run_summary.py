@@ -3,6 +3,7 @@
 """The report on a run: bad runs are named with their remedies, good runs of every engine have no finding."""
 
 import warnings
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,25 @@ import pytest
 from conftest import HEAT_FITS, SHIFTS, with_long
 from jax import lax, random
 
-from numpyro_regloss import Loss, Record, TwoStep, TwoStepResult, anchor, diagnostics, fit, shift
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    Record,
+    TwoStep,
+    TwoStepResult,
+    anchor,
+    diagnostics,
+    fit,
+    schemes,
+    shift,
+)
+from numpyro_regloss._outer_step import LossOfDraws
 from numpyro_regloss._rank_diagnostics import rank_diagnostics
+from numpyro_regloss._run_arrival import Run
 from numpyro_regloss._run_columns import Motion
+from numpyro_regloss._run_doubts import DOUBTS
 from numpyro_regloss._run_findings import LEAST_STEPS, RULES, arrival, window
+from numpyro_regloss._run_probe import look_around
 from numpyro_regloss.anchor import Proximal
 
 NUM_STEPS, NUM_SEEDS = 12, 4
@@ -214,6 +230,195 @@ def test_a_centre_that_rests_has_not_arrived_where_steps_are_not_solved(cloud):
     assert "see below" in report.arrival
 
 
+def changed(history, **fields):
+    """A history whose losses over the draws are others, or all of whose losses are."""
+    draws = {name: fields.pop(name) for name in set(LossOfDraws._fields) & set(fields)}
+    return history._replace(draws=history.draws._replace(**draws), **fields)
+
+
+# What a centre that rests hides, by what is changed in a good run: the name of the finding and words of it.
+DOUBTFUL = {
+    "all losses equal": (
+        lambda h: changed(h, sd=0 * h.draws.sd),
+        "rounding",
+        "the same at all draws",
+    ),
+    "a large constant": (
+        lambda h: changed(h, loss=h.loss + np.float32(1e8)),
+        "rounding",
+        "1e\\+08",
+    ),
+    "a constant beside a small spread": (
+        lambda h: changed(h, loss=h.loss + np.float32(2e3), sd=1e-4 * h.draws.sd),
+        "rounding",
+        "subtract a constant",
+    ),
+    "another temperature": (
+        lambda h: changed(h, temperature=h.draws.temperature / 300),
+        "adapted temperature",
+        "a fixed temperature",
+    ),
+    "a saddle": (
+        lambda h: changed(h, loss=h.draws.mean + 0.5 * h.draws.sd, share_lower=0.6 + 0 * h.loss),
+        "centre",
+        "60% of q: the centre rests on a saddle",
+    ),
+    "outside of the support": (lambda h: changed(h, loss=h.loss + np.inf), "centre", "not finite"),
+    "no width": (
+        lambda h: h._replace(reference=h.reference._replace(scale=0 * h.reference.scale)),
+        "lengths",
+        "no finite numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+@pytest.mark.filterwarnings("ignore:(divide|invalid):RuntimeWarning")
+def test_a_centre_that_rests_may_not_have_arrived(cloud, name):
+    change, rule, words = DOUBTFUL[name]
+    report = diagnostics.summary(cloud[1]._replace(history=change(cloud[1].history)))
+    assert report.arrived is None
+    assert "see below" in report.arrival
+    assert [finding.name for finding in report.findings] == [rule]
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(report.findings[0].text)
+    assert "nan" not in str(report)
+    assert "Nothing wrong" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("dim", "num_draws", "doubted"), [(5000, 1000, True), (30, 20, True), (30, 90, False)]
+)
+def test_fewer_draws_than_parameters_are_noise(cloud, dim, num_draws, doubted):
+    history = cloud[1].history
+    noise = np.random.default_rng(0).normal(size=(len(history.ok), dim)) / np.sqrt(num_draws)
+    motion = Motion(noise, np.full_like(noise, num_draws**-0.5), noise)
+    run = Run({"ess": np.full(len(noise), num_draws)}, history, motion)
+    text = DOUBTS["dimension"](run)
+    assert bool(text) == doubted
+    assert (
+        not doubted or f"{num_draws:.3g} effective draws are too few for {dim} parameters" in text
+    )
+
+
+def test_an_adapted_temperature_is_named(cloud):
+    history = changed(cloud[1].history, temperature=3 * cloud[1].history.draws.temperature)
+    report = diagnostics.summary(cloud[1]._replace(history=history))
+    assert report.findings == ()
+    assert report.arrived
+    assert report.arrival.endswith(", at an adapted temperature of 1, not yours (3).")
+    # A cloud that narrows to the rounding of a loss whose lowest value is not zero.
+    narrow = np.where(np.arange(20) > 9, 1e-8, 1.0) * history.draws.sd
+    report = diagnostics.summary(cloud[1]._replace(history=changed(history, sd=narrow)))
+    assert report.findings == ()
+    assert report.arrival.endswith("and as far as the rounding of the loss tells.")
+
+
+def test_single_steps_are_counted_and_named(cloud):
+    def poor(*steps, others=1.0):
+        rhat, ess, count = np.full(20, others), np.full(20, 100.0), np.zeros(20, int)
+        rhat[list(steps)], ess[list(steps)], count[list(steps)] = 1.64, 6.9, 22
+        return with_infos(cloud[1], {"rhat": rhat, "ess": ess, "num_divergent": count})
+
+    report = diagnostics.summary(poor(4))
+    assert report.arrived  # later steps made up for it
+    assert [finding.name for finding in report.findings] == ["single steps"]
+    expected = "1 of 20 steps is poor: R-hat 1.64, 22 divergent transitions, ESS 6.9 (step 4)."
+    assert report.findings[0].text.startswith(expected)
+    report = diagnostics.summary(poor(4, 18))
+    assert report.arrived is None
+    assert "2 of 20 steps are poor: R-hat up to 1.64, 44 div" in report.findings[0].text
+    # What most steps have is a finding of its own, said once.
+    names = [finding.name for finding in diagnostics.summary(poor(4, others=1.2)).findings]
+    assert names == ["R-hat", "single steps"]
+    assert diagnostics.summary(poor()).findings == ()
+
+
+def test_what_was_checked(cloud, chains):
+    text = diagnostics.summary(cloud[1]).checked
+    assert text == "Checked: steps, the loss at the draws, weights, noise of the centre."
+    optimizer, result = chains
+    assert "Not checked: gradients against differences" in diagnostics.summary(result).checked
+    report = diagnostics.summary(result, optimizer)
+    assert "gradients against differences" in report.checked
+    assert "Not checked" not in report.checked
+    assert str(report).splitlines()[-1] == report.checked
+    # The run of another loss: the program is the same.
+    other = make(optimizer.shift, bowl=2.0)
+    text = diagnostics.summary(result, other).checked
+    assert "the run had other arguments than those bound to the loss" in text
+
+
+@pytest.mark.parametrize("engine", ["heat", "cloud"])
+def test_a_constant_loss(engine):
+    parts = (shift.Implicit(), INNER_STEPS) if engine == "heat" else ()
+    optimizer = make(*parts, bowl=0.0)
+    result = next(several(optimizer))
+    name = "gradient" if engine == "heat" else "rounding"
+    for report in (diagnostics.summary(result), diagnostics.summary(result, optimizer)):
+        assert report.arrived is None
+        assert [finding.name for finding in report.findings] == [name]
+
+
+def network(params):
+    inputs = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    hidden = jnp.tanh(inputs @ params["in"]) @ params["out"]
+    return 0.5 * jnp.sum((hidden + params["bias"] - np.sin(2 * inputs[:, 0])) ** 2)
+
+
+def stairs(x):
+    return jnp.sum(jnp.floor(4 * x) ** 2) + jnp.sum(1e-2 * x)
+
+
+ROUND = np.linalg.qr(np.random.default_rng(1).normal(size=(30, 30)))[0]
+# Losses around a point: finding or none, loss, point and tau.
+PLACES = {
+    "saddle": ("curvature", lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4, np.zeros(2), 0.01),
+    "a saddle far flatter than tau / T": (
+        "curvature",
+        network,
+        {"in": np.zeros((3, 8)), "out": np.zeros(8), "bias": np.zeros(())},
+        1e-6,
+    ),
+    "one direction of thirty": (
+        "curvature",
+        lambda x: jnp.sum((ROUND @ x) ** 2 * jnp.ones(30).at[7].set(-1.0)),
+        np.zeros(30),
+        0.1,
+    ),
+    "maximum": ("curvature", lambda x: -jnp.sum(jnp.cosh(x) ** -1), np.full(4, 3.0), 1.0),
+    "stairs with a slope": ("gradient", stairs, np.full(3, 2.3), 0.5),
+    "stairs between the points": ("gradient", stairs, np.full(3, 2.3), 0.01),
+    "stairs": ("gradient", lambda x: jnp.sum(jnp.round(5 * x) ** 2), np.zeros(3), 0.5),
+    "minimum": (None, lambda x: jnp.sum((x - 1) ** 2), np.ones(30), 10.0),
+    "a large constant": (None, lambda x: jnp.sum((x - 1) ** 2) + 1e7, np.ones(3), 0.1),
+    "valley": (
+        None,
+        lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
+        np.ones(2),
+        0.02,
+    ),
+    # Where the loss itself bends down at half of all points, the regularized one does not.
+    "ripples": (None, lambda x: jnp.sum(x**2 + 0.3 * jnp.cos(20 * x)), np.zeros(5), 1.0),
+    "a flat direction": (None, lambda x: x[0] ** 2, np.zeros(3), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", with_long(PLACES, {"maximum", "minimum", "stairs"}))
+def test_a_look_around_the_centre(name):
+    expected, function, point, tau = PLACES[name]
+    optimizer = schemes.heat(Loss.from_function(function, point), tau)
+    loss = optimizer.loss
+    reference = Gaussian.isotropic(loss.x0, tau)
+    history = SimpleNamespace(
+        loss=np.array([loss.value(loss.x0)]),
+        reference=SimpleNamespace(mean=np.asarray(loss.x0)[None]),
+    )
+    look = look_around(optimizer, reference, history)
+    assert [finding.name for finding in look.findings] == ([expected] if expected else [])
+    assert not any("nan" in finding.text for finding in look.findings)
+
+
 @pytest.mark.parametrize("guide", [True, False])
 def test_k_hat_of_too_few_draws(cloud, guide):
     shift = {"khat": np.inf, "ess": 9.0} | ({"negative_elbo": 1.0} if guide else {})
@@ -225,6 +430,7 @@ def test_k_hat_of_too_few_draws(cloud, guide):
 def test_every_rule_is_tried():
     tried = {name for _, name, _ in BAD.values()} | set(SYMPTOMS) | {"draws"}
     assert tried >= set(RULES)
+    assert {name for _, name, _ in DOUBTFUL.values()} | {"dimension", "gradient"} == set(DOUBTS)
 
 
 def test_noisy_centres_are_too_few_draws(cloud):
@@ -320,6 +526,10 @@ def test_draws_at_the_end(cloud, chains):
     off = type(draws)(moved, draws.log_weight, draws.loss, draws.temperature)
     texts = [f.text for f in diagnostics.summary(result, None, off).findings]
     assert any("R-hat is bad at 0 (" in text for text in texts)
+    stuck = type(draws)(draws.x.at[..., 1].set(jnp.nan), draws.log_weight, draws.loss, 1.0)
+    report = diagnostics.summary(result, None, stuck)
+    assert any("draws of 1 are all equal or not finite" in f.text for f in report.findings)
+    assert "nan" not in str(report)
     optimizer, result = cloud
     report = diagnostics.summary(result, optimizer, optimizer.draw(random.key(2), result.state))
     assert report.findings == ()
@@ -369,6 +579,18 @@ def test_arrival():
     assert arrival(Motion(steady, None, steady))[0] is False
     assert arrival(Motion(noise, None, noise))[0] is None
     assert arrival(Motion(steady, np.full_like(steady, np.inf), steady))[0] is False
+    # No number is said of what is none.
+    for moves, sentence in (
+        arrival(Motion(np.nan * steady, error, steady)),
+        arrival(Motion(np.inf * steady, error, np.inf * steady)),
+    ):
+        assert moves is None
+        assert "nan" not in sentence
+    # So few steps that their end does not tell: the whole run does.
+    slow = 1e-3 * steady[:12]
+    assert arrival(Motion(slow, 0.1 * slow, slow))[0] is None
+    halved = slow * 0.5 ** np.arange(12.0)[:, None]
+    assert arrival(Motion(halved, 0.1 * halved, halved))[0] is True
     # Short, but on and on: tau / T is too small a rate.
     slow = 1e-3 * steady
     for error_of_slow in (None, np.full_like(slow, 1e-4)):
