@@ -149,6 +149,18 @@ def imports(path):
                 yield inner if is_module else base
 
 
+def lines_of_code(text):
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(
+        bool(line) and not line.startswith("#") and number not in docstrings
+        for number, line in lines
+    )
+
+
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_lower_floors_only(path):
     name = module_name(path)
@@ -163,9 +175,10 @@ def test_imports_lower_floors_only(path):
 
 
 def test_no_module_is_too_long():
-    # A file above 400 lines wants a reason; none has one.
-    long = {module_name(p): len(p.read_text().splitlines()) for p in MODULES}
+    # A file above 400 lines of code, docstrings left out, wants a reason; none has one.
+    long = {module_name(p): lines_of_code(p.read_text()) for p in MODULES}
     assert [name for name, lines in long.items() if lines > 400] == []
+    assert lines_of_code('"""Two\n\nlines."""\n\n# why\nx = [\n    1,\n]\n') == 3
 
 
 def test_headers():

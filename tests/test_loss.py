@@ -151,7 +151,7 @@ def test_settings_of_modules_are_no_parameters():
     assert (gradient.rate, gradient.inference) == (0.0, False)
     # Another setting is another program; in a plain pytree floats are parameters.
     other = Loss.from_function(
-        loss.source.fn.tree, dataclasses.replace(network, rate=1), jnp.ones(2)
+        loss.source.user.fn, dataclasses.replace(network, rate=1), jnp.ones(2)
     )
     assert jax.tree.structure(other) != jax.tree.structure(loss)
     assert Loss.from_function(lambda p: p["net"](1.0) * p["a"], {"net": network, "a": 1.0}).dim == 5
