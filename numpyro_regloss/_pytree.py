@@ -164,7 +164,9 @@ def _with_context_axes(leaf: Any, *, divided: bool) -> Any:
         return leaf
     types, spec = (AxisType.Auto,) * len(mesh.axis_names), sharding.spec
     if AxisType.Explicit in context.axis_types:
-        types, spec = context.axis_types, spec if divided else PartitionSpec()
+        types = context.axis_types
+        if not divided and any(axes is not None for axes in spec):
+            spec = PartitionSpec()
         if context.shape != mesh.shape:
             raise ValueError(
                 f"numpyro_regloss: expected arrays on the mesh of jax.set_mesh, {dict(context.shape)}, whose axes "

@@ -232,6 +232,7 @@ def kl_divergence(p: AnyGaussian, q: AnyGaussian) -> Array:
         >>> float(kl_divergence(p, Gaussian(jnp.array([0.0]), jnp.array([1.0]))))
         0.5
     """
+    p, q = with_context_axes((p, q))
     if isinstance(q, Gaussian) and q.structure != "dense":
         trace = jnp.sum(p.variance / q.variance, -1)
     elif isinstance(p, LowRankGaussian):

@@ -41,6 +41,7 @@ from numpyro_regloss import (
     fit,
     forward_kl,
     from_guide,
+    kl_divergence,
     model,
     reverse_kl,
     schemes,
@@ -156,8 +157,9 @@ def arguments_of_a_run(put):
     state, info = optimizer.step(optimizer.init(KEY, *data), *data)
     history = optimizer.scan(state, 2, *data)[1]
     draws = optimizer.draw(KEY, before, *data)
-    values = loss.value(jnp.ones(2), data), optimizer.get_params(before, *data)
-    return result.params, after.params, info.loss, history.loss, draws.x, values
+    traced = jax.jit(lambda *data: optimizer.scan(before, 2, *data)[1].loss)(*data)
+    ends = loss.value(jnp.ones(2), data), optimizer.get_params(before, *data)
+    return result.params, after.params, info.loss, history.loss, draws.x, traced, ends
 
 
 def parameters(put):
@@ -167,11 +169,12 @@ def parameters(put):
     )
     optimizer = schemes.local_entropy(loss, put(jnp.full(4, 0.1)), shift.Importance(200))
     ones = put(jnp.ones(4))
-    target = RegularizedLoss(loss, Gaussian(ones, put(jnp.full(4, 0.3))))
+    reference = Gaussian(ones, put(jnp.full(4, 0.3)))
+    target = RegularizedLoss(loss, reference)
     return (
         optimizer.run(KEY, 2, progress_bar=False).params,
         (loss.unconstrain({"a": ones}), loss.value(ones), loss.constrain(ones)),
-        target.log_density(jnp.zeros(4)),
+        (target.log_density(jnp.zeros(4)), kl_divergence(reference, reference)),
         values.heat(KEY, target, num_samples=200),
     )
 
