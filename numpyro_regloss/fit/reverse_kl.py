@@ -321,6 +321,7 @@ def reverse_kl(
             f"reverse_kl: expected a RegularizedLoss, got {type(target).__name__}; build "
             "RegularizedLoss(loss, Gaussian.isotropic(x, tau)), or RegularizedLoss(loss) for the posterior."
         )
+    target.loss.check_precision("reverse_kl")
     if target.loss.returns_integers:
         raise TypeError(
             "reverse_kl: expected a differentiable loss, got one that returns integers; use shift.Importance "
