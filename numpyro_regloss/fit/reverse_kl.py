@@ -359,6 +359,7 @@ def reverse_kl(
             "RegularizedLoss(loss, Gaussian.isotropic(x, tau)), or RegularizedLoss(loss) for the posterior."
         )
     target.loss.check_captured()
+    target.loss.check_precision("reverse_kl")
     if target.loss.returns_integers:
         raise TypeError(
             "reverse_kl: expected a differentiable loss, got one that returns integers; use shift.Importance "
