@@ -35,7 +35,7 @@ from numpyro_regloss._stats import monte_carlo_error
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit.forward_kl import ForwardKL
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
@@ -375,10 +375,8 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
     # Where no particle is left the reference itself stands in.
     usable = all_finite(fitted)
     sd = jnp.sqrt(target.reference.variance)
-    return fitted._replace(
-        mean=jnp.where(usable, fitted.mean, target.reference.mean),
-        scale=jnp.where(usable, fitted.scale, jnp.diag(sd) if dense else sd),
-    )
+    other = Gaussian(target.reference.mean, jnp.diag(sd) if dense else sd)
+    return jax.tree.map(lambda a, b: jnp.where(usable, a, b), fitted, other)
 
 
 @partial(jax.jit, static_argnames="engine")
