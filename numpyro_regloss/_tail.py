@@ -4,9 +4,9 @@ r"""Errors of means that know of the terms that were not drawn.
 
 A sample that missed the rare large terms shows too small a mean and too small a spread. Of a sum with a heavy tail
 a large deviation is one large term. The largest of n terms is about their 1 - 1/n quantile; the term that is
-exceeded once in forty such samples is 40^k times as large, k the shape of the tail:
+exceeded once in twenty such samples is 20^k times as large, k the shape of the tail:
 
-    error² = s² / n + ( 40^k largest deviation / (1.96 n) )²,
+    error² = s² / n + ( 20^k largest deviation / (1.96 n) )²,
 
 which for a light tail (k ≤ 0) is the usual error. Above k = 0.7 neither mean nor error can be trusted, and the
 error is infinite.
@@ -22,8 +22,8 @@ from numpyro_regloss._typing import Array
 
 __all__ = ["mean_with_error", "rare_term", "tail_error", "tail_index"]
 
-# Once in so many samples, which is how often a 95 % interval may be missed on one side; and its half width.
-RARE, QUANTILE = 40.0, 1.96
+# Once in so many samples a 95 % interval may miss; and its half width in standard errors.
+RARE, QUANTILE = 20.0, 1.96
 # The tail of fewer draws has less than twenty, against a prior that counts as ten: chance decides.
 LEAST_FITTED = 100
 # Terms that carry the variance when it is known to a fifth: (Σ d²)² / Σ d⁴ of deviations d.

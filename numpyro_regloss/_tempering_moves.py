@@ -46,8 +46,9 @@ RIDGE = 1e-5
 TARGET_ACCEPTANCE = {"crank_nicolson": 0.3, "hmc": 0.8}
 GAIN = 2.0
 STEP_SIZES = {"crank_nicolson": (1e-4, 1.0), "hmc": (1e-4, 1.5)}
-# Leapfrog steps are shortened by up to this much, so that no direction of q is a multiple of its period.
-JITTER = 0.4
+# Leapfrog steps are shortened by up to this much: no direction of q is a multiple of its period, and short steps
+# are accepted where q is much narrower than its covariance says.
+JITTER = 0.95
 LEAST_FREEDOM = 4
 
 

@@ -36,7 +36,7 @@ from numpyro_regloss._stats import monte_carlo_error
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit.forward_kl import ForwardKL
-from numpyro_regloss.gaussian import AnyGaussian
+from numpyro_regloss.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.regularized import RegularizedLoss
 from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.nuts import NUTS
@@ -61,6 +61,8 @@ NUM_ISLANDS, NUM_MOVES = 16, 10
 PILOT_PARTICLES = 100
 # Fewer draws of a chain say little of its agreement with others.
 NUM_CHAINS, NUM_WARMUP, LEAST_HALF = 8, 300, 100
+# Divergent transitions of chains that "auto" lets pass, as a share of all.
+MOST_DIVERGENT = 0.003
 # Draws per dimension below which a Gaussian is fitted with a diagonal covariance.
 DENSE_FROM = 4
 # Random points at which a loss must show a gradient to be called differentiable.
@@ -344,25 +346,27 @@ def _by_bridge(
     chunk_size: int,
     others: StoredDraws | None = None,
 ) -> tuple[BridgeEstimate, Array]:
-    # And whether the means of the chains are those of other draws.
+    # And whether the chains went everywhere, as far as they know, and their means are those of other draws.
     key_chain, key_fit, rng_key = random.split(rng_key, 3)
     half = max(LEAST_HALF, -(-num_samples // (4 * NUM_CHAINS)))
     engine = NUTS(num_warmup=NUM_WARMUP, num_samples=2 * half, num_chains=NUM_CHAINS)
     state = engine.init(key_chain, target)._replace(x=start)
-    draws = engine.step(key_chain, state, target)[1]
+    _, draws, info = engine.step(key_chain, state, target)
     first, second = (
         jax.tree.map(lambda a, p=part: a[:, p] if jnp.ndim(a) > 1 else a, draws)
         for part in (slice(None, half), slice(half, None))
     )
     fitted = _fitted(key_fit, target, first)
     estimate = by_bridge(rng_key, target, second, fitted, num_samples, chunk_size)
-    same = jnp.asarray(True)
+    # Transitions diverge at the neck of a funnel, which chains then leave out.
+    same = info.num_divergent <= MOST_DIVERGENT * draws.loss.size
     if others is not None:
         weight = others.log_weight
         mean, error = _mean(draws.x, draws.log_weight)
         other_mean, other_error = _mean(others.x, weight)
         # A handful of coordinates more than four errors off is no accident, whatever the dimension.
-        same = jnp.all(jnp.abs(mean - other_mean) < (SIGMAS + 1.0) * jnp.hypot(error, other_error))
+        near = jnp.abs(mean - other_mean) < (SIGMAS + 1.0) * jnp.hypot(error, other_error)
+        same &= jnp.all(near)
     return estimate, same
 
 
@@ -379,10 +383,8 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
     # Where no particle is left the reference itself stands in.
     usable = all_finite(fitted)
     sd = jnp.sqrt(target.reference.variance)
-    return fitted._replace(
-        mean=jnp.where(usable, fitted.mean, target.reference.mean),
-        scale=jnp.where(usable, fitted.scale, jnp.diag(sd) if dense else sd),
-    )
+    other = Gaussian(target.reference.mean, jnp.diag(sd) if dense else sd)
+    return jax.tree.map(lambda a, b: jnp.where(usable, a, b), fitted, other)
 
 
 @partial(jax.jit, static_argnames="engine")
