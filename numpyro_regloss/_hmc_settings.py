@@ -11,8 +11,19 @@ from numpyro_regloss._checks import check_count, check_positive
 from numpyro_regloss._pytree import is_concrete
 from numpyro_regloss._typing import Array
 
-__all__ = ["MOST_DIVERGENT", "Settings", "check_settings", "remedy"]
+__all__ = [
+    "LEAST_ACCEPTANCE",
+    "LEAST_STEP_SIZE",
+    "MOST_DIVERGENT",
+    "Settings",
+    "check_settings",
+    "remedy",
+]
 
+# A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
+# lower acceptance, or with a smaller step in units of the reference.
+LEAST_ACCEPTANCE = 0.02
+LEAST_STEP_SIZE = 1e-6
 # A larger share of divergent transitions needs chains that moved and agree.
 MOST_DIVERGENT = 0.5
 
@@ -70,13 +81,14 @@ def remedy(settings: Settings, info: Any, ok: np.ndarray) -> str:
         A sentence, or nothing.
     """
     size = settings.num_samples * settings.num_chains
-    stopped = ~ok & ~info.ok & (info.num_divergent > MOST_DIVERGENT * size)
+    stuck = (info.accept_prob < LEAST_ACCEPTANCE) | (info.step_size < LEAST_STEP_SIZE)
+    stopped = ~ok & ~info.ok & (stuck | (info.num_divergent > MOST_DIVERGENT * size))
     if not stopped.any():
         return ""
     others = "shift.HMC, " if settings.algorithm == "NUTS" else ""
     return (
-        f"{settings.algorithm}: in {stopped.sum()} rejected steps more than half of the transitions were "
-        "divergent, and chains hardly moved or did not agree (split R-hat up to "
+        f"{settings.algorithm}: in {stopped.sum()} rejected steps chains hardly moved, or were divergent in more "
+        "than half of their transitions and did not agree (split R-hat up to "
         f"{np.max(info.rhat[stopped]):.3g}). Where a wall, at which the loss becomes infinite, cuts through the "
         f"reference, or the loss is very steep there, use {others}shift.SMC or shift.Importance, to which a wall "
         "is a weight of zero."

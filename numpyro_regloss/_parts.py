@@ -35,7 +35,7 @@ def check_parts(parts: dict[str, Any], what: str) -> None:
     """
     for name, part in parts.items():
         kind = KINDS[name]
-        verbs = {verb: getattr(part, verb, None) for verb in ("init", "step")}
+        verbs: dict[str, Any] = {verb: getattr(part, verb, None) for verb in ("init", "step")}
         others = set(KINDS.values()) - {kind}
         if (
             isinstance(part, type)
@@ -104,7 +104,7 @@ def _hint(part: Any) -> str:
 def _takes(method: Any, count: int) -> bool:
     try:
         signature = inspect.signature(method)
-    except ValueError:  # of a function in C
+    except (TypeError, ValueError):  # of a function in C
         return True
     try:
         signature.bind(*[None] * count)

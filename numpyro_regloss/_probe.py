@@ -196,7 +196,7 @@ def probe(
     eps = jnp.finfo(mean.dtype).eps
     evaluate = jax.value_and_grad(target.value)
 
-    def visit(silent: Array, item: tuple[Array, Array, Array]) -> tuple[Array, tuple]:
+    def visit(silent: Array, item: Any) -> tuple[Array, tuple]:
         index, factor, alone = item
         offset = gaussian.scaled(_noise(rng_key, index, mean))
         offset = jnp.where(alone & ~silent, 0.0, offset)

@@ -19,12 +19,12 @@ from numpyro_regloss._typing import Array
 
 __all__ = ["is_mirror", "is_wider"]
 
-# Losses of a pair are equal up to so many units of the last digit.
-ROUNDING = 64.0
+# Losses of a pair are equal up to so many units of the last digit, if that does not change their weights.
+ROUNDING, SAME_WEIGHT = 64.0, 0.01
 # Weight of the pairs that may differ.
 TOLERANCE = 0.01
 # A power iteration; and of standard errors, beyond which a direction is wider.
-NUM_ITERATIONS, SIGMAS = 8, 1.5
+NUM_ITERATIONS, SIGMAS = 8, 1.0
 LEAST_PAIRS = 8
 
 
@@ -44,6 +44,7 @@ def is_mirror(loss: Array, log_weight: Array) -> Array:
     size = jnp.where(weight > 0, jnp.abs(loss), 0.0)
     larger = jnp.max(size, 1) + jnp.sum(weight * size)
     equal = jnp.abs(loss[:, 0] - loss[:, 1]) <= ROUNDING * jnp.finfo(loss.dtype).eps * larger
+    equal &= jnp.abs(log_weight[:, 0] - log_weight[:, 1]) <= SAME_WEIGHT
     return jnp.isfinite(peak) & (jnp.sum(jnp.where(equal, 0.0, jnp.sum(weight, 1))) <= TOLERANCE)
 
 

@@ -26,7 +26,12 @@ from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
 from numpyro_regloss._checks import check_integers
-from numpyro_regloss._hmc_settings import MOST_DIVERGENT, Settings
+from numpyro_regloss._hmc_settings import (
+    LEAST_ACCEPTANCE,
+    LEAST_STEP_SIZE,
+    MOST_DIVERGENT,
+    Settings,
+)
 from numpyro_regloss._pytree import strong
 from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._stats import effective_sample_size, split_rhat
@@ -46,10 +51,6 @@ __all__ = [
 
 # Below this mean acceptance one correction of the step size is not enough: warm up again.
 REWARM_BELOW = 0.2
-# A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
-# lower acceptance, or with a smaller step in units of the reference.
-LEAST_ACCEPTANCE = 0.02
-LEAST_STEP_SIZE = 1e-6
 # NumPyro calls a path divergent that ends at a wall, where the loss is infinite, though its draws are right. With
 # more divergent transitions than MOST_DIVERGENT, every chain must have moved in such a share of its transitions,
 # and chains must agree: at a split R-hat of two the variance between them is three times that within.
