@@ -109,8 +109,10 @@ def judge(
     findings = [Finding(name, text) for name, text in (texts | doubts).items() if text]
     findings += [*others, *([Finding("single steps", single)] if single else ())]
     late = any(steps[-window(len(steps)) :].any() for steps in bad.values())
-    if arrived and (unsolved or late):
+    if arrived and unsolved:
         arrived, sentence = None, "Arrived? The centre rests, but the steps are wrong: see below."
+    elif arrived and late:
+        arrived, sentence = None, "Arrived? The centre rests, but late steps are poor: see below."
     elif arrived and (others or any(doubts.values())):
         arrived, sentence = None, "Arrived? The centre rests, which proves little here: see below."
     elif arrived:

@@ -55,8 +55,8 @@ class DrawsSummary(NamedTuple):
                 f"Draws at the end: effective number {self.ess_weights:.4g}, k-hat {self.khat:.2f}."
             )
         return (
-            f"Draws at the end: bulk ESS {np.nanmin(self.ess_bulk):.4g}, tail ESS {np.nanmin(self.ess_tail):.4g}, "
-            f"R-hat {np.nanmax(self.rhat):.3f} at worst."
+            f"Draws at the end: bulk ESS {self.ess_bulk.min():.4g}, tail ESS {self.ess_tail.min():.4g}, R-hat "
+            f"{self.rhat.max():.3f} at worst."
         )
 
 
@@ -237,22 +237,16 @@ def _draws_findings(draws: DrawsSummary) -> list[Finding]:
     for name, values, bad in worst:
         if bad.any():
             which = np.flatnonzero(bad)
-            places = _places([f"{draws.names[i]} ({values[i]:.3g})" for i in which])
-            text = f"{name} is bad at {places}: draw with longer chains (num_samples, num_warmup)."
-            found.append(Finding("draws at the end", text))
-    unknown = np.isnan(draws.rhat)
-    if unknown.any() and not unknown.all():
-        places = _places([draws.names[i] for i in np.flatnonzero(unknown)])
-        text = (
-            f"draws of {places} are all equal or not finite: look whether the loss depends on it."
-        )
-        found.append(Finding("draws at the end", text))
+            places = ", ".join(f"{draws.names[i]} ({values[i]:.3g})" for i in which[:SHOWN_NAMES])
+            rest = len(which) - SHOWN_NAMES
+            places += f" and {rest} more" if rest > 0 else ""
+            found.append(
+                Finding(
+                    "draws at the end",
+                    f"{name} is bad at {places}: draw with longer chains (num_samples, num_warmup).",
+                )
+            )
     return found
-
-
-def _places(names: list[str]) -> str:
-    rest = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _text(value: Any) -> str:

@@ -526,10 +526,6 @@ def test_draws_at_the_end(cloud, chains):
     off = type(draws)(moved, draws.log_weight, draws.loss, draws.temperature)
     texts = [f.text for f in diagnostics.summary(result, None, off).findings]
     assert any("R-hat is bad at 0 (" in text for text in texts)
-    stuck = type(draws)(draws.x.at[..., 1].set(jnp.nan), draws.log_weight, draws.loss, 1.0)
-    report = diagnostics.summary(result, None, stuck)
-    assert any("draws of 1 are all equal or not finite" in f.text for f in report.findings)
-    assert "nan" not in str(report)
     optimizer, result = cloud
     report = diagnostics.summary(result, optimizer, optimizer.draw(random.key(2), result.state))
     assert report.findings == ()
