@@ -14,13 +14,17 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
-from numpyro_regloss._pytree import Partition, pytree_dataclass, static_field
+from numpyro_regloss._constrained import constrained
+from numpyro_regloss._packing import pack, unpack
+from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
 
 __all__ = ["DENSITIES", "ModelSource", "latent_sites", "observed_sizes"]
 
 DENSITIES = ("joint", "map", "likelihood")
+# From so many sites on they leave a program together.
+MANY = 32
 
 
 @pytree_dataclass
@@ -61,7 +65,12 @@ class ModelSource:
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """Latent sites in their supports, and the model's deterministic sites, by name."""
-        return _constrain(self, x, Partition((args, kwargs)))
+        arguments = Partition((args, kwargs))
+        if len(self.sites) < MANY or not is_concrete((x, arguments)):
+            return _constrain(self, x, arguments)
+        shapes = _constrain.eval_shape(self, x, arguments)
+        sites = unpack(_packed(self, x, arguments), shapes)
+        return jax.tree.map(jnp.asarray, sites)
 
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The same as `constrain`: a model's parameters already have names."""
@@ -184,10 +193,12 @@ class ModelSource:
 
 @jax.jit
 def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str, Array]:
-    args, kwargs = arguments.tree
-    with handlers.block():
-        model = handlers.seed(source.model, 0)
-        return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+    return constrained(source.model, *arguments.tree, source.unravel(x))
+
+
+@jax.jit
+def _packed(source: ModelSource, x: Array, arguments: Partition) -> dict[str, Array]:
+    return pack(_constrain(source, x, arguments))
 
 
 def latent_sites(model: Callable, arguments: Partition) -> tuple[Site, ...]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_regloss._checks import check_key
+from numpyro_regloss._fence import fence, reads_many_numbers
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_source import DENSITIES, ModelSource, latent_sites, observed_sizes
 from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
@@ -36,12 +37,14 @@ class Loss:
         arguments: the bound `(args, kwargs)`.
         source: how the flat vector becomes the user's parameters and the loss.
         minibatch: which arguments are data, or None for full batches.
+        fenced: whether the loss reads its arguments one number at a time; such programs compile faster so.
     """
 
     x0: Array
     arguments: Partition
     source: FunctionSource | ModelSource
     minibatch: Minibatch | None = static_field(default=None)
+    fenced: bool = static_field(default=False)
 
     @classmethod
     def from_function(
@@ -250,6 +253,8 @@ class Loss:
             ValueError: if `x` is of another shape.
         """
         self._check_point(x)
+        if self.fenced:
+            x, arguments = fence(x, arguments)
         args, kwargs = arguments.tree
         return jnp.asarray(self.source.value(x, args, kwargs, data_scale), float)
 
@@ -278,7 +283,7 @@ class Loss:
             )
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
-        return loss
+        return replace_fields(loss, fenced=reads_many_numbers(_raw_value.trace(loss).jaxpr.jaxpr))
 
     def _check_point(self, x: Any) -> None:
         if np.shape(x) != (self.dim,):

@@ -9,22 +9,25 @@ and Heat Regularization in Deep Learning", Entropy 21(5), 511.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax.tree_util import Partial
+from numpyro import handlers
 from numpyro.distributions import constraints
 
 from numpyro_regloss._checks import check_positive
+from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import (
     Partition,
     pytree_dataclass,
     replace_fields,
     static_field,
 )
+from numpyro_regloss._tilted import Tilted, WithoutObservations, observe
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.loss import Loss
@@ -159,10 +162,14 @@ class RegularizedLoss:
 def model(target: RegularizedLoss) -> None:
     """The regularized loss as a NumPyro model, in whitened form.
 
-    Sites: `eps` ~ N(0, I) of shape `(dim,)`; `x` = mean + scale eps, deterministic; the user's
-    parameters (and deterministic sites) by name, deterministic; the factor `minus_energy`. Without a
-    reference `x` itself is latent, with a flat improper prior. Where one of these names is taken by
-    the user's own sites, ours gets a trailing underscore.
+    Sites: `eps`, latent, of shape `(dim,)`, drawn from N(0, I), with the density of N(0, I) times
+    exp(-loss / T); `x` = mean + scale eps, deterministic; the user's parameters (and deterministic
+    sites) by name, deterministic. Without a reference `x` itself is latent, with a flat improper
+    prior. Where one of these names is taken by the user's own sites, ours gets a trailing underscore.
+
+    The observed sites of a user's model are observed sites here too, at the weight 1 / T, and that
+    part of the loss is theirs: `numpyro.infer.log_likelihood` and ArviZ see the observations that
+    they see in the user's model. A loss that is a function has none.
 
     Its log joint in `eps` is `target.log_density(x)` plus `target.reference.log_det`.
 
@@ -189,17 +196,31 @@ def model(target: RegularizedLoss) -> None:
             "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)) as the model's only argument."
         )
     taken = _user_sites(target)
-    name = _free("x", taken)
+    name, energy = _free("x", taken), Partial(_log_weight, target)
     if target.reference is None:
-        x = numpyro.sample(name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
+        flat = dist.ImproperUniform(constraints.real_vector, (), (target.dim,))
+        x = numpyro.sample(name, Tilted(flat, energy))
     else:
         standard = dist.Normal(jnp.zeros(target.dim), 1.0).to_event(1)
-        noise = jnp.asarray(numpyro.sample(_free("eps", taken), standard))
+        noise = jnp.asarray(numpyro.sample(_free("eps", taken), Tilted(standard, energy)))
         x = numpyro.deterministic(name, target.reference.unwhiten(noise))
-    x = jnp.asarray(x)
-    for site, value in target.loss.named_sites(x, target.arguments).items():
+    sites = target.loss.named_sites(jnp.asarray(x), target.arguments)
+    for site, value in sites.items():
         numpyro.deterministic(site, value)
-    numpyro.factor(_free("minus_energy", taken), -target.energy(x))
+    source = target.loss.source
+    if isinstance(source, ModelSource):
+        latent = {name: sites[name] for name in source.names}
+        with handlers.scale(scale=target.data_scale / target.temperature):
+            observe(source.model, latent, *target.arguments.tree)
+
+
+def _log_weight(target: RegularizedLoss, value: Array) -> Array:
+    """Minus the energy at a value of the latent site, without what observed sites say."""
+    source = target.loss.source
+    if isinstance(source, ModelSource):
+        source = replace_fields(source, model=WithoutObservations(source.model))
+        target = replace_fields(target, loss=replace_fields(target.loss, source=source))
+    return -target.energy(value if target.reference is None else target.reference.unwhiten(value))
 
 
 def latent_name(target: RegularizedLoss) -> str:
@@ -213,8 +234,18 @@ def x_name(target: RegularizedLoss) -> str:
 
 
 def _user_sites(target: RegularizedLoss) -> set[str]:
-    named = partial(target.loss.named_sites, arguments=target.arguments)
-    return set(jax.eval_shape(named, target.loss.x0))
+    return set(_all_sites.eval_shape(target.loss, target.arguments))
+
+
+@jax.jit
+def _all_sites(loss: Loss, arguments: Partition) -> dict[str, Array]:
+    sites = loss.named_sites(loss.x0, arguments)
+    if not isinstance(loss.source, ModelSource):
+        return sites
+    latent = {name: sites[name] for name in loss.names}
+    with handlers.block(), handlers.trace() as trace:
+        observe(loss.source.model, latent, *arguments.tree)
+    return sites | {name: site["value"] for name, site in trace.items()}
 
 
 def _free(name: str, taken: set[str]) -> str:
