@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss as a part of the distribution of what it is a function of, and a model's observations as its own sites.
 
-A `numpyro.factor` is an observed site: whatever counts observations (ArviZ, `log_likelihood`) would count the loss as
-one. So the loss weights the density of its argument, and the observed sites of a model are left to themselves.
+A `numpyro.factor` is an observed site: whatever counts observations (ArviZ, `log_likelihood`) would count the
+loss as one. So the loss weights the density of its argument, and a model keeps its own observed sites.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Tilted(dist.Distribution):
         """That of the distribution."""
         return self.base_dist.support
 
-    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Key | None, sample_shape: tuple[int, ...] = ()) -> Any:
         """Draws of the distribution, without the weight."""
         return self.base_dist.sample(key, sample_shape)
 
