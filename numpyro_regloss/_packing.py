@@ -44,5 +44,5 @@ def unpack(packed: dict[str, Any], shapes: dict[str, Any]) -> dict[str, np.ndarr
         dtype = str(like.dtype)
         start, vector = used[dtype], host[dtype]
         used[dtype] = start + like.size
-        arrays[name] = vector[..., start : used[dtype]].reshape(*vector.shape[:-1], *like.shape)
+        arrays[name] = vector[..., start : used[dtype]].reshape(vector.shape[:-1] + like.shape)
     return arrays

@@ -490,6 +490,8 @@ def test_predictions_are_those_of_the_draws(survey_run, survey_data):
 
 # ArviZ 0.23 uses what later releases of matplotlib give up.
 @pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")
+# Five observations: one of them has much weight.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")
 def test_arviz_compares_with_data(az, survey_data):
     from matplotlib import pyplot as plt
 
