@@ -2,24 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws as labelled datasets: constrained by site, flat, and the statistics of each draw."""
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
 from numpyro_regloss._equal_weights import equal_weights
 from numpyro_regloss._function_source import FunctionSource
+from numpyro_regloss._per_draw import per_draw
 from numpyro_regloss._pytree import Partition
-from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._site_labels import Labels
 from numpyro_regloss._typing import Array
 from numpyro_regloss.draws import BatchMeans, Draws
 from numpyro_regloss.loss import Loss
 
-__all__ = ["check_draws", "draw_groups", "flat_dataset", "plain", "position_groups"]
+__all__ = ["by_draw", "check_draws", "draw_groups", "flat_dataset", "plain", "position_groups"]
 
 
 def plain(values: Any) -> np.ndarray:
@@ -86,7 +84,7 @@ def draw_groups(
         stats["log_weight"] = pick(log_weight - logsumexp(log_weight.astype(float))).astype(x.dtype)
         stats["draw_index"] = index
     groups = position_groups(pick(x), loss, arguments, labels)
-    groups["sample_stats"] = _by_draw({name: (a, ()) for name, a in stats.items()}, {})
+    groups["sample_stats"] = by_draw({name: (a, ()) for name, a in stats.items()}, {})
     return groups, resampled
 
 
@@ -106,7 +104,7 @@ def position_groups(
     """
     values = _sites_of(x, loss, arguments, labels)
     drawn = {site.variable: (plain(values[site.site]), site.dims) for site in labels.drawn}
-    posterior = _by_draw(drawn, labels.coords_of(labels.drawn))
+    posterior = by_draw(drawn, labels.coords_of(labels.drawn))
     for site in labels.drawn:
         # Of the dataset itself, every look at one variable goes through all dimensions.
         posterior.variables[site.variable].attrs.update(site=site.site, kind=site.kind)
@@ -124,15 +122,26 @@ def flat_dataset(x: np.ndarray, labels: Labels, **lead: Any) -> Any:
     Returns:
         A dataset of one variable.
     """
-    return _by_draw({"x": (plain(x), ("param",))}, {"param": labels.flat}, tuple(lead), lead)
+    return by_draw({"x": (plain(x), ("param",))}, {"param": labels.flat}, tuple(lead), lead)
 
 
-def _by_draw(
+def by_draw(
     variables: dict[str, tuple[np.ndarray, tuple[str, ...]]],
     coords: dict[str, np.ndarray],
     lead: tuple[str, ...] = (),
     lead_coords: dict[str, Any] | None = None,
 ) -> Any:
+    """Variables with the axes chain and draw.
+
+    Args:
+        variables: `(*lead, chain, draw, ...)` and the names of the axes after draw, by name.
+        coords: coordinates of these axes.
+        lead: names of the axes before chain.
+        lead_coords: their coordinates.
+
+    Returns:
+        A dataset.
+    """
     import xarray as xr  # noqa: PLC0415
 
     dims = (*lead, "chain", "draw")
@@ -146,10 +155,10 @@ def _by_draw(
 
 def _sites_of(
     x: np.ndarray, loss: Loss, arguments: Partition, labels: Labels
-) -> dict[str, Array | np.ndarray]:
+) -> dict[str, np.ndarray]:
     if not isinstance(loss.source, FunctionSource):
         names = tuple(site.site for site in labels.drawn)
-        return _constrained(loss, jnp.asarray(x), arguments, names)
+        return per_draw(_named, names, loss, arguments, x)
     values, start = {}, 0
     for site in labels.sites:
         stop = start + int(np.prod(site.shape))
@@ -158,13 +167,6 @@ def _sites_of(
     return values
 
 
-@partial(jax.jit, static_argnames="names")
-@promotes_ranks
-def _constrained(
-    loss: Loss, x: Array, arguments: Partition, names: tuple[str, ...]
-) -> dict[str, Array]:
-    def constrain(x: Array) -> dict[str, Array]:
-        sites = loss.named_sites(x, arguments)
-        return {name: sites[name] for name in names}
-
-    return jax.vmap(jax.vmap(constrain))(x)
+def _named(names: tuple[str, ...], loss: Loss, arguments: Partition, x: Array) -> dict[str, Array]:
+    sites = loss.named_sites(x, arguments)
+    return {name: sites[name] for name in names}

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Gaussian as a NumPyro guide: a joint draw of the flat vector, then the latent sites as functions of it."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -123,7 +125,9 @@ def to_guide(
     `_{prefix}_latent` and emits the model's latent sites, constrained and with their densities, and
     its deterministic sites. It goes wherever NumPyro takes a guide: `SVI` (which starts at this
     Gaussian), `Predictive(guide, num_samples=...)`, `Predictive(model, guide=guide, params=...,
-    num_samples=...)`; data may be of another size as long as the latent sites are the same.
+    num_samples=...)`. For forecasts data may be of another size, and observations None, as long as the
+    latent sites are the same. A latent series of NumPyro's `scan` may be longer than that of the loss:
+    the steps beyond are drawn from the model.
 
     Called with a `RegularizedLoss` instead, it is a guide of `numpyro_regloss.model`, the regularized
     loss as a NumPyro model: `SVI(numpyro_regloss.model, guide, ...)`. Of a loss from a function, which
@@ -224,23 +228,51 @@ def _trace_model(
     with handlers.block():
         seeded = handlers.seed(source.model, 0 if key is None else key)
         checked = handlers.substitute(seeded, substitute_fn=substitute_fn)
-        values = constrain_fn(checked, args, kwargs, unconstrained)
+        values = _explained(constrain_fn, checked, args, kwargs, unconstrained)
         replayed = handlers.substitute(seeded, data=values)
-        trace = handlers.trace(replayed).get_trace(*args, **kwargs)
+        trace = _explained(handlers.trace(replayed).get_trace, *args, **kwargs)
     latent = {}
     for name, site in trace.items():
-        if name not in expected or site["is_observed"]:
-            continue
-        transform = biject_to(site["fn"].support)
-        value = values[name]
-        jacobian = transform.log_abs_det_jacobian(unconstrained[name], value)
-        event_dim = site["fn"].event_dim
-        extra = jnp.ndim(jacobian) - jnp.ndim(value) + event_dim
-        latent[name] = (value, -sum_rightmost(jacobian, extra))
+        if name in expected and not site["is_observed"]:
+            latent[name] = (values[name], _log_density(site, values[name], unconstrained[name]))
     for name in expected:
         if name not in latent:
             _check_site(name, expected[name], None)
     return trace, latent
+
+
+def _log_density(site: dict[str, Any], value: Array, unconstrained: Array) -> Array:
+    fn, support = site["fn"], site["fn"].support
+    num_steps = jnp.shape(value)[:1]
+    known = biject_to(support).inverse_shape(jnp.shape(value))
+    extra = None
+    if known != jnp.shape(unconstrained):
+        # A series that goes on: NumPyro's scan has drawn the steps beyond those of the loss from the model.
+        _check_site(site["name"], jnp.shape(unconstrained)[1:], known[1:])
+        length = jnp.shape(unconstrained)[0]
+        extra = fn.log_prob(value)[length:]
+        value = value[:length]
+        support = jax.tree.map(
+            lambda a: a[:length] if jnp.shape(a)[:1] == num_steps else a, support
+        )
+    jacobian = biject_to(support).log_abs_det_jacobian(unconstrained, value)
+    log_density = -sum_rightmost(jacobian, jnp.ndim(jacobian) - jnp.ndim(value) + fn.event_dim)
+    return log_density if extra is None else jnp.concatenate([log_density, extra])
+
+
+def _explained(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        if str(error).startswith("to_guide"):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"to_guide: the model raised {type(error).__name__} when it was run with these arguments: {error}. "
+            "Data of another size must be such that the model runs with them: sizes from the inputs (len(x)), "
+            "observations of that size or None (def model(x, y=None)); a series may be longer than that of "
+            "the loss, but not shorter."
+        ) from error
 
 
 def _check_site(name: str, expected: tuple[int, ...], found: Any) -> None:

@@ -15,16 +15,28 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
 from numpyro_regloss._captured import UserFunction
+from numpyro_regloss._constrained import constrained
 from numpyro_regloss._model_checks import GivenParams, bijection, param_remedy
 from numpyro_regloss._model_data import likelihood_sites, row_sites
 from numpyro_regloss._one_at_a_time import mapped, needs_one_at_a_time
-from numpyro_regloss._pytree import Partition, pytree_dataclass, replace_fields, static_field
+from numpyro_regloss._packing import pack, unpack
+from numpyro_regloss._potential import batched_potential_energy
+from numpyro_regloss._pytree import (
+    Partition,
+    is_concrete,
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+)
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
+from numpyro_regloss._tilted import WithoutObservations
 from numpyro_regloss._typing import Array
 
 __all__ = ["DENSITIES", "ModelSource", "trace_model"]
 
 DENSITIES = ("joint", "map", "likelihood")
+# From so many sites on they leave a program together.
+MANY = 32
 
 
 @pytree_dataclass
@@ -37,6 +49,7 @@ class ModelSource:
         sites: the latent sites.
         rows: names of the sites that follow the rows of a minibatch.
         counted: names of the sites that `density="likelihood"` counts.
+        has_observations: whether the density of observed sites, other than factors, is part of the value.
     """
 
     user: UserFunction
@@ -44,6 +57,7 @@ class ModelSource:
     sites: tuple[Site, ...] = static_field()
     rows: tuple[str, ...] = static_field(default=())
     counted: tuple[str, ...] = static_field(default=())
+    has_observations: bool = static_field(default=True)
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -67,11 +81,13 @@ class ModelSource:
 
     def _value(self, data_scale: float, model: Callable, x: Array, arguments: Partition) -> Any:
         full: Any = None
+        model = model if self.has_observations else WithoutObservations(model)
         if self.density == "joint":
             args, kwargs = arguments.tree
             # Handlers are global: without the block an outer model would count the user's sites again.
             with handlers.block():
-                full = potential_energy(handlers.seed(model, 0), args, kwargs, self.unravel(x))
+                energy = potential_energy if len(self.sites) < MANY else batched_potential_energy
+                full = energy(handlers.seed(model, 0), args, kwargs, self.unravel(x))
             if data_scale == 1.0:
                 return full
         terms, _ = self.terms(model, x, arguments)
@@ -93,7 +109,12 @@ class ModelSource:
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """Latent sites in their supports, and the model's deterministic sites, by name."""
-        return _constrain(self, x, Partition((args, kwargs)))
+        arguments = Partition((args, kwargs))
+        if len(self.sites) < MANY or not is_concrete((x, arguments)):
+            return _constrain(self, x, arguments)
+        shapes = _constrain.eval_shape(self, x, arguments)
+        sites = unpack(_packed(self, x, arguments), shapes)
+        return jax.tree.map(jnp.asarray, sites)
 
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The same as `constrain`: a model's parameters already have names."""
@@ -257,16 +278,18 @@ def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str,
     leaves, structure = jax.tree.flatten((source, x, arguments))
 
     def constrain(model: Callable, x: Array, arguments: Partition) -> dict[str, Array]:
-        args, kwargs = arguments.tree
-        model = handlers.seed(model, 0)
-        return constrain_fn(model, args, kwargs, source.unravel(x), return_deterministic=True)
+        return constrained(model, *arguments.tree, source.unravel(x))
 
     def sites(leaves: list[Array]) -> dict[str, Array]:
         here, x, arguments = jax.tree.unflatten(structure, leaves)
-        with handlers.block():
-            return here.user.call(constrain, x, arguments)
+        return here.user.call(constrain, x, arguments)
 
     return (mapped(sites) if needs_one_at_a_time(sites, leaves) else sites)(leaves)
+
+
+@jax.jit
+def _packed(source: ModelSource, x: Array, arguments: Partition) -> dict[str, Array]:
+    return pack(_constrain(source, x, arguments))
 
 
 def trace_model(

@@ -13,6 +13,7 @@ Groups of a run:
   have one value per step.
 - `optimization`: the history, by (iteration[, param]).
 - `constant_data`: the start, tau, and the observed values if asked for.
+- `log_likelihood`, `posterior_predictive`, `observed_data`, if asked for: per observed site of a NumPyro model.
 
 References: Kumar, Carroll, Hartikainen & Martin (2019), "ArviZ: a unified library for exploratory analysis of
 Bayesian models in Python".
@@ -32,10 +33,11 @@ from numpyro_regloss._checks import check_count, check_key
 from numpyro_regloss._draw_datasets import check_draws, draw_groups, plain, position_groups
 from numpyro_regloss._history_dataset import history_dataset, iterations
 from numpyro_regloss._model_source import ModelSource
+from numpyro_regloss._observation_datasets import label_all, observation_groups
 from numpyro_regloss._pytree import Partition, with_context_axes
 from numpyro_regloss._replicas import single
 from numpyro_regloss._result import TwoStepResult
-from numpyro_regloss._site_labels import Labels, label_sites, observed_values
+from numpyro_regloss._site_labels import Labels, observed_values
 from numpyro_regloss._step_draws import choose_steps, step_dataset
 from numpyro_regloss._typing import Key
 from numpyro_regloss._version import __version__
@@ -68,6 +70,8 @@ def to_arviz(
     rng_key: Key | None = None,
     deterministic: bool = False,
     observed: bool = False,
+    log_likelihood: bool = False,
+    posterior_predictive: bool = False,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
     rename: Mapping[str, str] | None = None,
@@ -90,9 +94,16 @@ def to_arviz(
             ten of them; False for none. Each costs an outer step's draws, and of an engine with a warm-up that
             too. Default: ten, but none where `draws` are given or where they would be more than two million
             numbers.
-        rng_key: for the default of `draws`; default: that of the step which the run would do next.
+        rng_key: for the default of `draws`, and for `posterior_predictive`; default: that of the step which the
+            run would do next.
         deterministic: whether to show the model's deterministic sites.
         observed: whether to put its observed values into `constant_data`.
+        log_likelihood: whether to show the log-likelihood of each observation at each draw, per observed site and
+            on all data, as `az.loo` wants it. The draws are those of q: so is its estimate. A `numpyro.factor` is
+            no observation, and temperature, scale handlers and minibatches change nothing.
+        posterior_predictive: whether to show new observations, one set per draw, as `az.plot_ppc` (ArviZ 0.23) and
+            `az.plot_ppc_dist` (1.x) want them: the model runs with its observed sites drawn, not observed. What it
+            computes from data arguments (the last value of a series) it still computes from the data.
         dims: names of all axes of a site, by site, over those that were found.
         coords: coordinate values by dimension; default: 0, 1, 2, ...
         rename: names of variables by site, where a site has the name of a dimension, say.
@@ -103,8 +114,8 @@ def to_arviz(
 
     Raises:
         TypeError: if result, optimizer or draws are of the wrong kind.
-        ValueError: if names clash, labels or draws do not fit, or the engine kept means of draws instead of
-        draws.
+        ValueError: if names clash, labels or draws do not fit, the engine kept means of draws instead of
+        draws, or the loss has no observed sites, or no draws, where they are needed.
 
     Example:
         >>> import arviz as az
@@ -123,10 +134,11 @@ def to_arviz(
     _check_run(result, optimizer)
     loss = optimizer.loss
     arguments = loss.bind(args, kwargs)
-    labels = label_sites(
+    labels = label_all(
         loss,
         arguments,
         "to_arviz",
+        compared=log_likelihood or posterior_predictive,
         deterministic=deterministic,
         observed=observed,
         dims=dims,
@@ -140,9 +152,15 @@ def to_arviz(
             f"to_arviz: expected no step_draws of {type(optimizer.shift).__name__}, which makes no draws, got "
             f"{step_draws!r}; leave it out."
         )
+    if (log_likelihood or posterior_predictive) and not (given or makes_draws):
+        raise ValueError(
+            f"to_arviz: expected draws for log_likelihood=True or posterior_predictive=True, got none of "
+            f"{type(optimizer.shift).__name__}, which makes none; give draws=... of another engine at "
+            "result.state.reference, or use gaussian_to_arviz."
+        )
+    key = _outer_step.draw_key(result.state.rng_key, result.state.step)
+    key = key if rng_key is None else check_key(rng_key, "to_arviz: rng_key")
     if not given and makes_draws:
-        key = _outer_step.draw_key(result.state.rng_key, result.state.step)
-        key = key if rng_key is None else check_key(rng_key, "to_arviz: rng_key")
         draws = optimizer.draw(key, result.state, *args, **kwargs)
     attrs = _attributes(loss, labels) | _of_run(result, optimizer)
     groups: dict[str, Any] = {}
@@ -151,6 +169,16 @@ def to_arviz(
         check_draws(draws, loss)
         shown, resampled = draw_groups(draws, loss, arguments, labels)
         groups |= shown
+        if log_likelihood or posterior_predictive:
+            groups |= observation_groups(
+                shown["unconstrained_posterior"]["x"].values,
+                loss,
+                arguments,
+                labels,
+                "to_arviz",
+                likelihood=log_likelihood,
+                rng_key=_predictive_key(key) if posterior_predictive else None,
+            )
         attrs |= {"description": OF_RUN, "resampled": int(resampled)}
         if step_draws is None and given:
             step_draws = False
@@ -160,10 +188,8 @@ def to_arviz(
     else:
         attrs["description"] = OF_NOTHING
     groups["optimization"] = history_dataset(result, labels)
-    groups["constant_data"] = _constant_data(result, loss, arguments, labels)
-    for dataset in groups.values():
-        dataset.attrs.update(attrs)
-    return wrap(groups, attrs)
+    groups["constant_data"] = _constant_data(result, loss, arguments, labels, observed=observed)
+    return wrap(_with_attributes(groups, attrs), attrs)
 
 
 def gaussian_to_arviz(
@@ -175,6 +201,8 @@ def gaussian_to_arviz(
     args: tuple = (),
     kwargs: dict | None = None,
     deterministic: bool = False,
+    log_likelihood: bool = False,
+    posterior_predictive: bool = False,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
     rename: Mapping[str, str] | None = None,
@@ -189,17 +217,21 @@ def gaussian_to_arviz(
         args: arguments of the loss in place of the bound ones.
         kwargs: keyword arguments over the bound ones.
         deterministic: see `to_arviz`.
+        log_likelihood: see `to_arviz`.
+        posterior_predictive: see `to_arviz`.
         dims: see `to_arviz`.
         coords: see `to_arviz`.
         rename: see `to_arviz`.
 
     Returns:
         `xarray.DataTree` (ArviZ 1.x) or `arviz.InferenceData` (0.23) with the groups `posterior` and
-        `unconstrained_posterior`. Its attribute `description` says that these are not draws of the posterior.
+        `unconstrained_posterior`, and what was asked for. Its attribute `description` says that these are not
+        draws of the posterior.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
-        ValueError: if the Gaussian is of another dimension, or names clash.
+        ValueError: if the Gaussian is of another dimension, names clash, or the loss has no observed sites where
+        they are needed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -219,10 +251,11 @@ def gaussian_to_arviz(
     gaussian = check_gaussian(gaussian, loss.dim, "gaussian_to_arviz")
     check_count(num_samples, "gaussian_to_arviz: num_samples")
     arguments = loss.bind(args, kwargs)
-    labels = label_sites(
+    labels = label_all(
         loss,
         arguments,
         "gaussian_to_arviz",
+        compared=log_likelihood or posterior_predictive,
         deterministic=deterministic,
         dims=dims,
         coords=coords,
@@ -230,10 +263,29 @@ def gaussian_to_arviz(
     )
     x = np.asarray(gaussian.sample(rng_key, (1, num_samples)))
     groups = position_groups(x, loss, arguments, labels)
+    if log_likelihood or posterior_predictive:
+        groups |= observation_groups(
+            x,
+            loss,
+            arguments,
+            labels,
+            "gaussian_to_arviz",
+            likelihood=log_likelihood,
+            rng_key=_predictive_key(rng_key) if posterior_predictive else None,
+        )
     attrs = _attributes(loss, labels) | {"description": OF_GAUSSIAN}
+    return wrap(_with_attributes(groups, attrs), attrs)
+
+
+def _predictive_key(rng_key: Key) -> Key:
+    # Draws have the key itself.
+    return jax.random.fold_in(rng_key, 1)
+
+
+def _with_attributes(groups: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Any]:
     for dataset in groups.values():
-        dataset.attrs.update(attrs)
-    return wrap(groups, attrs)
+        dataset.attrs = attrs | dataset.attrs
+    return groups
 
 
 def _check_run(result: Any, optimizer: Any) -> None:
@@ -303,10 +355,13 @@ def _temperatures(info: Any) -> list[np.ndarray]:
     return found + (_temperatures(info.engine) if hasattr(info, "engine") else [])
 
 
-def _constant_data(result: TwoStepResult, loss: Loss, arguments: Partition, labels: Labels) -> Any:
+def _constant_data(
+    result: TwoStepResult, loss: Loss, arguments: Partition, labels: Labels, *, observed: bool
+) -> Any:
     import xarray as xr  # noqa: PLC0415
 
-    sites = [site for site in labels.sites if site.kind == "observed" and 0 not in site.shape]
+    known = labels.sites if observed else ()
+    sites = [site for site in known if site.kind == "observed" and 0 not in site.shape]
     values = observed_values(loss, arguments) if sites else {}
     tau = plain(result.history.tau)
     variables = {

@@ -15,6 +15,7 @@ import numpy as np
 
 from numpyro_regloss._arguments import Arguments, explain
 from numpyro_regloss._checks import check_key, check_own_names
+from numpyro_regloss._fence import fence, reads_many_numbers
 from numpyro_regloss._function_source import FunctionSource, flatten_params
 from numpyro_regloss._model_data import check_rows
 from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
@@ -52,12 +53,14 @@ class Loss:
         arguments: the bound `(args, kwargs)`.
         source: how the flat vector becomes the user's parameters and the loss.
         minibatch: which arguments are data, or None for full batches.
+        fenced: whether the loss reads its arguments one number at a time; such programs compile faster so.
     """
 
     x0: Array
     arguments: Partition
     source: FunctionSource | ModelSource
     minibatch: Minibatch | None = static_field(default=None)
+    fenced: bool = static_field(default=False)
 
     @classmethod
     def from_function(
@@ -281,6 +284,8 @@ class Loss:
         self.check_precision("Loss")
         self._check_point(x)
         x, arguments = with_context_axes(x), with_context_axes(arguments, divided=True)
+        if self.fenced:
+            x, arguments = fence(x, arguments)
         leaves, structure = jax.tree.flatten((self.source, x, arguments))
 
         def value(leaves: list[Array]) -> Scalar:
@@ -337,7 +342,7 @@ class Loss:
     ) -> "Loss":
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
-        return loss
+        return replace_fields(loss, fenced=reads_many_numbers(_raw_value.trace(loss).jaxpr.jaxpr))
 
     def _check_point(self, x: Any) -> None:
         if np.shape(x) != (self.dim,):

@@ -14,15 +14,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax.tree_util import Partial
 from numpyro.distributions import constraints
 
 from numpyro_regloss._checks import check_positive
+from numpyro_regloss._model_source import ModelSource
 from numpyro_regloss._pytree import (
     Partition,
     pytree_dataclass,
     replace_fields,
     static_field,
 )
+from numpyro_regloss._tilted import Tilted, observe
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.loss import Loss
@@ -160,11 +163,16 @@ class RegularizedLoss:
 def model(target: RegularizedLoss) -> None:
     """The regularized loss as a NumPyro model, in whitened form.
 
-    Sites: `eps` ~ N(0, I) of shape `(dim,)`; `x` = mean + scale eps, deterministic; the user's
-    parameters (and deterministic sites) by name, deterministic; the factor `minus_energy`. Without a
-    reference `x` itself is latent, with a flat improper prior. Where one of these names is taken by
-    anything in the user's own model, an observed site or a plate among it, ours gets a trailing
-    underscore: so the samples go into `Predictive` of either model.
+    Sites: `eps`, latent, of shape `(dim,)`, drawn from N(0, I), with the density of N(0, I) times
+    exp(-loss / T); `x` = mean + scale eps, deterministic; the user's parameters (and deterministic
+    sites) by name, deterministic. Without a reference `x` itself is latent, with a flat improper
+    prior. Where one of these names is taken by anything in the user's own model, an observed site or a
+    plate among it, ours gets a trailing underscore: so the samples go into `Predictive` of either model.
+
+    The observed sites of a user's model are observed sites here too, at the weight 1 / T, and that
+    part of the loss is theirs: `numpyro.infer.log_likelihood` and ArviZ see the observations that
+    they see in the user's model. A loss that is a function has none, nor has a model that reads arrays
+    besides its arguments (from an object, a closure or a global): pass the data as arguments.
 
     Its log joint in `eps` is `target.log_density(x)` plus `target.reference.log_det`.
 
@@ -192,17 +200,31 @@ def model(target: RegularizedLoss) -> None:
         )
     target.loss.check_captured()
     taken = target.loss.source.taken_names(target.arguments)
-    name = _free("x", taken)
+    name, energy = _free("x", taken), Partial(_log_weight, target)
     if target.reference is None:
-        x = numpyro.sample(name, dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
+        flat = dist.ImproperUniform(constraints.real_vector, (), (target.dim,))
+        x = numpyro.sample(name, Tilted(flat, energy))
     else:
         standard = dist.Normal(jnp.zeros(target.dim), 1.0).to_event(1)
-        noise = jnp.asarray(numpyro.sample(_free("eps", taken), standard))
+        noise = jnp.asarray(numpyro.sample(_free("eps", taken), Tilted(standard, energy)))
         x = numpyro.deterministic(name, target.reference.unwhiten(noise))
-    x = jnp.asarray(x)
-    for site, value in target.loss.named_sites(x, target.arguments).items():
+    sites = target.loss.named_sites(jnp.asarray(x), target.arguments)
+    for site, value in sites.items():
         numpyro.deterministic(site, value)
-    numpyro.factor(_free("minus_energy", taken), -target.energy(x))
+    source = _observed_source(target)
+    if source is not None:
+        latent = {name: sites[name] for name in source.names}
+        scales = dict.fromkeys(source.rows, target.data_scale / target.temperature)
+        observe(source.model, latent, target.arguments, scales, 1.0 / target.temperature)
+
+
+def _log_weight(target: RegularizedLoss, value: Array) -> Array:
+    """Minus the energy at a value of the latent site, without what observed sites say."""
+    source = _observed_source(target)
+    if source is not None:
+        source = replace_fields(source, has_observations=False)
+        target = replace_fields(target, loss=replace_fields(target.loss, source=source))
+    return -target.energy(value if target.reference is None else target.reference.unwhiten(value))
 
 
 def latent_name(target: RegularizedLoss) -> str:
@@ -213,6 +235,13 @@ def latent_name(target: RegularizedLoss) -> str:
 def x_name(target: RegularizedLoss) -> str:
     """Name of the site of `model` with the flat parameters: `x`, unless the user's model has that name."""
     return _free("x", target.loss.source.taken_names(target.arguments))
+
+
+def _observed_source(target: RegularizedLoss) -> ModelSource | None:
+    """The model whose observed sites stand for themselves, if there is one."""
+    # Arrays that a model reads by itself travel with the loss; a site of the live model would hold its own.
+    source = target.loss.source
+    return source if isinstance(source, ModelSource) and not source.user.captured else None
 
 
 def _free(name: str, taken: frozenset[str]) -> str:

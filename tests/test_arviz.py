@@ -3,6 +3,7 @@
 """Views for ArviZ: the same under both of its generations, with every element under its own label."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpyro.distributions as dist
 import pytest
 from conftest import SIGMAS
 from jax import random
+from numpyro.contrib.control_flow import scan
 
 from numpyro_regloss import (
     Gaussian,
@@ -25,7 +27,9 @@ from numpyro_regloss import (
     RegularizedLoss,
     TwoStep,
     TwoStepResult,
+    _draw_datasets,
     _outer_step,
+    _per_draw,
     anchor,
     fit,
     gaussian_to_arviz,
@@ -34,6 +38,7 @@ from numpyro_regloss import (
     to_arviz,
 )
 from numpyro_regloss._equal_weights import equal_weights
+from numpyro_regloss._pytree import replace_fields
 from numpyro_regloss._sampler_stats import sampler_stats
 from numpyro_regloss._site_labels import label_sites
 from numpyro_regloss.draws import BatchMeans, StoredDraws
@@ -400,6 +405,259 @@ def test_equal_weights_keep_chains_where_they_are_chains():
 def test_weights_that_are_none_are_refused(bad):
     with pytest.raises(ValueError, match="finite log weights"):
         equal_weights(np.full((1, 3), bad))
+
+
+# Observations.
+
+
+COUNT = jnp.array(2)
+MISSING = jnp.array([1.0, jnp.nan, 2.0])
+
+
+def survey(y):
+    """Plates, an event axis, a value that several terms share, a missing one, a factor, integers."""
+    level = numpyro.sample("level", dist.Normal(0, 1))
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    numpyro.factor("soft", -(level**2))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(level, scale), obs=y)
+        pair = dist.MultivariateNormal(jnp.stack([level, scale]), jnp.eye(2))
+        numpyro.sample("pair", pair, obs=jnp.stack([y, y], -1), infer={"event_dims": ["part"]})
+    numpyro.sample("count", dist.Poisson(jnp.exp(level) * jnp.ones(4)), obs=COUNT)
+    with numpyro.plate("visit", 3):
+        seen = ~jnp.isnan(MISSING)
+        numpyro.sample("gap", dist.Normal(level, 1.0), obs=MISSING, obs_mask=seen)
+
+
+SURVEY = jnp.array([0.5, -1.0, 2.0, 0.0, 1.5])
+
+
+@pytest.fixture(scope="module")
+def survey_run():
+    optimizer = TwoStep(
+        Loss.from_model(survey, SURVEY), 0.5, shift.Importance(400, ess=0.4), fit.ForwardKL()
+    )
+    return optimizer, optimizer.run(random.key(0), 1, progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def survey_data(survey_run):
+    optimizer, result = survey_run
+    return to_arviz(result, optimizer, log_likelihood=True, posterior_predictive=True)
+
+
+def test_log_likelihood_is_numpyros(survey_run, survey_data):
+    optimizer, _ = survey_run
+    assert survey_data["posterior"].attrs["resampled"] == 1
+    draws = {name: jnp.asarray(survey_data["posterior"][name][0]) for name in optimizer.loss.names}
+    wanted = numpyro.infer.log_likelihood(survey, draws, SURVEY)
+    found = survey_data["log_likelihood"]
+    assert set(found.data_vars) == set(wanted) - {"soft"}
+    for name, values in found.data_vars.items():
+        np.testing.assert_allclose(values[0], wanted[name], rtol=1e-4, atol=1e-5)
+    assert {name: values.dims[2:] for name, values in found.data_vars.items()} == {
+        "y": ("row",),
+        "pair": ("row",),
+        "count": ("count_dim_0",),
+        "gap_observed": ("visit",),
+    }
+    assert "not of the model's posterior" in found.attrs["description"]
+    assert found.attrs["shift"] == "Importance"
+
+
+def test_predictions_are_those_of_the_draws(survey_run, survey_data):
+    optimizer, result = survey_run
+    posterior, found = survey_data["posterior"], survey_data["posterior_predictive"]
+    assert found["pair"].dims == ("chain", "draw", "row", "part")
+    assert found["count"].shape == (1, 400, 4)
+    assert found["count"].dtype.kind == "i"
+    both = ("chain", "draw")
+    for name in ("y", "gap_observed"):
+        residual = (found[name] - posterior["level"]) / (posterior["scale"] if name == "y" else 1.0)
+        assert (np.abs(residual.mean(both)) < SIGMAS / 20).all()
+        # Of a standard normal.
+        assert (np.abs(residual.std(both) - 1) < SIGMAS / np.sqrt(800)).all()
+    observed = survey_data["observed_data"]
+    np.testing.assert_array_equal(observed["y"], SURVEY)
+    assert set(observed.data_vars) == set(found.data_vars)
+    assert "y" not in survey_data["constant_data"]
+    again = to_arviz(result, optimizer, posterior_predictive=True)
+    assert "log_likelihood" not in again
+    np.testing.assert_array_equal(again["posterior_predictive"]["y"], found["y"])
+    other = to_arviz(result, optimizer, posterior_predictive=True, rng_key=random.key(5))
+    assert (other["posterior_predictive"]["y"] != found["y"]).any()
+
+
+# ArviZ 0.23 uses what later releases of matplotlib give up.
+@pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")
+# Five observations: one of them has much weight.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")
+def test_arviz_compares_with_data(az, survey_data):
+    from matplotlib import pyplot as plt
+
+    values = survey_data["log_likelihood"]["y"].values.reshape(400, -1)
+    result = az.loo(survey_data, var_name="y")
+    in_sample = np.log(np.exp(values.astype(float)).mean(0)).sum()
+    assert result.n_data_points == len(SURVEY)
+    assert (
+        in_sample - 5 < float(getattr(result, "elpd", getattr(result, "elpd_loo", 0))) < in_sample
+    )
+    plot = az.plot_ppc_dist if hasattr(az, "plot_ppc_dist") else az.plot_ppc
+    try:
+        assert plot(survey_data, var_names=["y"]) is not None
+    finally:
+        plt.close("all")
+
+
+def test_other_data_and_chunks(survey_run, monkeypatch):
+    optimizer, result = survey_run
+    draws = by_hand(optimizer.loss)
+    options = {"draws": draws, "log_likelihood": True, "posterior_predictive": True}
+    whole = to_arviz(result, optimizer, SURVEY + 1, **options)
+    monkeypatch.setattr(_per_draw, "CHUNK_NUMBERS", 100)  # of some thirty numbers: three draws
+    parts = to_arviz(result, optimizer, SURVEY + 1, **options)
+    for group in ("log_likelihood", "posterior_predictive", "observed_data", "posterior"):
+        for name, values in whole[group].data_vars.items():
+            np.testing.assert_allclose(values, parts[group][name], rtol=1e-6)
+    np.testing.assert_array_equal(whole["observed_data"]["y"], SURVEY + 1)
+    here = whole["posterior"].isel(chain=1, draw=2)
+    wanted = dist.Normal(here["level"].values, here["scale"].values).log_prob(SURVEY + 1)
+    found = whole["log_likelihood"]["y"].isel(chain=1, draw=2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_predictions_of_a_series_are_one_step_ahead():
+    def series(y):
+        pull = numpyro.sample("pull", dist.Normal(0, 1))
+
+        def step(before, _):
+            now = numpyro.sample("y", dist.Normal(pull * before, 0.1))
+            return now, None
+
+        with numpyro.handlers.condition(data={"y": y}):
+            scan(step, 1.0, None, length=len(y))
+
+    y = jnp.array([2.0, -3.0, 1.0])
+    loss = Loss.from_model(series, y)
+    narrow = Gaussian(jnp.array([0.5]), jnp.array(1e-6))
+    data = gaussian_to_arviz(
+        random.key(0), narrow, loss, 400, log_likelihood=True, posterior_predictive=True
+    )
+    wanted = 0.5 * jnp.array([1.0, 2.0, -3.0])
+    error = 0.1 / np.sqrt(400)
+    found = data["posterior_predictive"]["y"].mean(("chain", "draw"))
+    assert (np.abs(found - wanted) < SIGMAS * error).all()
+    np.testing.assert_allclose(
+        data["log_likelihood"]["y"][0, 0], dist.Normal(wanted, 0.1).log_prob(y), rtol=1e-3
+    )
+
+
+def test_replicas_have_observations_of_their_own():
+    def model(y):
+        level = numpyro.sample("level", dist.Normal(0, 1))
+        with numpyro.plate("row", len(y)):
+            numpyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+    optimizer = schemes.parle(Loss.from_model(model, SURVEY), tau=0.5, num_replicas=2)
+    draws = by_hand(optimizer.loss, 1, 3)
+    data = to_arviz(
+        without_running(optimizer),
+        optimizer,
+        draws=draws,
+        log_likelihood=True,
+        posterior_predictive=True,
+    )
+    found = data["log_likelihood"]["y"]
+    assert found.dims == ("chain", "draw", "replica", "row")
+    for replica in range(2):
+        wanted = dist.Normal(draws.x[0, :, replica, None], 1.0).log_prob(SURVEY)
+        np.testing.assert_allclose(found.sel(replica=replica)[0], wanted, rtol=1e-5)
+    assert "select one before" in data["log_likelihood"].attrs["description"]
+    predicted = data["posterior_predictive"]["y"]
+    assert (predicted.sel(replica=0) != predicted.sel(replica=1)).all()
+
+
+def test_losses_without_observations_are_refused(cloud_run):
+    optimizer, result = cloud_run
+    for option in ("log_likelihood", "posterior_predictive"):
+        with pytest.raises(ValueError, match="from a NumPyro model for log_likelihood"):
+            to_arviz(result, optimizer, rename=RENAME, **{option: True})
+
+    def factors():
+        numpyro.factor("soft", -(numpyro.sample("z", dist.Normal(0, 1)) ** 2))
+
+    loss = Loss.from_model(factors)
+    with pytest.raises(ValueError, match="observed sites .*got none .a numpyro.factor is no"):
+        gaussian_to_arviz(random.key(0), Gaussian(loss.x0, jnp.ones(())), loss, log_likelihood=True)
+    loss = Loss.from_model(survey, SURVEY)
+    optimizer = TwoStep(loss, tau=0.5, shift=shift.Implicit(), fit=fit.RobbinsMonro(3))
+    with pytest.raises(ValueError, match="expected draws for log_likelihood"):
+        to_arviz(without_running(optimizer), optimizer, log_likelihood=True)
+
+
+# Many sites.
+
+
+def long_model(y):
+    """Sites and observations one by one; of three kinds of support."""
+    for i in range(len(y)):
+        z = numpyro.sample(
+            f"z{i}", (dist.Normal(0, 1), dist.HalfNormal(1), dist.Uniform(0, 2))[i % 3]
+        )
+        numpyro.sample(f"y{i}", dist.Normal(z, 1.0), obs=y[i])
+
+
+@pytest.fixture(scope="module")
+def long_loss():
+    return Loss.from_model(long_model, jnp.arange(60.0))
+
+
+def test_many_sites_are_one_output(long_loss):
+    # Each output of a program would take as long to compile as a small program.
+    loss, arguments = long_loss, long_loss.bind()
+    x = random.normal(random.key(0), (2, 3, loss.dim))
+    found = _draw_datasets.position_groups(
+        np.asarray(x), loss, arguments, label_sites(loss, arguments, "test")
+    )["posterior"]
+    shapes = _per_draw._many.eval_shape(_draw_datasets._named, loss.names, loss, arguments, x[0])
+    assert len(jax.tree.leaves(shapes)) == 1
+    params = loss.constrain(x[1, 2])
+    assert all(isinstance(value, jax.Array) for value in params.values())
+    here = dict(zip(loss.names, x[1, 2], strict=True))
+    for i, to in enumerate([lambda z: z, jnp.exp, lambda z: 2 * jax.nn.sigmoid(z)]):
+        for name in (f"z{i}", f"z{i + 30}"):
+            np.testing.assert_allclose(params[name], to(here[name]), rtol=1e-5)
+            np.testing.assert_allclose(found[name][1, 2], to(here[name]), rtol=1e-5)
+
+
+def test_data_that_are_read_one_by_one_stay_in_their_loop(long_loss):
+    assert long_loss.fenced
+
+    def total(loss, x, arguments):
+        return jax.lax.map(lambda x: loss.evaluate(x, arguments), x)
+
+    x = random.normal(random.key(0), (4, long_loss.dim))
+    compiled = jax.jit(total).lower(long_loss, x, long_loss.arguments).compile()
+    (loop,) = re.findall(r"= \((.*)\) while\(", compiled.as_text())
+    # Hoisted, each of sixty numbers would be a variable of the loop.
+    assert loop.count("f32[") < 20
+    bare = replace_fields(long_loss, fenced=False)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(
+            compiled(long_loss, x, long_loss.arguments), total(bare, x, bare.arguments), rtol=1e-5
+        )
+    gradient, wanted = (jax.grad(loss.value)(x[0]) for loss in (long_loss, bare))
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5)
+
+
+def test_large_computations_on_data_leave_their_loop():
+    def loss(params, y):
+        gram = jnp.linalg.cholesky(jnp.outer(y, y) + jnp.eye(len(y)))
+        return sum(params[i] * y[i] for i in range(len(y))) + jnp.sum(gram @ params)
+
+    y = jnp.ones(60)
+    assert not Loss.from_function(loss, y, y).fenced
+    assert not Loss.from_function(lambda p, y: jnp.sum((p - y) ** 2), y, y).fenced
 
 
 # Steps.

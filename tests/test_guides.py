@@ -14,6 +14,8 @@ import numpyro.distributions as dist
 import pytest
 from conftest import SIGMAS, with_long
 from jax import random
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions.transforms import OrderedTransform
 from numpyro.infer import SVI, Predictive, Trace_ELBO, autoguide
 from numpyro.infer.util import unconstrain_fn
@@ -488,6 +490,73 @@ def test_predictions_for_data_of_another_size():
     variance = predicted["y"].var(0) + mean.var(0)
     difference = jnp.abs(predicted["y"].mean(0) - mean.mean(0))
     assert jnp.all(difference < SIGMAS * jnp.sqrt(variance / NUM_DRAWS))
+
+
+def walk(length, y=None):
+    """A latent series, positive and real, of which the observations may be the first few."""
+    step = numpyro.sample("step", dist.HalfNormal(1.0))
+
+    def move(level, _):
+        level = numpyro.sample("level", dist.Normal(level, step))
+        rate = numpyro.sample("rate", dist.LogNormal(level, 0.1))
+        numpyro.sample("y", dist.Normal(rate, 0.1))
+        return level, rate
+
+    with handlers.condition(data={} if y is None else {"y": y}):
+        numpyro.deterministic("rates", scan(move, 0.0, None, length=length)[1])
+
+
+def test_forecasts_of_a_series():
+    loss = Loss.from_model(walk, 3, jnp.ones(3))
+    gaussian = Gaussian(jnp.arange(7.0) / 7, jnp.full(7, 0.01))
+    guide = to_guide(gaussian, loss, trainable=False)
+    draws = Predictive(guide, num_samples=500)(KEY, 5, jnp.ones(3))
+    assert draws["level"].shape == draws["rate"].shape == draws["rates"].shape == (500, 5)
+    np.testing.assert_allclose(draws["rates"], draws["rate"])
+    # The steps of the loss are the Gaussian's; those beyond are drawn from the model.
+    flat = draws["_gaussian_latent"]
+    np.testing.assert_allclose(draws["level"][:, :3], flat[:, :3], rtol=1e-5)
+    np.testing.assert_allclose(draws["rate"][:, :3], jnp.exp(flat[:, 3:6]), rtol=1e-5)
+    moves = jnp.diff(draws["level"][:, 2:], axis=1) / draws["step"][:, None]
+    assert jnp.all(jnp.abs(moves.mean(0)) < SIGMAS / 500**0.5)
+    assert jnp.all(jnp.abs(moves.std(0) - 1) < SIGMAS / 1000**0.5)
+    predicted = Predictive(walk, guide=guide, num_samples=5)(KEY, 5, jnp.ones(3))["y"]
+    np.testing.assert_array_equal(predicted[:, :3], 1.0)
+    assert jnp.all(predicted[:, 3:].std(0) > 0)
+
+    def emitted(length):
+        trace = handlers.trace(handlers.seed(guide, 0)).get_trace(length)
+        return trace, sum(
+            jnp.sum(site["fn"].log_prob(site["value"]))
+            for name, site in trace.items()
+            if name in loss.names
+        )
+
+    # The emitted densities are those of the parts: the Gaussian's change of variables, then the model.
+    short, (trace, longer) = emitted(3)[1], emitted(5)
+    level, rate, step = (trace[name]["value"] for name in ("level", "rate", "step"))
+    beyond = dist.Normal(level[2:4], step).log_prob(level[3:])
+    beyond += dist.LogNormal(level[3:], 0.1).log_prob(rate[3:])
+    np.testing.assert_allclose(longer - short, beyond.sum(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="to_guide: the model raised .* but not shorter"):
+        Predictive(guide, num_samples=2)(KEY, 2)
+
+
+def test_arguments_with_which_the_model_does_not_run():
+    def line(x, y):
+        slope = numpyro.sample("slope", dist.Normal(0, 1))
+        with numpyro.plate("row", len(y)):
+            numpyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    x = jnp.arange(3.0)
+    guide = to_guide(gaussians(1)["dense"], Loss.from_model(line, x, x), trainable=False)
+    for kind, new in (
+        (TypeError, (jnp.arange(5.0),)),
+        (TypeError, (jnp.arange(5.0), None)),
+        (ValueError, (jnp.arange(5.0), x)),
+    ):
+        with pytest.raises(kind, match=r"to_guide: the model raised .* or None"):
+            Predictive(guide, num_samples=2)(KEY, *new)
 
 
 def test_supports_that_depend_on_other_sites():

@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import pytest
 from conftest import SIGMAS
 from jax import random
-from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, log_likelihood
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
 from test_gaussian import gaussians
@@ -20,6 +20,7 @@ from test_loss import SIGMA, Y, eight_schools
 
 import numpyro_regloss as regloss
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems, to_guide
+from numpyro_regloss._pytree import replace_fields
 from numpyro_regloss._site_labels import label_sites
 
 pytestmark = pytest.mark.both
@@ -48,6 +49,71 @@ def test_three_forms_of_one_density(kind, temperature):
     np.testing.assert_allclose(joint, -potential - 2 * jnp.log(2 * jnp.pi), rtol=1e-4, atol=1e-3)
     expected = reference.log_prob(x) - jax.vmap(target.value)(x) / temperature
     np.testing.assert_allclose(density, expected, rtol=1e-4, atol=1e-3)
+
+
+def counts(x, y, scale=1.0):
+    """Two observed sites in plates, one of them called as a site of ours, a factor, a constraint."""
+    slope = numpyro.sample("slope", dist.Normal(0, 1))
+    sd = numpyro.sample("sd", dist.HalfNormal(scale))
+    numpyro.factor("soft", -jnp.abs(slope))
+    with numpyro.plate("row", len(x)):
+        numpyro.sample("x", dist.Normal(slope * jnp.arange(len(x)), sd), obs=x)
+        numpyro.sample("count", dist.Poisson(jnp.exp(slope)), obs=y)
+
+
+COUNTS = jnp.array([0.1, 1.2, 1.9]), jnp.array([1, 3, 2])
+
+
+@pytest.mark.parametrize("density", ["joint", "map", "likelihood"])
+@pytest.mark.parametrize("data_scale", [1.0, 5.0])
+def test_observed_sites_have_their_part_of_the_density(density, data_scale):
+    loss = Loss.from_model(counts, *COUNTS, density=density)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1), temperature=2.0)
+    target = replace_fields(target, data_scale=data_scale)
+    for eps in random.normal(random.key(0), (3, 2)):
+        x = target.reference.unwhiten(eps)
+
+        def joint(eps):
+            return log_density(regloss.model, (target,), {}, {"eps": eps})
+
+        log_joint, trace = joint(eps)
+        wanted = target.log_density(x) + target.reference.log_det
+        np.testing.assert_allclose(log_joint, wanted, rtol=1e-5, atol=1e-4)
+        gradient = jax.grad(lambda eps: joint(eps)[0])(eps)
+        wanted = jax.grad(lambda eps: -target.whitened_potential(eps))(eps)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-4)
+        # The observations are those of the user's model, with their plates.
+        mine = {name for name, site in trace.items() if site.get("is_observed")}
+        assert mine == {"x", "count"}
+        assert [frame.name for frame in trace["count"]["cond_indep_stack"]] == ["row"]
+
+
+def test_log_likelihood_is_that_of_the_users_model():
+    loss = Loss.from_model(counts, *COUNTS)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1), temperature=3.0)
+    draws = Predictive(regloss.model, num_samples=4)(random.key(0), target)
+    own = {name: value for name, value in draws.items() if name not in ("x", "count")}
+    mine = log_likelihood(regloss.model, own, target)
+    user = log_likelihood(counts, {name: own[name] for name in loss.names}, *COUNTS)
+    assert set(mine) == {"x", "count"}
+    for name, value in mine.items():
+        np.testing.assert_allclose(value, user[name], rtol=1e-5)
+    function = RegularizedLoss(function_loss(), gaussians()["dense"])
+    draws = Predictive(regloss.model, num_samples=2)(random.key(0), function)
+    assert log_likelihood(regloss.model, draws, function) == {}
+
+
+def test_a_wall_stays_a_wall():
+    def walled(y):
+        top = numpyro.sample("top", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Poisson(jnp.maximum(top, 0.0)), obs=y)
+
+    loss = Loss.from_model(walled, jnp.array([2]))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    for eps, infinite in ((-1.0, True), (1.0, False)):
+        value = log_density(regloss.model, (target,), {}, {"eps": jnp.array([eps])})[0]
+        assert not jnp.isnan(value)
+        assert (value == -jnp.inf) == infinite
 
 
 def test_mcmc_with_default_initialization():
@@ -89,6 +155,7 @@ def test_sites_of_a_model():
         "tau": (5,),
         "theta": (5, 8),
         "twice": (5, 8),
+        "obs": (5, 8),
     }
     np.testing.assert_allclose(draws["x"], target.reference.unwhiten(draws["eps"]), rtol=1e-5)
     np.testing.assert_allclose(draws["twice"], 2 * draws["theta"], rtol=1e-5)
@@ -127,7 +194,7 @@ def test_sites_that_clash_are_renamed():
     loss = Loss.from_model(clashing, 1.0)
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
     trace = numpyro.handlers.trace(numpyro.handlers.seed(regloss.model, 0)).get_trace(target)
-    assert set(trace) == {"eps_", "x_", "minus_energy_", "eps", "x", "minus_energy"}
+    assert set(trace) == {"eps_", "x_", "eps", "x", "minus_energy", "y"}
 
 
 def test_no_site_has_the_name_of_data():
@@ -185,8 +252,17 @@ def test_paths_of_the_same_name():
         progress_bar=False,
     )  # fmt: skip
     mcmc.run(random.key(0), target)
-    data = az.from_numpyro(mcmc)
+    data = az.from_numpyro(mcmc, log_likelihood=True)
     assert {"mu", "tau", "theta", "x"} <= set(data.posterior.data_vars)
+    # As of the user's own model: eight observations, each with its own likelihood.
+    assert set(data.log_likelihood.data_vars) == set(data.observed_data.data_vars) == {"obs"}
+    draws = data.posterior.isel(chain=1, draw=7)
+    np.testing.assert_allclose(
+        data.log_likelihood["obs"].isel(chain=1, draw=7),
+        dist.Normal(draws["theta"].values, SIGMA).log_prob(Y),
+        rtol=1e-4,
+    )
+    assert az.loo(data).n_data_points == 8
     assert dict(data.posterior["theta"].sizes)["chain"] == 2
     assert "mu" in az.summary(data, var_names=["mu"]).index
 
