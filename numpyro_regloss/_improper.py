@@ -112,12 +112,18 @@ def most_growth(dtype: Any) -> float:
 
 
 def outgrown(
-    gaussian: AnyGaussian, noise: Array, slopes: Array, curvature: Array, limit: Array
+    gaussian: AnyGaussian,
+    start: AnyGaussian,
+    noise: Array,
+    slopes: Array,
+    curvature: Array,
+    limit: Array,
 ) -> Array:
-    """Whether a coordinate has grown much and has not met a curvature.
+    """Whether a coordinate has grown or moved much and has not met a curvature.
 
     Args:
         gaussian: dense.
+        start: from where.
         noise: its whitened draws, `(draw, dim)`.
         slopes: gradients at them, whitened, `(draw, dim)`.
         curvature: E z hᵀ, symmetric, `(dim, dim)`.
@@ -128,7 +134,8 @@ def outgrown(
     """
     sd, directions, values = _along_coordinates(gaussian, curvature)
     error = _curvature_error(curvature, slopes, noise, directions)
-    flat = (sd > limit) & (values <= jnp.minimum(error, LEAST_CURVATURE))
+    far = jnp.maximum(sd, jnp.abs(gaussian.mean - start.mean)) > limit
+    flat = far & (values <= jnp.minimum(error, LEAST_CURVATURE))
     return jnp.any(flat | ((sd > MOST_GROWTH * limit) & (values < LEAST_CURVATURE)))
 
 
@@ -141,8 +148,8 @@ def flat_directions(
         gaussian: dense.
         noise: its whitened draws, `(draw, dim)`.
         gradient: of the guarded energy at the draws, `(draw, dim)`.
-        limit: standard deviations from which on a coordinate has grown much, `(dim,)`.
-        guard: what is held already.
+        limit: standard deviations, or distances from the start, that are much, `(dim,)`.
+        guard: what is held already, about the start.
         rays: from `endless_rays` once the search is over: then they count too, and what has grown much and still
             does, and coordinates that have little part in all that is held are not counted as held.
 
@@ -156,12 +163,13 @@ def flat_directions(
     if rays is not None:
         least = jnp.maximum(least, LEAST_CURVATURE)
     directions = gaussian.scale @ vectors
-    growth = jnp.max(jnp.abs(directions) / limit[:, None], 0)
+    # Columns S⁻ᵀ v, so that the quadratic is that of the whitened coordinates along what is flat.
+    pulls = solve_triangular(gaussian.scale, vectors, lower=True, trans="T")
+    moved = jnp.abs((gaussian.mean - guard.center) @ pulls)
+    growth = jnp.max(jnp.abs(directions) / limit[:, None], 0) * jnp.maximum(moved, 1.0)
     # Among equal curvatures eigenvectors are mixed, and their growth with them.
     grown = growth > 0.5 * len(limit) ** -0.5
     flat = grown & finite & (values <= jnp.minimum(least, LEAST_CURVATURE))
-    # Columns S⁻ᵀ v, so that the quadratic is that of the whitened coordinates along what is flat.
-    pulls = solve_triangular(gaussian.scale, vectors, lower=True, trans="T")
     pulls = jnp.where(flat, pulls, 0.0)
     precision = guard.precision + pulls @ pulls.T
     held = guard.variance + jnp.sum(jnp.where(flat, directions, 0.0) ** 2, 1)

@@ -120,7 +120,7 @@ def natural_gradient(
         size = jnp.max(jnp.abs(_change(covariance, slope, curvature)))
         lost = jnp.asarray(False)
         if limit is not None:
-            lost = outgrown(trial, noise, slopes, curvature, limit)
+            lost = outgrown(trial, start, noise, slopes, curvature, limit)
         tried = now._replace(num_steps=now.num_steps + 1, num_rejected=now.num_rejected + ~finite)
         fresh = _Search(
             tried._replace(gaussian=trial, evaluation=evaluation),

@@ -553,6 +553,7 @@ def falling_off(x, code):
         lambda: total,
         lambda: jax.nn.softplus(-x[0]) + 0.5 * x[1] ** 2,
         lambda: 0.3 * jnp.log1p(x[0] ** 2) + 0.5 * x[1] ** 2,
+        lambda: 0.5 * x[1] ** 2 - x[0],
         lambda: first + 0.5 * (x[1] / 1000.0) ** 2,
         lambda: total + 0.5 * (x[0] ** 2 + x[1] ** 2) / 1000.0**2,
         lambda: jnp.logaddexp(0.0, 2.0 * x[0]) - x[0] + 0.5 * x[1] ** 2,
@@ -561,9 +562,9 @@ def falling_off(x, code):
 
 
 # Which coordinates nothing holds: one that is not used, two of which the sum counts, one that is bounded on one
-# side only, one with tails that have no integral; and wide priors, of a coordinate and of a difference, and
-# exponential tails.
-IMPROPER = [(1,), (0, 1), (0,), (0,), (), (), ()]
+# side only, one with tails that have no integral, one that falls without end. Then wide priors, of a coordinate
+# and of a difference, and exponential tails.
+IMPROPER = [(1,), (0, 1), (0,), (0,), (0,), (), (), ()]
 PLAIN_ENGINES = {
     "dense": ("dense", {}),
     "natural": ("diagonal", {"method": "natural"}),
@@ -594,7 +595,7 @@ def test_a_target_that_has_no_gaussian_is_told(name):
         if family != "isotropic":
             np.testing.assert_allclose(gaussian.variance[2], 0.25, rtol=0.02)
     if family == "dense":
-        loss = Loss.from_function(falling_off, np.zeros(3), np.float32(4))
+        loss = Loss.from_function(falling_off, np.zeros(3), np.float32(5))
         gaussian = reverse_kl(KEY, RegularizedLoss(loss)).gaussian
         np.testing.assert_allclose(gaussian.variance[1], 1e6, rtol=0.01)
 
