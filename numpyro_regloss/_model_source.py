@@ -16,7 +16,6 @@ from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
 from numpyro_regloss._constrained import constrained
 from numpyro_regloss._packing import pack, unpack
-from numpyro_regloss._potential import batched_potential_energy
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._sites import Site, check_sites, flat_labels, ravel_sites
 from numpyro_regloss._typing import Array
@@ -53,8 +52,7 @@ class ModelSource:
         with handlers.block():
             model = handlers.seed(self.model, 0)
             joint = self.density == "joint"
-            energy = potential_energy if len(self.sites) < MANY else batched_potential_energy
-            value = energy(model, args, kwargs, unconstrained) if joint else 0.0
+            value = potential_energy(model, args, kwargs, unconstrained) if joint else 0.0
             if joint and data_scale == 1.0:
                 return value
             constrained = constrain_fn(model, args, kwargs, unconstrained)

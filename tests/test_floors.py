@@ -23,7 +23,6 @@ FLOORS = {
     "_fence": 0,
     "_tilted": 1,
     "_constrained": 1,
-    "_potential": 1,
     "_checks": 1,
     "_estimate": 1,
     "_sites": 1,
