@@ -46,15 +46,13 @@ def constrained(
     with handlers.block():
         seen = handlers.substitute(handlers.seed(model, 0), substitute_fn=note)
         values = constrain_fn(seen, args, kwargs, unconstrained, return_deterministic=True)
-    groups: dict[Any, list[str]] = {}
+    kinds: dict[Any, list[str]] = {}
     for name, array in unconstrained.items():
         kind = _kind(supports.get(name))
         if kind is not None and jnp.shape(values[name]) == jnp.shape(array):
-            groups.setdefault((kind, jnp.result_type(array)), []).append(name)
-    for names in groups.values():
-        if len(names) > 1:
-            values |= _together(supports[names[0]], {name: unconstrained[name] for name in names})
-    return values
+            kinds.setdefault(kind, []).append(name)
+    groups = [names for names in kinds.values() if len(names) > 1]
+    return values | _together(supports, groups, unconstrained) if groups else values
 
 
 def _kind(support: Any) -> Any:
@@ -67,12 +65,22 @@ def _kind(support: Any) -> Any:
     return jax.tree.structure(support), tuple(float(np.reshape(leaf, ())) for leaf in leaves)
 
 
-def _together(support: Any, arrays: dict[str, Array]) -> dict[str, Array]:
-    transform = biject_to(support)
-    flat = transform(jnp.concatenate([jnp.reshape(a, -1) for a in arrays.values()]))
-    found, start = {}, 0
-    for name, array in arrays.items():
-        stop = start + jnp.size(array)
-        found[name] = flat[start:stop].reshape(jnp.shape(array))
-        start = stop
-    return found
+def _together(
+    supports: dict[str, Any], groups: list[list[str]], arrays: dict[str, Array]
+) -> dict[str, Array]:
+    # Picked and put back by their places: XLA would compile a slice of each site into all that follows.
+    ends = np.cumsum([np.size(array) for array in arrays.values()])
+    places = {
+        name: np.arange(end - np.size(array), end)
+        for (name, array), end in zip(arrays.items(), ends, strict=True)
+    }
+    flat = jnp.concatenate([jnp.reshape(array, -1) for array in arrays.values()])
+    for names in groups:
+        index = np.concatenate([places[name] for name in names])
+        flat = flat.at[index].set(biject_to(supports[names[0]])(flat[index]))
+    return {
+        name: flat[places[name][0] : places[name][-1] + 1].reshape(jnp.shape(arrays[name]))
+        for names in groups
+        for name in names
+        if places[name].size
+    }

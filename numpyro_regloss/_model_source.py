@@ -20,7 +20,6 @@ from numpyro_regloss._model_checks import GivenParams, bijection, param_remedy
 from numpyro_regloss._model_data import likelihood_sites, row_sites
 from numpyro_regloss._one_at_a_time import mapped, needs_one_at_a_time
 from numpyro_regloss._packing import pack, unpack
-from numpyro_regloss._potential import batched_potential_energy
 from numpyro_regloss._pytree import (
     Partition,
     is_concrete,
@@ -86,8 +85,7 @@ class ModelSource:
             args, kwargs = arguments.tree
             # Handlers are global: without the block an outer model would count the user's sites again.
             with handlers.block():
-                energy = potential_energy if len(self.sites) < MANY else batched_potential_energy
-                full = energy(handlers.seed(model, 0), args, kwargs, self.unravel(x))
+                full = potential_energy(handlers.seed(model, 0), args, kwargs, self.unravel(x))
             if data_scale == 1.0:
                 return full
         terms, _ = self.terms(model, x, arguments)

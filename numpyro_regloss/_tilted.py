@@ -19,7 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_regloss._pytree import Partition
 from numpyro_regloss._typing import Array, Key
 
-__all__ = ["Tilted", "WithoutObservations", "observe"]
+__all__ = ["Observed", "Tilted", "WithoutObservations", "observations"]
 
 
 class Tilted(dist.Distribution):
@@ -84,37 +84,53 @@ class _Masked(Messenger):
             msg["fn"] = msg["fn"].mask(False)
 
 
-def observe(
-    model: Callable[..., Any],
-    latent: dict[str, Array],
-    arguments: Partition,
-    scales: dict[str, Any],
-    scale: Any,
-) -> None:
-    """Emits the observed sites of a model, in their plates, and nothing else of it.
+class Observed(dist.Distribution):
+    """What is known of the observations of a site: their log densities.
+
+    Args:
+        value: the observations.
+        log_density: of each of them.
+    """
+
+    arg_constraints = {}
+    pytree_data_fields = ("value", "log_density")
+
+    def __init__(self, value: Array, log_density: Array) -> None:
+        self.value, self.log_density = value, log_density
+        batch = jnp.shape(log_density)
+        super().__init__(batch, jnp.shape(value)[len(batch) :])
+
+    def sample(self, key: Key | None, sample_shape: tuple[int, ...] = ()) -> Any:
+        """The observations themselves."""
+        return jnp.broadcast_to(self.value, (*sample_shape, *jnp.shape(self.value)))
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> Any:
+        """The log densities of the observations, whatever the value."""
+        return self.log_density
+
+
+def observations(
+    model: Callable[..., Any], latent: dict[str, Array], arguments: Partition
+) -> dict[str, tuple[Array, Array, Any]]:
+    """What a model says of its observed sites.
 
     Args:
         model: the model.
         latent: values of its latent sites.
         arguments: its `(args, kwargs)`.
-        scales: weights of observed sites by name.
-        scale: weight of the others.
+
+    Returns:
+        By name the observations, the log density of each, and their weight by the model's own handlers, or None.
     """
     args, kwargs = arguments.tree
-    weights = _Weights(scales, scale)
-    with weights, handlers.block(hide_fn=lambda site: not _is_observation(site)):
-        handlers.substitute(handlers.seed(model, 0), data=latent)(*args, **kwargs)
-
-
-class _Weights(Messenger):
-    def __init__(self, scales: dict[str, Any], scale: Any) -> None:
-        super().__init__()
-        self.scales, self.scale = scales, scale
-
-    def process_message(self, msg: Any) -> None:
-        if _is_observation(msg):
-            weight = self.scales.get(msg["name"], self.scale)
-            msg["scale"] = weight if msg["scale"] is None else weight * msg["scale"]
+    with handlers.block():
+        seen = handlers.substitute(handlers.seed(model, 0), data=latent)
+        trace = handlers.trace(seen).get_trace(*args, **kwargs)
+    return {
+        name: (site["value"], site["fn"].log_prob(site["value"]), site["scale"])
+        for name, site in trace.items()
+        if _is_observation(site)
+    }
 
 
 def _is_observation(site: Any) -> bool:

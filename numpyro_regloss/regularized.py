@@ -25,7 +25,7 @@ from numpyro_regloss._pytree import (
     replace_fields,
     static_field,
 )
-from numpyro_regloss._tilted import Tilted, observe
+from numpyro_regloss._tilted import Observed, Tilted, observations
 from numpyro_regloss._typing import Array, Key, Scalar, Vector
 from numpyro_regloss.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.loss import Loss
@@ -171,8 +171,7 @@ def model(target: RegularizedLoss) -> None:
 
     The observed sites of a user's model are observed sites here too, at the weight 1 / T, and that
     part of the loss is theirs: `numpyro.infer.log_likelihood` and ArviZ see the observations that
-    they see in the user's model. A loss that is a function has none, nor has a model that reads arrays
-    besides its arguments (from an object, a closure or a global): pass the data as arguments.
+    they see in the user's model. A loss that is a function has none.
 
     Its log joint in `eps` is `target.log_density(x)` plus `target.reference.log_det`.
 
@@ -211,17 +210,21 @@ def model(target: RegularizedLoss) -> None:
     sites = target.loss.named_sites(jnp.asarray(x), target.arguments)
     for site, value in sites.items():
         numpyro.deterministic(site, value)
-    source = _observed_source(target)
-    if source is not None:
+    source = target.loss.source
+    if isinstance(source, ModelSource):
         latent = {name: sites[name] for name in source.names}
-        scales = dict.fromkeys(source.rows, target.data_scale / target.temperature)
-        observe(source.model, latent, target.arguments, scales, 1.0 / target.temperature)
+        found = source.user.call(observations, latent, target.arguments)
+        for site, (value, log_density, weight) in found.items():
+            rows = target.data_scale if site in source.rows else 1.0
+            scale = rows / target.temperature * (1.0 if weight is None else weight)
+            with handlers.scale(scale=scale):
+                numpyro.sample(site, Observed(value, log_density), obs=value)
 
 
 def _log_weight(target: RegularizedLoss, value: Array) -> Array:
     """Minus the energy at a value of the latent site, without what observed sites say."""
-    source = _observed_source(target)
-    if source is not None:
+    source = target.loss.source
+    if isinstance(source, ModelSource):
         source = replace_fields(source, has_observations=False)
         target = replace_fields(target, loss=replace_fields(target.loss, source=source))
     return -target.energy(value if target.reference is None else target.reference.unwhiten(value))
@@ -235,13 +238,6 @@ def latent_name(target: RegularizedLoss) -> str:
 def x_name(target: RegularizedLoss) -> str:
     """Name of the site of `model` with the flat parameters: `x`, unless the user's model has that name."""
     return _free("x", target.loss.source.taken_names(target.arguments))
-
-
-def _observed_source(target: RegularizedLoss) -> ModelSource | None:
-    """The model whose observed sites stand for themselves, if there is one."""
-    # Arrays that a model reads by itself travel with the loss; a site of the live model would hold its own.
-    source = target.loss.source
-    return source if isinstance(source, ModelSource) and not source.user.captured else None
 
 
 def _free(name: str, taken: frozenset[str]) -> str:

@@ -499,9 +499,8 @@ def test_arviz_compares_with_data(az, survey_data):
     result = az.loo(survey_data, var_name="y")
     in_sample = np.log(np.exp(values.astype(float)).mean(0)).sum()
     assert result.n_data_points == len(SURVEY)
-    assert (
-        in_sample - 5 < float(getattr(result, "elpd", getattr(result, "elpd_loo", 0))) < in_sample
-    )
+    # An observation is harder to predict without itself.
+    assert float(getattr(result, "elpd", getattr(result, "elpd_loo", np.inf))) < in_sample
     plot = az.plot_ppc_dist if hasattr(az, "plot_ppc_dist") else az.plot_ppc
     try:
         assert plot(survey_data, var_names=["y"]) is not None

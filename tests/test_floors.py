@@ -28,7 +28,6 @@ FLOORS = {
     "_fence": 0,
     "_tilted": 1,
     "_constrained": 1,
-    "_potential": 1,
     "_checks": 1,
     "_tail": 1,
     "_pair_values": 2,

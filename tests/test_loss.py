@@ -48,36 +48,6 @@ def make(a=0.0, y=1.0):
     return Loss.from_function(squares, params, np.full(3, y), weight=2.0)
 
 
-def many_kinds(y):
-    """Forty latent sites of several kinds, among observed ones, scaled ones, masked ones and factors."""
-    for i in range(10):
-        a = numpyro.sample(f"a{i}", dist.Normal(0.1 * i, 1.0 + i))
-        b = numpyro.sample(f"b{i}", dist.HalfNormal(1.0).expand([2]).to_event(1))
-        c = numpyro.sample(f"c{i}", dist.Uniform(a, a + 1.0))
-        d = numpyro.sample(f"d{i}", dist.Dirichlet(jnp.ones(3) + i))
-        numpyro.factor(f"f{i}", -c * d[0])
-        numpyro.sample(f"y{i}", dist.Normal(a, b[0]).mask(i % 2 == 0), obs=y[i])
-        mixed = dist.MixtureSameFamily(dist.Categorical(d), dist.Normal(jnp.arange(3.0), b[1]))
-        numpyro.sample(f"m{i}", mixed, obs=y[i])
-        with numpyro.handlers.scale(scale=0.5 + i):
-            numpyro.sample(f"n{i}", dist.Poisson(b.sum()), obs=i)
-
-
-def test_many_sites_have_numpyros_potential_energy():
-    y = jnp.linspace(-1.0, 2.0, 10)
-    loss = Loss.from_model(many_kinds, y)
-    for x in random.normal(random.key(0), (2, loss.dim)):
-        here = loss.source.unravel(x)
-
-        def energy(here):
-            return potential_energy(many_kinds, (y,), {}, here)
-
-        np.testing.assert_allclose(loss.value(x), energy(here), rtol=1e-5)
-        np.testing.assert_allclose(
-            jax.grad(loss.value)(x), loss.source.ravel(jax.grad(energy)(here)), rtol=1e-3, atol=1e-3
-        )
-
-
 def test_function_of_a_pytree():
     loss = make()
     assert loss.dim == 7

@@ -208,15 +208,17 @@ def test_no_site_has_the_name_of_data():
     loss = Loss.from_model(observed, data)
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
     samples = Predictive(regloss.model, num_samples=7)(random.key(0), target)
-    assert set(samples) == {"eps_", "x_", "m", "minus_energy_"}
+    assert set(samples) == {"eps_", "x_", "m", "eps", "x"}
+    np.testing.assert_array_equal(samples["x"], np.tile(data, (7, 1)))
     # Samples of the one model go into the other: nothing is taken for data.
     again = Predictive(regloss.model, samples)(random.key(1), target)
     np.testing.assert_allclose(again["m"], samples["m"])
+    samples = {name: samples[name] for name in ("eps_", "x_", "m")}
     predicted = Predictive(observed, samples)(random.key(2))
     assert predicted["x"].shape == predicted["eps"].shape == (7, 3)
     flat = numpyro.handlers.substitute(regloss.model, data={"x_": jnp.zeros(1)})
     trace = numpyro.handlers.trace(flat).get_trace(RegularizedLoss(loss))
-    assert set(trace) == {"x_", "m", "minus_energy_"}
+    assert set(trace) == {"x_", "m", "eps", "x"}
     with pytest.raises(ValueError, match=r"loss's own \['_eps_latent'\]"):
         to_guide(target.reference, Loss.from_model(clashing_guide, data), prefix="eps")
 
