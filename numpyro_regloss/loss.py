@@ -293,8 +293,21 @@ class Loss:
             args, kwargs = arguments.tree
             return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
 
+        alone = self.is_evaluated_alone(arguments)
+        return one_at_a_time(value, leaves) if alone else value(leaves)
+
+    def is_evaluated_alone(self, arguments: Partition) -> bool:
+        """Whether the loss is evaluated one draw at a time, since it factorizes several matrices.
+
+        Args:
+            arguments: from `bind`.
+
+        Returns:
+            Whether it is.
+        """
+        leaves, structure = jax.tree.flatten((self.source, self.x0, arguments))
         shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in leaves)
-        return one_at_a_time(value, leaves) if _factorizes(structure, shapes) else value(leaves)
+        return _factorizes(structure, shapes)
 
     def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
         """One minibatch of the arguments and the factor `rows / batch_size`; all of them without one.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax.tree_util import Partial
+from numpyro import handlers
 from numpyro.distributions import constraints
 
 from numpyro_regloss._checks import check_positive
@@ -171,7 +172,8 @@ def model(target: RegularizedLoss) -> None:
 
     The observed sites of a user's model are observed sites here too, at the weight 1 / T, and that
     part of the loss is theirs: `numpyro.infer.log_likelihood` and ArviZ see the observations that
-    they see in the user's model. A loss that is a function has none.
+    they see in the user's model. A loss that is a function has none, nor has a model that factorizes
+    several matrices (Gaussian processes): draws of such a loss are evaluated one by one, as one number.
 
     Its log joint in `eps` is `target.log_density(x)` plus `target.reference.log_det`.
 
@@ -210,8 +212,8 @@ def model(target: RegularizedLoss) -> None:
     sites = target.loss.named_sites(jnp.asarray(x), target.arguments)
     for site, value in sites.items():
         numpyro.deterministic(site, value)
-    source = target.loss.source
-    if isinstance(source, ModelSource):
+    source = _observed_source(target)
+    if source is not None:
         latent = {name: sites[name] for name in source.names}
         found = source.user.call(observations, latent, target.arguments)
         for site, (value, log_density, weight) in found.items():
@@ -223,11 +225,19 @@ def model(target: RegularizedLoss) -> None:
 
 def _log_weight(target: RegularizedLoss, value: Array) -> Array:
     """Minus the energy at a value of the latent site, without what observed sites say."""
-    source = target.loss.source
-    if isinstance(source, ModelSource):
+    source = _observed_source(target)
+    if source is not None:
         source = replace_fields(source, has_observations=False)
         target = replace_fields(target, loss=replace_fields(target.loss, source=source))
     return -target.energy(value if target.reference is None else target.reference.unwhiten(value))
+
+
+def _observed_source(target: RegularizedLoss) -> ModelSource | None:
+    """The model whose observed sites stand for themselves, if there is one."""
+    source = target.loss.source
+    # Of a loss that is evaluated one draw at a time there is the value alone.
+    alone = target.loss.is_evaluated_alone(target.arguments)
+    return source if isinstance(source, ModelSource) and not alone else None
 
 
 def latent_name(target: RegularizedLoss) -> str:
