@@ -157,11 +157,10 @@ def explain(call: Callable[[], Any], what: str) -> Any:
         return call()
     except UNKNOWN_VALUES as error:
         raise TypeError(
-            f"Loss: the {what} needs the value of something that is known only when the program runs "
-            f"({type(error).__name__}: {str(error).splitlines()[0]} ...); it must run under jax.jit. If the value "
-            "depends on the parameters, use jnp.where or jax.lax.cond in the place of `if`, and sizes that do not "
-            "depend on them. If it is data that were passed inside of jax.jit or jax.vmap, bind them as "
-            "constants with functools.partial(function, data)."
+            f"Loss: the {what} needs the value of something that is known only when the program runs; it must "
+            "run under jax.jit. If the value depends on the parameters, use jnp.where or jax.lax.cond in place of "
+            "`if`, and sizes that do not depend on them. If it is data that were passed inside of jax.jit or "
+            "jax.vmap, bind them as constants with functools.partial(function, data)."
         ) from error
     except Exception as error:
         if str(error).startswith(("Loss", "argument")):

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 
 from numpyro_regloss._environment import Environment, digest
 from numpyro_regloss._pytree import Partition, is_concrete, pytree_dataclass, static_field
@@ -200,7 +200,7 @@ class UserFunction:
         closed, shape = jax.make_jaxpr(run, return_shape=True)(self.bound, *operands)
         consts = [self._held(const) for const in closed.consts]
         leaves = jax.tree.leaves((self.bound, operands))
-        out = jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
+        out = eval_jaxpr(closed.jaxpr, consts, *leaves)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     def _held(self, const: Any) -> Any:

@@ -28,6 +28,7 @@ LIBRARIES = {
     "blackjax", "equinox", "flax", "jax", "jaxlib", "ml_dtypes", "numpy", "numpyro", "numpyro_regloss",
     "optax", "pandas", "scipy", "tqdm", *sys.stdlib_module_names,
 } - {"__main__"}  # fmt: skip
+CHECKERS = ("beartype", "jaxtyping")
 # What a function reads through these cannot be seen.
 BLIND = {
     "__import__", "eval", "exec", "genfromtxt", "getattr", "globals", "import_module", "load", "loadtxt",
@@ -173,6 +174,11 @@ class Environment:
         self._read("array", array, None, found, lambda: self._tokens.append(token))
 
     def _visit_function(self, function: types.FunctionType) -> None:
+        wrapped = getattr(function, "__wrapped__", None)
+        # Checkers of types keep objects of their own around a function.
+        if wrapped is not None and any(c in function.__code__.co_filename for c in CHECKERS):
+            self._visit(wrapped)
+            return
         self._tokens.append(function.__code__)
         for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
             self._visit(part or None)
