@@ -20,7 +20,7 @@ REFUSED = {("parallel_chains", "context")}
 
 @pytest.mark.both
 @pytest.mark.parametrize(
-    ("group", "least"), [("few", 7), long("engines", 30), long("values_and_fits", 15)]
+    ("group", "least"), [("few", 6), long("engines", 30), long("values_and_fits", 15)]
 )
 def test_several_devices_give_the_numbers_of_one(group, least):
     done = subprocess.run(
