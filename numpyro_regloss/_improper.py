@@ -279,7 +279,9 @@ def warn_improper(improper: Array, names: tuple[str, ...]) -> None:
     rest = len(which) - MOST_NAMES
     listed = ", ".join(names[i] for i in which[:MOST_NAMES])
     listed += f" and {rest} more" if rest > 0 else ""
-    others = " The other coordinates are right." if len(which) < len(names) else ""
+    others = ""
+    if len(which) < len(names):
+        others = " The other coordinates can be used, unless the density even grows along it."
     warnings.warn(
         "reverse_kl: the target has no finite Gaussian. Its density does not fall off along some direction of "
         f"{listed}, where the variance would grow without end. Mean and variance of these coordinates and the "

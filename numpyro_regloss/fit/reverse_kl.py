@@ -97,7 +97,7 @@ class ReverseKLInfo(NamedTuple):
         num_rejected: those that met a loss or gradient that was not finite.
         improper: coordinates in which the target has no finite Gaussian, `(dim,)` booleans, or None where it has a
             reference. The bound is then -inf, and a weak guard has held these coordinates: their mean and
-            variance say nothing, those of the others are right.
+            variance say nothing; those of the others are right, unless the density even grows along them.
     """
 
     ok: Array
