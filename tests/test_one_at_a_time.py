@@ -126,7 +126,7 @@ CASES = [
             points,
             kernels,
             f"[shift.Importance(1000), shift.NUTS({CHAINS}), shift.HMC({CHAINS}), shift.SMC(100), "
-            "shift.SGLD(0.05, num_samples=50, num_chains=4)]",
+            "shift.SGLD(2e-5, num_samples=50, num_chains=4)]",
             ["importance", "smc", "gaussian", "bridge"],
             id=f"{kernels} of {points}",
             marks=pytest.mark.long,
