@@ -1,50 +1,33 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that factorize matrices: evaluated for one draw at a time, however they are batched.
+"""Losses that factorize matrices, evaluated for one draw at a time, however they are batched.
 
-On a CPU each batched LAPACK call divides its batch among XLA's threads and waits for them. Two such calls that do
-not depend on each other run at the same time. Where there are no more threads than calls, each waits for threads
-that the other one holds, forever. A call for a single matrix waits for nobody. So a loss with several of them is
-mapped over draws, chains and particles, inside of whatever batches it.
+On a CPU each batched LAPACK call of JAX 0.10 and 0.11 divides its batch among XLA's threads and waits for them.
+Two such calls that do not depend on each other run at the same time. Where there are no more threads than calls,
+each waits for threads that the other one holds, forever. A call for a single matrix waits for nobody. So a loss
+with such calls is mapped over draws, chains and particles, inside of whatever batches it, and its own batches of
+matrices are loops. A single call counts too: its derivatives hold several, and so does a program that evaluates it
+twice.
 
 The price: such a loss runs on one core, one draw after the other.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from numpyro_regloss._factorizations import factorizations, one_matrix_at_a_time
 from numpyro_regloss._typing import Array, Scalar
 
 __all__ = ["mapped", "needs_one_at_a_time", "one_at_a_time"]
 
-FACTORIZATIONS = frozenset({
-    "cholesky",
-    "cholesky_update",
-    "eig",
-    "eigh",
-    "geqp3",
-    "geqrf",
-    "hessenberg",
-    "householder_product",
-    "lu",
-    "ormqr",
-    "qr",
-    "schur",
-    "svd",
-    "triangular_solve",
-    "tridiagonal",
-    "tridiagonal_solve",
-})
-
 
 def needs_one_at_a_time(fn: Callable[[list[Array]], Any], leaves: Sequence[Any]) -> bool:
-    """Whether batches of a function can wait for themselves: it has several LAPACK calls, on a CPU.
+    """Whether batches of a function can wait for themselves: it has LAPACK calls, on a CPU.
 
     Args:
         fn: the function, at one point.
@@ -55,9 +38,7 @@ def needs_one_at_a_time(fn: Callable[[list[Array]], Any], leaves: Sequence[Any])
     """
     shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) for leaf in leaves]
     jaxpr = jax.make_jaxpr(fn)(shapes)
-    calls = (eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name in FACTORIZATIONS)
-    several = next(calls, None) is not None and next(calls, None) is not None
-    return several and jax.default_backend() == "cpu"
+    return any(factorizations(jaxpr.jaxpr)) and jax.default_backend() == "cpu"
 
 
 def one_at_a_time(fn: Callable[[list[Array]], Scalar], leaves: list[Array]) -> Scalar:
@@ -75,10 +56,11 @@ def one_at_a_time(fn: Callable[[list[Array]], Scalar], leaves: list[Array]) -> S
     """
     # JAX batches nested loops several times, until it knows all that varies. Python traces the loss only once.
     jitted = jax.jit(fn)
+    alone = jax.jit(one_matrix_at_a_time(jitted))
 
     @jax.custom_jvp
     def value(leaves: list[Array]) -> Scalar:
-        return sequential_vmap(jitted)(leaves)
+        return sequential_vmap(alone)(leaves)
 
     def jvp(primals: tuple[list[Array]], tangents: tuple[list[Any]]) -> tuple[Scalar, Scalar]:
         (leaves,), (dots,) = primals, tangents
@@ -102,10 +84,11 @@ def mapped(fn: Callable[[list[Array]], Any]) -> Callable[[list[Array]], Any]:
         The function, for `jax.vmap` and, of a gradient, `jax.hessian`.
     """
     fn = jax.jit(fn)
+    alone = jax.jit(one_matrix_at_a_time(fn))
 
     @jax.custom_jvp
     def call(leaves: list[Array]) -> Any:
-        return sequential_vmap(fn)(leaves)
+        return sequential_vmap(alone)(leaves)
 
     def jvp(primals: tuple[list[Array]], tangents: tuple[list[Any]]) -> tuple[Any, Any]:
         (leaves,), (dots,) = primals, tangents
@@ -130,13 +113,3 @@ def _moved(dots: list[Any]) -> list[int]:
 def _put(leaves: list[Array], places: list[int], some: list[Array]) -> list[Array]:
     new = dict(zip(places, some, strict=True))
     return [new.get(i, leaf) for i, leaf in enumerate(leaves)]
-
-
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr | ClosedJaxpr)
-        ):
-            if isinstance(inner, Jaxpr | ClosedJaxpr):
-                yield from _equations(getattr(inner, "jaxpr", inner))

@@ -297,7 +297,7 @@ class Loss:
         return one_at_a_time(value, leaves) if alone else value(leaves)
 
     def is_evaluated_alone(self, arguments: Partition) -> bool:
-        """Whether the loss is evaluated one draw at a time, since it factorizes several matrices.
+        """Whether the loss is evaluated one draw at a time, since it factorizes matrices.
 
         Args:
             arguments: from `bind`.

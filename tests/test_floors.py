@@ -32,6 +32,7 @@ FLOORS = {
     "_tail": 1,
     "_pair_values": 2,
     "_estimate": 1,
+    "_factorizations": 0,
     "_one_at_a_time": 1,
     "_sites": 1,
     "_model_data": 1,

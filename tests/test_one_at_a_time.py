@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Losses with several matrix factorizations are not batched, and so end: two batched ones may wait forever."""
+"""Losses with matrix factorizations are not batched, and so end: two batched ones may wait forever."""
 
 import subprocess
 import sys
@@ -12,10 +12,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from conftest import FAMILIES, SHIFTS
-from jax import random
+from jax import lax, random
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, shift
-from numpyro_regloss._one_at_a_time import FACTORIZATIONS, _equations
+from numpyro_regloss._factorizations import factorizations, is_divided
 
 pytestmark = pytest.mark.both
 
@@ -38,11 +38,35 @@ def two_matrices(p, y):
     return jnp.linalg.slogdet(one)[1] + y @ jnp.linalg.solve(other, y)
 
 
+def stack(p, size):
+    """Two covariance matrices."""
+    gap = jnp.linspace(0.0, 1.0, size)[:, None] - jnp.linspace(0.0, 1.0, size)
+    return jnp.exp(-0.5 * (gap / jnp.exp(p[:2, None, None])) ** 2) + 0.1 * jnp.eye(size)
+
+
+def stacks(p, size):
+    """Batches of matrices in the loss itself, in programs that a program holds."""
+    ones = jnp.ones(size)
+    half = jax.jit(
+        lambda p: jnp.sum(
+            jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(stack(p, size)), True), ones)
+        )
+    )
+    other = lax.cond(
+        p[2] > 5.0, jnp.sum, lambda p: jnp.sum(jnp.linalg.slogdet(stack(p, size))[1]), p
+    )
+
+    def looped(total, shift):
+        return total + jnp.sum(jnp.linalg.solve(stack(p + shift, size), ones[:, None])), None
+
+    return half(p) + other + lax.scan(looped, 0.0, p)[0]
+
+
 def batched_factorizations(fn, *args):
     return [
         eqn.primitive.name
-        for eqn in _equations(jax.make_jaxpr(fn)(*args).jaxpr)
-        if eqn.primitive.name in FACTORIZATIONS and max(v.aval.ndim for v in eqn.invars) > 2
+        for eqn in factorizations(jax.make_jaxpr(fn)(*args).jaxpr)
+        if max(v.aval.ndim for v in eqn.invars) > 2
     ]
 
 
@@ -68,9 +92,43 @@ def test_gradients_for_data_are_those_of_the_loss():
     np.testing.assert_allclose(slope, jax.grad(lambda y: two_matrices(x, y))(DATA), rtol=1e-5)
 
 
-def test_one_factorization_is_batched():
-    loss = Loss.from_function(lambda p: jnp.sum(jnp.linalg.eigvalsh(jnp.outer(p, p))), jnp.ones(3))
-    assert batched_factorizations(jax.vmap(loss.value), jnp.ones((4, 3))) == ["eigh"]
+@pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, jax.hessian], ids=[0, 1, 2])
+def test_one_factorization_is_not_batched(derivative):
+    def loss(p):
+        return jnp.sum(jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(p, p)))
+
+    value = Loss.from_function(loss, jnp.ones(3)).value
+    assert len(batched_factorizations(jax.vmap(derivative(loss)), jnp.ones((4, 3)))) > 0
+    assert batched_factorizations(jax.vmap(derivative(value)), jnp.ones((4, 3))) == []
+
+
+@pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, jax.hessian], ids=[0, 1, 2])
+def test_large_batches_of_a_loss_are_loops(derivative):
+    def plain(p):
+        return stacks(p, 20)
+
+    value = Loss.from_function(plain, jnp.ones(3)).value
+    x = random.normal(random.key(0), (2, 3))
+    assert len(batched_factorizations(derivative(plain), x[0])) > 0
+    assert batched_factorizations(jax.vmap(derivative(value)), x) == []
+
+
+def test_gradients_of_large_batches_are_those_of_the_loss():
+    def plain(p):
+        return stacks(p, 20)
+
+    value = Loss.from_function(plain, jnp.ones(3)).value
+    x = jnp.array([0.3, -0.5, 0.1])
+    slope, right = (jax.jit(jax.grad(f))(x) for f in (value, plain))
+    # Rounding of other orders of summation, in solutions of systems of condition 200.
+    np.testing.assert_allclose(slope, right, rtol=1e-3, atol=1e-3)
+
+
+def test_small_batches_of_a_loss_are_none():
+    loss = Loss.from_function(lambda p: stacks(p, 3), jnp.ones(3))
+    calls = factorizations(jax.make_jaxpr(jax.grad(loss.value))(jnp.ones(3)).jaxpr)
+    assert [is_divided(eqn) for eqn in calls].count(True) == 0
+    assert len(batched_factorizations(jax.vmap(loss.value), jnp.ones((4, 3)))) > 0
 
 
 ENGINES = {name: (SHIFTS[name], fit.ForwardKL) for name in (*FAMILIES, "smc", "kernel")}
@@ -139,12 +197,46 @@ CASES = [
 @pytest.mark.parametrize(("points", "kernels", "engines", "methods"), CASES)
 def test_it_ends(points, kernels, engines, methods):
     code = RUN.format(points=points, kernels=kernels, engines=engines, methods=methods)
+    assert_ends(code, 600)
+
+
+def assert_ends(code, seconds):
+    """Runs a program in a process of its own, within a limit."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=__file__.rsplit("/", 1)[0],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=seconds,
         check=False,
     )
     assert done.stdout.endswith("done\n"), done.stderr
+
+
+# 40 draws of eight stacks of eight matrices stood still in every run while only draws were loops.
+STACKS = """
+import jax, jax.numpy as jnp
+from jax import random
+from numpyro_regloss import Loss
+
+gap = jnp.linspace(0.0, 1.0, 60)[:, None] - jnp.linspace(0.0, 1.0, 60)
+
+def log_determinants(p):
+    total = 0.0
+    for k in range(8):
+        kernels = jnp.exp(-0.5 * (gap / jnp.exp(p[k, :, None, None])) ** 2) + 0.01 * (k + 1) * jnp.eye(60)
+        diagonals = jnp.diagonal(jnp.linalg.cholesky(kernels), axis1=-2, axis2=-1)
+        total += jnp.sum(jnp.log(diagonals))
+    return total
+
+loss = Loss.from_function(log_determinants, jnp.zeros((8, 8)))
+values = jax.jit(jax.vmap(loss.value))
+for i in range(20):
+    jax.block_until_ready(values(0.1 * random.normal(random.key(i), (40, 64))))
+print("done")
+"""
+
+
+@pytest.mark.long
+def test_stacks_of_matrices_end():
+    assert_ends(STACKS, 120)
