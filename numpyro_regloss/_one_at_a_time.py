@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from numpyro_regloss._typing import Array, Scalar
 
-__all__ = ["mapped", "needs_one_at_a_time", "one_at_a_time"]
+__all__ = ["equations", "mapped", "needs_one_at_a_time", "one_at_a_time"]
 
 FACTORIZATIONS = frozenset({
     "cholesky",
@@ -55,7 +55,7 @@ def needs_one_at_a_time(fn: Callable[[list[Array]], Any], leaves: Sequence[Any])
     """
     shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) for leaf in leaves]
     jaxpr = jax.make_jaxpr(fn)(shapes)
-    calls = (eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name in FACTORIZATIONS)
+    calls = (eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name in FACTORIZATIONS)
     several = next(calls, None) is not None and next(calls, None) is not None
     return several and jax.default_backend() == "cpu"
 
@@ -132,11 +132,12 @@ def _put(leaves: list[Array], places: list[int], some: list[Array]) -> list[Arra
     return [new.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """All equations of a jaxpr, and of those within them."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr | ClosedJaxpr)
         ):
             if isinstance(inner, Jaxpr | ClosedJaxpr):
-                yield from _equations(getattr(inner, "jaxpr", inner))
+                yield from equations(getattr(inner, "jaxpr", inner))
