@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._long_losses import CENTER_FROM
 from numpyro_regloss._pytree import pytree_dataclass, static_field
 from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._scrambled_sobol import sobol_normal
@@ -125,7 +126,7 @@ class Cloud:
         temperature: scalar, the one of the weights.
         offset: of the draws (or pairs) from the center, `(1, chunk, row, dim)`, or None.
         layout: how draws lie in chunks.
-        center_loss: at the reference's mean, if it was evaluated in one batch with the draws, else None.
+        center_loss: at the reference's mean, if it was evaluated with the draws, else None.
     """
 
     rng_key: Key
@@ -183,7 +184,8 @@ def evaluate(
         rng_key: the key of the noise.
         target: reference and loss, on one batch of data.
         layout: how draws lie in chunks.
-        with_center: whether a cloud that is evaluated at once takes the reference's mean along.
+        with_center: whether to take the reference's mean along, in a cloud that is evaluated at once or of a loss
+            that is long.
 
     Returns:
         Losses `(draw,)`; the offsets of the draws if they are kept, else None; the loss at the reference's mean,
@@ -192,9 +194,16 @@ def evaluate(
     if layout.at_once:
         return _evaluate_at_once(rng_key, target, layout, with_center=with_center)
 
+    # The step evaluates the center apart: of a long loss that would compile it a second time.
+    whole = target.loss.is_long and target.loss.minibatch is None
+    with_center = with_center and whole and layout.chunk_size >= CENTER_FROM
+
     def of_chunk(offset: Array) -> Array:
         pairs = jnp.zeros((offset.shape[0], layout.per_row))
-        return jax.vmap(target.value)(Chunk(target.reference.mean, offset, pairs, None).x)
+        x = Chunk(target.reference.mean, offset, pairs, None).x
+        if with_center:
+            x = jnp.concatenate([x, target.reference.mean[None]])
+        return jax.vmap(target.value)(x)
 
     def of_segment(index: Array) -> tuple[Array, Array | None]:
         offset = _offsets(rng_key, target.reference, layout, index)
@@ -202,7 +211,10 @@ def evaluate(
         return lax.map(of_chunk, offset), offset if layout.kept else None
 
     loss, offset = lax.map(of_segment, jnp.arange(layout.num_segments))
-    return loss.reshape(-1)[: layout.num_samples], offset, None, loss.size
+    center, num_loss = None, loss.size
+    if with_center:
+        loss, center = loss[..., :-1], loss[0, 0, -1]
+    return loss.reshape(-1)[: layout.num_samples], offset, center, num_loss
 
 
 def _evaluate_at_once(

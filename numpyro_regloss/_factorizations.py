@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-__all__ = ["factorizations", "is_divided", "one_matrix_at_a_time"]
+__all__ = ["equations", "factorizations", "is_divided", "one_matrix_at_a_time"]
 
 FACTORIZATIONS = frozenset({
     "cholesky",
@@ -41,14 +41,18 @@ FACTORIZATIONS = frozenset({
 LEAST_WORK, MOST_OPERATIONS = 200_000, 30
 
 
-def factorizations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """The LAPACK calls of a program, in loops, branches and calls too."""
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All operations of a program, in loops, branches and calls too, each once."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in FACTORIZATIONS:
-            yield eqn
+        yield eqn
         for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                yield from factorizations(getattr(inner, "jaxpr", inner))
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def factorizations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """The LAPACK calls of a program."""
+    return (eqn for eqn in equations(jaxpr) if eqn.primitive.name in FACTORIZATIONS)
 
 
 def is_divided(eqn: JaxprEqn) -> bool:

@@ -282,7 +282,9 @@ def _constrain(source: ModelSource, x: Array, arguments: Partition) -> dict[str,
         here, x, arguments = jax.tree.unflatten(structure, leaves)
         return here.user.call(constrain, x, arguments)
 
-    return (mapped(sites) if needs_one_at_a_time(sites, leaves) else sites)(leaves)
+    # Python runs the model only once.
+    once = jax.jit(sites)
+    return (mapped(once) if needs_one_at_a_time(once, leaves) else once)(leaves)
 
 
 @jax.jit

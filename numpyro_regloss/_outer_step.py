@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random
 
 from numpyro_regloss._checks import usable_range
+from numpyro_regloss._chunks import history_capacity
 from numpyro_regloss._probe import Probe, probe
-from numpyro_regloss._pytree import Partition, all_finite, strong
+from numpyro_regloss._pytree import Partition, all_finite, is_concrete, strong
 from numpyro_regloss._ranks import promotes_ranks
 from numpyro_regloss._typing import Array, Key
 from numpyro_regloss.draws import Draws
@@ -29,8 +31,12 @@ __all__ = [
     "advance",
     "draw",
     "draw_key",
+    "first_state",
+    "follows_gradient",
     "init_state",
+    "next_draws",
     "revisit",
+    "row_of_history",
     "scan",
     "step",
 ]
@@ -134,10 +140,8 @@ def _usable(tau: Array) -> Array:
 
 @jax.jit
 @promotes_ranks
-def init_state(
-    optimizer: Any, rng_key: Key, arguments: Partition
-) -> tuple[TwoStepState, Array, Array, Probe | None]:
-    """The first state, the loss at the start, whether its gradient is finite, and a probe if one is used."""
+def first_state(optimizer: Any, rng_key: Key, arguments: Partition) -> TwoStepState:
+    """The first state."""
     key_run, key_shift, key_fit = random.split(rng_key, 3)
     x0 = optimizer.loss.x0
     reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
@@ -151,8 +155,20 @@ def init_state(
         fit=optimizer.fit.init(key_fit, target),
         anchor=optimizer.anchor.init(target),
     )
+    # Weak types in a fresh state would compile the second step anew.
+    return strong(state)
+
+
+@jax.jit
+@promotes_ranks
+def init_state(
+    optimizer: Any, rng_key: Key, arguments: Partition
+) -> tuple[TwoStepState, Array, Array, Probe | None]:
+    """The first state, the loss at the start, whether its gradient is finite, and a probe if one is used."""
+    state = first_state(optimizer, rng_key, arguments)
+    x0, target = optimizer.loss.x0, _target(optimizer, state.reference, arguments)
     gradient_ok, found = jnp.asarray(True), None
-    if not any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit)):
+    if not follows_gradient(optimizer):
         value = target.value(x0)
     elif optimizer.loss.minibatch is None:
         found = probe(rng_key, target)
@@ -162,8 +178,12 @@ def init_state(
         value, gradient = jax.value_and_grad(target.value)(x0)
         gradient_ok = jnp.isfinite(gradient).all()
         found = probe(rng_key, target.on_batch(rng_key))
-    # Weak types in a fresh state would compile the second step anew.
-    return strong(state), value, gradient_ok, found
+    return state, value, gradient_ok, found
+
+
+def follows_gradient(optimizer: Any) -> bool:
+    """Whether an engine differentiates the loss."""
+    return any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit))
 
 
 @jax.jit
@@ -172,6 +192,20 @@ def step(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
     """Reference → draws → fitted Gaussian → next reference; a rejected step keeps what was before."""
+    return _step(optimizer, state, arguments)[:2]
+
+
+@jax.jit
+@promotes_ranks
+def _step_and_draws(
+    optimizer: Any, state: TwoStepState, arguments: Partition
+) -> tuple[TwoStepState, TwoStepInfo, Draws]:
+    return _step(optimizer, state, arguments)
+
+
+def _step(
+    optimizer: Any, state: TwoStepState, arguments: Partition
+) -> tuple[TwoStepState, TwoStepInfo, Draws]:
     keys = _keys(state.rng_key, state.step)
     tau = optimizer.tau_at(state.step)
     here = _rescaled(optimizer, state.reference, tau)
@@ -182,7 +216,6 @@ def step(
         keys[2], state.anchor, target, draws, fitted, fit_info
     )
     infos = (shift_info, fit_info, anchor_info)
-    loss = target.on_batch(keys[3]).value(here.mean)
     ok = all_finite(reference) & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
     recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
     recover_anchor = getattr(optimizer.anchor, "after_rejection", lambda *old: old)
@@ -229,7 +262,7 @@ def step(
         fit=keep(fit, state.fit),
         anchor=keep(anchor, old_anchor),
     )
-    return state, info
+    return state, info, draws
 
 
 @partial(jax.jit, static_argnames="num_steps")
@@ -249,20 +282,40 @@ def scan(
 @promotes_ranks
 def advance(
     optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
-) -> tuple[TwoStepState, TwoStepInfo]:
-    """Up to `capacity` steps, and buffers whose first `num_steps` rows are their infos."""
+) -> tuple[TwoStepState, TwoStepInfo, Draws | None]:
+    """Up to `capacity` steps, buffers whose first `num_steps` rows are their infos, a long loss's last draws."""
     # The number of steps is an argument: one program serves chunks of every length, and none of them
     # is compiled differently from another, which keeps a chunked run equal to a whole one.
-    row = step.eval_shape(optimizer, state, arguments)[1]
+    one = _step_and_draws if optimizer.loss.is_long else step
+    _, row, *draws = one.eval_shape(optimizer, state, arguments)
     buffers = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), row)
+    draws = jax.tree.map(partial(_blank, state.rng_key), draws)
 
-    def body(i: Array, carry: tuple[TwoStepState, TwoStepInfo]) -> tuple[TwoStepState, TwoStepInfo]:
-        state, buffers = carry
-        state, info = step(optimizer, state, arguments)
+    def body(i: Array, carry: Any) -> Any:
+        state, buffers, _ = carry
+        state, info, *draws = one(optimizer, state, arguments)
         write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-        return state, jax.tree.map(write, buffers, info)
+        return state, jax.tree.map(write, buffers, info), draws
 
-    return lax.fori_loop(0, num_steps, body, (state, buffers))
+    state, buffers, draws = lax.fori_loop(0, num_steps, body, (state, buffers, draws))
+    return state, buffers, draws[0] if draws else None
+
+
+def row_of_history(optimizer: Any, state: TwoStepState, arguments: Partition) -> TwoStepInfo:
+    """Shapes and types of one step's info."""
+    one = _step_and_draws if optimizer.loss.is_long else step
+    return one.eval_shape(optimizer, state, arguments)[1]
+
+
+def next_draws(optimizer: Any, state: TwoStepState, arguments: Partition) -> Draws:
+    """The draws of the step that a run does next, up to rounding."""
+    if not optimizer.loss.is_long or not is_concrete((optimizer, state, arguments)):
+        return draw(optimizer, draw_key(state.rng_key, state.step), state, arguments)
+    # The program of the run is compiled already.
+    capacity = history_capacity(row_of_history(optimizer, state, arguments))
+    draws = advance(optimizer, state, arguments, np.int32(1), capacity)[2]
+    assert draws is not None
+    return draws
 
 
 @jax.jit
@@ -315,6 +368,12 @@ def _loss_of_draws(target: RegularizedLoss, draws: Draws, center_loss: Array) ->
 
 def _keys(rng_key: Key, step: Array) -> Key:
     return random.split(random.fold_in(rng_key, step), 5)
+
+
+def _blank(rng_key: Key, like: Any) -> Array:
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(rng_key, like.shape)
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:

@@ -161,7 +161,7 @@ def to_arviz(
     key = _outer_step.draw_key(result.state.rng_key, result.state.step)
     key = key if rng_key is None else check_key(rng_key, "to_arviz: rng_key")
     if not given and makes_draws:
-        draws = optimizer.draw(key, result.state, *args, **kwargs)
+        draws = optimizer.draw(None if rng_key is None else key, result.state, *args, **kwargs)
     attrs = _attributes(loss, labels) | _of_run(result, optimizer)
     groups: dict[str, Any] = {}
     if draws is not None:

@@ -17,6 +17,7 @@ from numpyro_regloss._arguments import Arguments, explain
 from numpyro_regloss._checks import check_key, check_own_names
 from numpyro_regloss._fence import fence, reads_many_numbers
 from numpyro_regloss._function_source import FunctionSource, flatten_params
+from numpyro_regloss._long_losses import is_long
 from numpyro_regloss._model_data import check_rows
 from numpyro_regloss._model_source import DENSITIES, ModelSource, trace_model
 from numpyro_regloss._one_at_a_time import needs_one_at_a_time, one_at_a_time
@@ -54,6 +55,7 @@ class Loss:
         source: how the flat vector becomes the user's parameters and the loss.
         minibatch: which arguments are data, or None for full batches.
         fenced: whether the loss reads its arguments one number at a time; such programs compile faster so.
+        is_long: whether the loss has so many operations that programs should have it once.
     """
 
     x0: Array
@@ -61,6 +63,7 @@ class Loss:
     source: FunctionSource | ModelSource
     minibatch: Minibatch | None = static_field(default=None)
     fenced: bool = static_field(default=False)
+    is_long: bool = static_field(default=False)
 
     @classmethod
     def from_function(
@@ -194,7 +197,9 @@ class Loss:
     @property
     def returns_integers(self) -> bool:
         """Whether the loss has no gradient because it returns integers or booleans."""
-        return not jnp.issubdtype(_raw_value.eval_shape(self).dtype, jnp.floating)
+        return not jnp.issubdtype(
+            _raw_value.eval_shape(self.source, self.x0, self.arguments).dtype, jnp.floating
+        )
 
     def value(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Scalar:
         """The loss at `x`.
@@ -290,6 +295,9 @@ class Loss:
 
         def value(leaves: list[Array]) -> Scalar:
             source, x, arguments = jax.tree.unflatten(structure, leaves)
+            if self.is_long and data_scale == 1.0 and not is_concrete(leaves):
+                # Its trace is remembered.
+                return jnp.asarray(_raw_value(source, x, arguments), float)
             args, kwargs = arguments.tree
             return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
 
@@ -355,7 +363,8 @@ class Loss:
     ) -> "Loss":
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
-        return replace_fields(loss, fenced=reads_many_numbers(_raw_value.trace(loss).jaxpr.jaxpr))
+        jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
+        return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
 
     def _check_point(self, x: Any) -> None:
         if np.shape(x) != (self.dim,):
@@ -368,7 +377,7 @@ class Loss:
         split = _split(self.minibatch, self.arguments)
         explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
-        out = explain(lambda: _raw_value.eval_shape(self), "loss")
+        out = explain(lambda: _raw_value.eval_shape(self.source, self.x0, self.arguments), "loss")
         if not hasattr(out, "shape") or out.shape != ():
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
@@ -401,16 +410,14 @@ def _split(minibatch: Any, arguments: Partition) -> tuple[Partition | None, tupl
 
 
 @jax.jit
-def _raw_value(loss: Loss) -> Any:
-    args, kwargs = loss.arguments.tree
-    return loss.source.value(loss.x0, args, kwargs, 1.0)
+def _raw_value(source: Any, x: Array, arguments: Partition) -> Any:
+    return source.value(x, *arguments.tree, 1.0)
 
 
 @functools.lru_cache(maxsize=256)
 def _factorizes(structure: Any, shapes: tuple[Any, ...]) -> bool:
     def value(leaves: list[Array]) -> Any:
-        source, x, arguments = jax.tree.unflatten(structure, leaves)
-        return source.value(x, *arguments.tree, 1.0)
+        return _raw_value(*jax.tree.unflatten(structure, leaves))
 
     return needs_one_at_a_time(value, shapes)
 

@@ -143,11 +143,7 @@ class TwoStep:
         start = _explain(_outer_step.init_state, self, rng_key, arguments)
         state, value, gradient_ok, found = start
         if is_concrete(value):
-            if not np.isfinite(value):
-                raise ValueError(
-                    f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
-                    "(params, or rng_key of Loss.from_model), or look for NaN among the data."
-                )
+            _check_start(value)
             if not gradient_ok:
                 raise ValueError(
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
@@ -242,7 +238,13 @@ class TwoStep:
                 "TwoStep.init and TwoStep.scan."
             )
         arguments = self.loss.bind(args, kwargs)
-        if init_state is None:
+        # The first step has the loss at the start too: a long one need not be compiled for it alone.
+        is_checked = init_state is not None or not self._is_checked_late
+        if not is_checked:
+            rng_key = check_key(rng_key, "TwoStep")
+            self.loss.check_captured()
+            state = _explain(_outer_step.first_state, self, rng_key, arguments)
+        elif init_state is None:
             state = self.init(rng_key, *args, **kwargs)
         else:
             self.loss.check_captured()
@@ -253,11 +255,15 @@ class TwoStep:
                     "start anew with TwoStep.init."
                 )
         self._check_schedule(int(state.step), num_steps)
-        row = _explain(_outer_step.step.eval_shape, self, state, arguments)[1]
+        row = _explain(_outer_step.row_of_history, self, state, arguments)
         capacity = 1 if callback else history_capacity(row)
 
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
-            return _outer_step.advance(self, state, arguments, np.int32(count), capacity)
+            begins = not is_checked and not state.step
+            state, rows, _ = _outer_step.advance(self, state, arguments, np.int32(count), capacity)
+            if begins:
+                _check_start(rows.loss[0])
+            return state, rows
 
         state, history, seconds, trouble = run_in_chunks(
             advance, state, num_steps, capacity, callback, headline, progress_bar=progress_bar
@@ -268,11 +274,11 @@ class TwoStep:
         report_trouble(result, self)
         return result
 
-    def draw(self, rng_key: Key, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
+    def draw(self, rng_key: Key | None, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
         """Draws from the shifted density at the state's reference.
 
         Args:
-            rng_key: a random key.
+            rng_key: a random key; None for the draws of the step that a run does next from this state.
             state: from `init` or a run.
             *args: arguments of the loss in place of the bound ones.
             **kwargs: keyword arguments over the bound ones.
@@ -280,9 +286,12 @@ class TwoStep:
         Returns:
             The shift's draws.
         """
-        rng_key = check_key(rng_key, "TwoStep.draw")
+        if rng_key is not None:
+            rng_key = check_key(rng_key, "TwoStep.draw")
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.draw: state")
+        if rng_key is None:
+            return _outer_step.next_draws(self, state, arguments)
         return _outer_step.draw(self, rng_key, state, arguments)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
@@ -311,6 +320,11 @@ class TwoStep:
         tau = self.tau(step) if callable(self.tau) else self.tau
         return jnp.asarray(tau, self.loss.x0.dtype)
 
+    @property
+    def _is_checked_late(self) -> bool:
+        whole = self.loss.minibatch is None
+        return self.loss.is_long and whole and not _outer_step.follows_gradient(self)
+
     def _check_schedule(self, step: int, num_steps: int) -> None:
         if callable(self.tau):
             for t in (step, step + num_steps - 1):
@@ -331,7 +345,7 @@ class TwoStep:
                 "x64 was switched (jax_enable_x64) after it was made. Switch x64 back, or start anew with "
                 "TwoStep.init."
             )
-        expected = _outer_step.init_state.eval_shape(self, state.rng_key, arguments)[0]
+        expected = _outer_step.first_state.eval_shape(self, state.rng_key, arguments)
         types, found = (jax.tree.map(_type_of, tree) for tree in (expected, state))
         if types != found:
             raise ValueError(
@@ -339,6 +353,14 @@ class TwoStep:
                 "of them: start anew with TwoStep.init."
             )
         return with_context_axes(state)
+
+
+def _check_start(value: Array) -> None:
+    if not np.isfinite(value):
+        raise ValueError(
+            f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
+            "(params, or rng_key of Loss.from_model), or look for NaN among the data."
+        )
 
 
 def _check_kind(state: Any, what: str) -> None:

@@ -46,7 +46,7 @@ class ImportanceInfo(NamedTuple):
     Attributes:
         ok: some draw had a finite loss.
         num_loss: loss evaluations; a few more than `num_samples` where they do not fill equal chunks, one more
-            where the center is evaluated with them.
+            (of a long loss one per chunk) where the center is evaluated with them.
         num_grad: zero.
         ess: effective sample size 1 / Σ w².
         khat: Pareto shape of the weights; above 0.7 the weighted mean is not to be trusted.
