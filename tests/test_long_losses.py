@@ -51,6 +51,7 @@ def copies(jaxpr):
     return sum(eqn.primitive.name == "atan" for eqn in equations(jaxpr.jaxpr))
 
 
+@pytest.mark.both
 def test_python_runs_a_long_model_a_few_times_and_draws_compile_it_no_more():
     counter = Counter(model)
     loss = Loss.from_model(counter, Y)
@@ -87,6 +88,7 @@ def test_a_step_holds_a_long_loss_once(loss, engine):
     assert copies(_outer_step.step.trace(short, state, arguments).jaxpr) == 2
 
 
+@pytest.mark.both
 def test_small_chunks_leave_the_center_out(loss):
     some = optimizer(loss, shift.Importance(400, chunk_size=20))
     assert copies(_outer_step.step.trace(some, some.init(KEY), loss.bind()).jaxpr) == 2
@@ -112,6 +114,7 @@ def test_a_long_loss_has_the_numbers_of_a_short_one(loss, engine):
     np.testing.assert_allclose(x.loss, y.loss, rtol=1e-5)
 
 
+@pytest.mark.both
 def test_runs_of_a_long_loss_are_equal_in_parts_and_again(loss):
     some = optimizer(loss)
     whole, again = (some.run(KEY, 5, progress_bar=False) for _ in range(2))
