@@ -31,7 +31,7 @@ from jax import lax, random
 from targets import TARGETS
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, schemes, shift
-from numpyro_regloss._threefry import unrolled
+from numpyro_regloss._core.threefry import unrolled
 
 CHUNK_ELEMENTS = 500_000
 NUM_SHIFTS = 5

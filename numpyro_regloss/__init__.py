@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local-entropy and heat regularized losses as NumPyro models, minimized by a two-step scheme."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 # ArviZ 1.x leaves a numpyro behind that loads itself at its first use, and comes out broken where that is the
@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 from numpyro import __version__ as _numpyro_version  # noqa: F401
 
 from numpyro_regloss import anchor, fit, schedules, schemes, shift, values
-from numpyro_regloss._version import __version__
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
-from numpyro_regloss.gaussian import Gaussian, kl_divergence
+from numpyro_regloss.gaussians import Gaussian, LowRankGaussian, kl_divergence
 from numpyro_regloss.guides import from_guide, to_guide
-from numpyro_regloss.loss import Loss
-from numpyro_regloss.low_rank_gaussian import LowRankGaussian
-from numpyro_regloss.minibatch import Minibatch
-from numpyro_regloss.record import Record, RecordInfo
-from numpyro_regloss.regularized import RegularizedLoss, model
+from numpyro_regloss.losses import Loss, Minibatch, RegularizedLoss, model
 from numpyro_regloss.two_step import (
+    Record,
+    RecordInfo,
     RejectedError,
     TwoStep,
     TwoStepInfo,
@@ -29,8 +26,11 @@ from numpyro_regloss.two_step import (
 )
 
 if TYPE_CHECKING:
-    from numpyro_regloss import diagnostics, plots
+    from numpyro_regloss import plots
+    from numpyro_regloss.diagnostics import distance as diagnostics
     from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
+
+__version__ = metadata.version("numpyro_regloss")
 
 __all__ = [
     "Gaussian",

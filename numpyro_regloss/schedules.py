@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_regloss._checks import check_positive
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass
-from numpyro_regloss._typing import Array
+from numpyro_regloss._core.checks import check_positive
+from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass
+from numpyro_regloss._core.types import Array
 
 __all__ = ["Geometric", "Scoping"]
 

@@ -77,7 +77,7 @@ ANCHORS = {
 
 
 # Docstrings that show what ArviZ made, or draw; the others are tested on the first stack.
-BOTH_DOCTESTS = ("io_arviz", "plots.", "diagnostics", "_run_summary")
+BOTH_DOCTESTS = ("io_arviz", "plots.", "diagnostics")
 
 
 def pytest_addoption(parser):

@@ -37,7 +37,6 @@ from numpyro_regloss import (
     RegularizedLoss,
     TwoStep,
     anchor,
-    diagnostics,
     fit,
     forward_kl,
     from_guide,
@@ -50,8 +49,9 @@ from numpyro_regloss import (
     to_guide,
     values,
 )
-from numpyro_regloss._pareto import pareto_smooth
-from numpyro_regloss._pytree import with_context_axes
+from numpyro_regloss._core.pareto import pareto_smooth
+from numpyro_regloss._core.pytree import with_context_axes
+from numpyro_regloss.diagnostics import distance as diagnostics
 
 # Sums over 400 rows and draws in float32, in another order.
 TOLERANCE = 5e-5

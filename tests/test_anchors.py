@@ -28,9 +28,9 @@ from numpyro_regloss import (
     schedules,
     shift,
 )
-from numpyro_regloss._descent import half_masks
-from numpyro_regloss.anchor.base import REASONS
-from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss.anchor.safeguard import REASONS
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.draws.descent import half_masks
 
 PROBLEM = random_quadratic(3, seed=20)
 CHEAP = shift.Importance(400)

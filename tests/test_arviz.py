@@ -27,9 +27,6 @@ from numpyro_regloss import (
     RegularizedLoss,
     TwoStep,
     TwoStepResult,
-    _draw_datasets,
-    _outer_step,
-    _per_draw,
     anchor,
     fit,
     gaussian_to_arviz,
@@ -37,11 +34,13 @@ from numpyro_regloss import (
     shift,
     to_arviz,
 )
-from numpyro_regloss._equal_weights import equal_weights
-from numpyro_regloss._pytree import replace_fields
-from numpyro_regloss._sampler_stats import sampler_stats
-from numpyro_regloss._site_labels import label_sites
-from numpyro_regloss.draws import BatchMeans, StoredDraws
+from numpyro_regloss._core.pytree import replace_fields
+from numpyro_regloss.draws.base import BatchMeans, StoredDraws
+from numpyro_regloss.draws.resampling import equal_weights
+from numpyro_regloss.io_arviz import draws, per_draw
+from numpyro_regloss.io_arviz.labels import label_sites
+from numpyro_regloss.shift.sampler_stats import sampler_stats
+from numpyro_regloss.two_step import outer_step
 
 pytestmark = pytest.mark.both
 
@@ -73,7 +72,7 @@ def grid(y=None):
 def without_running(optimizer):
     """A result of the right shapes at the start: distinct numbers, at the compilation of nothing."""
     state = optimizer.init(random.key(0))
-    row = _outer_step.step.eval_shape(optimizer, state, optimizer.loss.bind())[1]
+    row = outer_step.step.eval_shape(optimizer, state, optimizer.loss.bind())[1]
 
     def fill(leaf):
         values = np.arange(NUM_STEPS * np.prod(leaf.shape)).reshape(NUM_STEPS, *leaf.shape)
@@ -369,7 +368,7 @@ def test_statistics_of_a_kernel(kernel):
 
 def test_weighted_draws_are_resampled(cloud_run, cloud_data):
     optimizer, result = cloud_run
-    key = _outer_step.draw_key(result.state.rng_key, result.state.step)
+    key = outer_step.draw_key(result.state.rng_key, result.state.step)
     draws = optimizer.draw(key, result.state)
     weight = np.asarray(jax.nn.softmax(draws.log_weight[0].astype(float)))
     shown = cloud_data["sample_stats"]["draw_index"].values[0]
@@ -513,7 +512,7 @@ def test_other_data_and_chunks(survey_run, monkeypatch):
     draws = by_hand(optimizer.loss)
     options = {"draws": draws, "log_likelihood": True, "posterior_predictive": True}
     whole = to_arviz(result, optimizer, SURVEY + 1, **options)
-    monkeypatch.setattr(_per_draw, "CHUNK_NUMBERS", 100)  # of some thirty numbers: three draws
+    monkeypatch.setattr(per_draw, "CHUNK_NUMBERS", 100)  # of some thirty numbers: three draws
     parts = to_arviz(result, optimizer, SURVEY + 1, **options)
     for group in ("log_likelihood", "posterior_predictive", "observed_data", "posterior"):
         for name, values in whole[group].data_vars.items():
@@ -615,10 +614,10 @@ def test_many_sites_are_one_output(long_loss):
     # Each output of a program would take as long to compile as a small program.
     loss, arguments = long_loss, long_loss.bind()
     x = random.normal(random.key(0), (2, 3, loss.dim))
-    found = _draw_datasets.position_groups(
+    found = draws.position_groups(
         np.asarray(x), loss, arguments, label_sites(loss, arguments, "test")
     )["posterior"]
-    shapes = _per_draw._many.eval_shape(_draw_datasets._named, loss.names, loss, arguments, x[0])
+    shapes = per_draw._many.eval_shape(draws._named, loss.names, loss, arguments, x[0])
     assert len(jax.tree.leaves(shapes)) == 1
     params = loss.constrain(x[1, 2])
     assert all(isinstance(value, jax.Array) for value in params.values())
@@ -713,8 +712,8 @@ def test_a_cloud_of_a_step_is_made_again(cloud_run):
     step = jnp.asarray(2, jnp.int32)
     reference = jax.tree.map(lambda a: jnp.asarray(a[2]), result.history.reference)
     arguments = optimizer.loss.bind()
-    state = _outer_step.revisit(optimizer, result.state, step, reference, arguments)
-    draws = optimizer.draw(_outer_step.draw_key(result.state.rng_key, step), state)
+    state = outer_step.revisit(optimizer, result.state, step, reference, arguments)
+    draws = optimizer.draw(outer_step.draw_key(result.state.rng_key, step), state)
     mean = jnp.einsum("cd,cdi->i", jax.nn.softmax(draws.log_weight), draws.x)
     # The very draws of the step: equal but for rounding.
     np.testing.assert_allclose(mean, result.history.fitted.mean[2], atol=1e-5)

@@ -31,7 +31,7 @@ from numpyro_regloss import (
     to_guide,
     values,
 )
-from numpyro_regloss._environment import Environment
+from numpyro_regloss.losses.environment import Environment
 
 pytestmark = pytest.mark.both
 

@@ -10,9 +10,9 @@ from conftest import SIGMAS, long
 from jax import random
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems
-from numpyro_regloss._descent import cross_fitted, decrease, half_masks, masked
-from numpyro_regloss._pytree import replace_fields
-from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss._core.pytree import replace_fields
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.draws.descent import cross_fitted, decrease, half_masks, masked
 from numpyro_regloss.fit import ForwardKL
 from numpyro_regloss.shift import Importance
 

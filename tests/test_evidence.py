@@ -14,9 +14,10 @@ from scipy import stats
 from scipy.special import logsumexp
 from values import build, plain_ess
 
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, _values, values
-from numpyro_regloss._bridge import bridge
-from numpyro_regloss._control_variates import Chains
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, values
+from numpyro_regloss.draws.bridge import bridge
+from numpyro_regloss.draws.control_variates import Chains
+from numpyro_regloss.values import estimators
 
 # 95 % intervals in 200 repetitions: between 90 and 99 % of them, as promised.
 REPETITIONS, LEAST, MOST = 200, 180, 198
@@ -153,8 +154,8 @@ def test_auto_has_a_value_wherever_a_method_has(monkeypatch):
         estimate, draws = by_smc(*arguments)
         return estimate._replace(value=jnp.nan, error=jnp.inf), draws
 
-    by_smc = _values._by_smc
-    monkeypatch.setattr(_values, "_by_smc", failing)
+    by_smc = estimators._by_smc
+    monkeypatch.setattr(estimators, "_by_smc", failing)
     reference = Gaussian.isotropic(jnp.zeros(1), 1.0)
     with pytest.warns(UserWarning, match="No method found one: .*smaller tau") as told:
         worst = values.local_entropy(random.key(0), RegularizedLoss(loss, reference, (4.0,)))

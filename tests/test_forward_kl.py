@@ -25,9 +25,9 @@ from numpyro_regloss import (
     problems,
     shift,
 )
-from numpyro_regloss._stats import split_rhat
-from numpyro_regloss.diagnostics import gaussian_fit
-from numpyro_regloss.draws import StoredDraws
+from numpyro_regloss._core.stats import split_rhat
+from numpyro_regloss.diagnostics.distance import gaussian_fit
+from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.fit import ForwardKL
 
 FAMILIES = {"isotropic": None, "diagonal": None, "dense": None, "low_rank": 2}

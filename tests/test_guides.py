@@ -30,7 +30,7 @@ from numpyro_regloss import (
     kl_divergence,
     to_guide,
 )
-from numpyro_regloss._guide_draws import draw_sites
+from numpyro_regloss.guides.sampling import draw_sites
 
 KEY = random.key(0)
 NUM_DRAWS = 4000

@@ -15,7 +15,7 @@ from jax import random
 from test_engines import heat_step, one_shift, random_quadratic, setup
 
 from numpyro_regloss import Gaussian, fit, kl_divergence, problems, schemes, shift, values
-from numpyro_regloss.loss import Loss
+from numpyro_regloss.losses.loss import Loss
 
 TEMPERATURES = (1.0, 0.1)
 QUADRATIC = random_quadratic(3, seed=11)

@@ -17,16 +17,16 @@ from numpyro_regloss import (
     Loss,
     RegularizedLoss,
     TwoStep,
-    _cloud,
     fit,
     problems,
     schemes,
     shift,
     values,
 )
-from numpyro_regloss._pareto import pareto_smooth
-from numpyro_regloss._scrambled_sobol import MAX_DIM, _direction_numbers, sobol_normal
-from numpyro_regloss._stats import weight_ess
+from numpyro_regloss._core.pareto import pareto_smooth
+from numpyro_regloss._core.stats import weight_ess
+from numpyro_regloss.shift.importance import cloud as clouds
+from numpyro_regloss.shift.importance.sobol import MAX_DIM, _direction_numbers, sobol_normal
 
 net = jax.jit(sobol_normal, static_argnums=(1, 2))
 
@@ -113,7 +113,7 @@ def test_nets_are_the_blocks_and_survive_chunks(monkeypatch):
     assert kept.block_size == 32  # 1000 / 16 = 62 draws leave room for 32
     assert kept.layout.chunk_size % 32 == 0
     # Of noise that is made again the draws, the losses and the folds must fit together.
-    monkeypatch.setattr(_cloud, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(clouds, "KEPT_ELEMENTS", 0)
     jax.clear_caches()
     made, _ = cloud(engine, random.key(0), target)
     assert made.offset is None

@@ -13,7 +13,7 @@ from jax import random
 from numpyro.infer import AIES, ESS, HMC, NUTS, SA, BarkerMH, DiscreteHMCGibbs, MixedHMC
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, problems, shift
-from numpyro_regloss._batch_means import ess_of_blocks, stretches
+from numpyro_regloss.shift.kernel import ess_of_blocks, stretches
 
 FACTOR = np.random.default_rng(3).normal(size=(3, 3)) / np.sqrt(3)
 PROBLEM = problems.quadratic(FACTOR @ FACTOR.T, center=np.array([0.5, -1.0, 1.0]))

@@ -12,9 +12,10 @@ from conftest import Counter
 from harness import count_compiles
 from jax import random
 
-from numpyro_regloss import Loss, Minibatch, _outer_step, schemes, shift, to_arviz
-from numpyro_regloss._factorizations import equations
-from numpyro_regloss._pytree import replace_fields
+from numpyro_regloss import Loss, Minibatch, schemes, shift, to_arviz
+from numpyro_regloss._core.pytree import replace_fields
+from numpyro_regloss.losses.factorizations import equations
+from numpyro_regloss.two_step import outer_step
 
 NUM_SITES = 45
 Y = jnp.linspace(-1.0, 1.0, NUM_SITES)
@@ -80,18 +81,18 @@ def test_a_step_holds_a_long_loss_once(loss, engine):
     some = optimizer(loss, ENGINES[engine])
     arguments = loss.bind()
     state = some.init(KEY)
-    one = _outer_step.step.trace(some, state, arguments).jaxpr
+    one = outer_step.step.trace(some, state, arguments).jaxpr
     assert copies(one) == 1
-    assert copies(_outer_step.first_state.trace(some, KEY, arguments).jaxpr) == 0
+    assert copies(outer_step.first_state.trace(some, KEY, arguments).jaxpr) == 0
     # A short loss is evaluated at the center apart.
     short = optimizer(replace_fields(loss, is_long=False), ENGINES[engine])
-    assert copies(_outer_step.step.trace(short, state, arguments).jaxpr) == 2
+    assert copies(outer_step.step.trace(short, state, arguments).jaxpr) == 2
 
 
 @pytest.mark.both
 def test_small_chunks_leave_the_center_out(loss):
     some = optimizer(loss, shift.Importance(400, chunk_size=20))
-    assert copies(_outer_step.step.trace(some, some.init(KEY), loss.bind()).jaxpr) == 2
+    assert copies(outer_step.step.trace(some, some.init(KEY), loss.bind()).jaxpr) == 2
 
 
 @pytest.mark.parametrize("engine", ["pairs", "many chunks, odd", "Sobol"])
@@ -108,7 +109,7 @@ def test_a_long_loss_has_the_numbers_of_a_short_one(loss, engine):
     chunks = a.history.num_loss - b.history.num_loss + 1
     assert (chunks >= 1).all()
     assert (chunks <= 4).all()
-    key = _outer_step.draw_key(a.state.rng_key, a.state.step)
+    key = outer_step.draw_key(a.state.rng_key, a.state.step)
     x, y = long.draw(None, a.state), long.draw(key, a.state)
     np.testing.assert_allclose(x.x, y.x, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(x.loss, y.loss, rtol=1e-5)

@@ -13,7 +13,9 @@ from conftest import with_long
 from harness import count_compiles
 from jax import random
 
-from numpyro_regloss import Loss, TwoStep, _chunks, fit, shift, two_step
+from numpyro_regloss import Loss, TwoStep, fit, shift
+from numpyro_regloss.two_step import chunks
+from numpyro_regloss.two_step import optimizer as two_step
 
 MEMORY = Path("/proc/self/statm")
 PAGE = 4096
@@ -26,9 +28,9 @@ MOST_GROWTH = 2.0
 
 # Steps, seconds per chunk and callback: chunks of full length, of single steps as for a slow loss, callbacks.
 MODES = {
-    "chunks": (20_000, _chunks.SECONDS_PER_CHUNK, None),
+    "chunks": (20_000, chunks.SECONDS_PER_CHUNK, None),
     "slow": (1_500, 0.0, None),
-    "callback": (2_500, _chunks.SECONDS_PER_CHUNK, lambda *_: None),
+    "callback": (2_500, chunks.SECONDS_PER_CHUNK, lambda *_: None),
 }
 
 
@@ -36,7 +38,7 @@ MODES = {
 @pytest.mark.parametrize("mode", with_long(MODES, {"slow", "callback"}))
 def test_many_steps_cost_no_more_than_few_each(mode, monkeypatch):
     num_steps, seconds, callback = MODES[mode]
-    monkeypatch.setattr(_chunks, "SECONDS_PER_CHUNK", seconds)
+    monkeypatch.setattr(chunks, "SECONDS_PER_CHUNK", seconds)
     stamps, memory = [], []
 
     def look(_):

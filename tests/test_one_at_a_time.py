@@ -15,7 +15,7 @@ from conftest import FAMILIES, SHIFTS
 from jax import lax, random
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, shift
-from numpyro_regloss._factorizations import factorizations, is_divided
+from numpyro_regloss.losses.factorizations import factorizations, is_divided
 
 pytestmark = pytest.mark.both
 

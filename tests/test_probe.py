@@ -11,7 +11,7 @@ import pytest
 from jax import lax, random
 
 from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, fit, schemes
-from numpyro_regloss._probe import probe
+from numpyro_regloss.losses.probe import probe
 
 INPUTS = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
 LABELS = np.sin(2 * INPUTS[:, 0])

@@ -20,8 +20,8 @@ from test_loss import SIGMA, Y, eight_schools
 
 import numpyro_regloss as regloss
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, problems, to_guide
-from numpyro_regloss._pytree import replace_fields
-from numpyro_regloss._site_labels import label_sites
+from numpyro_regloss._core.pytree import replace_fields
+from numpyro_regloss.io_arviz.labels import label_sites
 
 pytestmark = pytest.mark.both
 

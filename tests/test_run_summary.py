@@ -20,19 +20,19 @@ from numpyro_regloss import (
     TwoStep,
     TwoStepResult,
     anchor,
-    diagnostics,
     fit,
     schemes,
     shift,
 )
-from numpyro_regloss._outer_step import LossOfDraws
-from numpyro_regloss._rank_diagnostics import rank_diagnostics
-from numpyro_regloss._run_arrival import Run
-from numpyro_regloss._run_columns import Motion
-from numpyro_regloss._run_doubts import DOUBTS
-from numpyro_regloss._run_findings import LEAST_STEPS, RULES, arrival, window
-from numpyro_regloss._run_probe import look_around
 from numpyro_regloss.anchor import Proximal
+from numpyro_regloss.diagnostics import distance as diagnostics
+from numpyro_regloss.diagnostics.arrival import Run
+from numpyro_regloss.diagnostics.columns import Motion
+from numpyro_regloss.diagnostics.doubts import DOUBTS
+from numpyro_regloss.diagnostics.findings import LEAST_STEPS, RULES, arrival, window
+from numpyro_regloss.diagnostics.look import look_around
+from numpyro_regloss.diagnostics.rank_diagnostics import rank_diagnostics
+from numpyro_regloss.two_step.outer_step import LossOfDraws
 
 NUM_STEPS, NUM_SEEDS = 12, 4
 

@@ -21,11 +21,11 @@ from numpyro_regloss import (
     RegularizedLoss,
     RejectedError,
     TwoStep,
-    diagnostics,
     fit,
     shift,
 )
-from numpyro_regloss.draws import BatchMeans
+from numpyro_regloss.diagnostics import distance as diagnostics
+from numpyro_regloss.draws.base import BatchMeans
 from numpyro_regloss.fit import ForwardKL
 
 FACTOR = np.array([[1.2, 0.0, 0.0], [0.5, 0.9, 0.0], [-0.4, 0.3, 0.5]])

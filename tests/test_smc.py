@@ -23,7 +23,8 @@ from numpyro_regloss import (
     problems,
     shift,
 )
-from numpyro_regloss._tempering import evidence, next_rung, systematic
+from numpyro_regloss.draws.resampling import systematic
+from numpyro_regloss.shift.smc.ladder import evidence, next_rung
 
 ENGINES = {moves: shift.SMC(num_particles=300, moves=moves) for moves in ("crank_nicolson", "hmc")}
 SMALL = shift.SMC(num_particles=40, num_islands=4)

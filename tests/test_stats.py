@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpyro.infer.importance import _psis_khat
 
-from numpyro_regloss import _pareto, _stats
+from numpyro_regloss._core import pareto, stats
 
 # The same algorithm in float64, other order of summation.
 SAME_FLOAT64 = 1e-8
@@ -135,21 +135,21 @@ PRECISIONS = pytest.mark.parametrize("compute", [in_float64, in_float32])
 @PRECISIONS
 def test_log_mean_exp(compute, log_weight, expected):
     # float32 holds 1000 to 6e-5
-    np.testing.assert_allclose(compute(_stats.log_mean_exp, log_weight), expected, rtol=1e-6)
+    np.testing.assert_allclose(compute(stats.log_mean_exp, log_weight), expected, rtol=1e-6)
 
 
 @PRECISIONS
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4)])
 def test_normalized_weights_and_their_effective_size(compute, shape):
     log_weight = 800 + 2 * np.random.default_rng(0).normal(size=shape)
-    weight = compute(_stats.normalize_log_weight, log_weight)
+    weight = compute(stats.normalize_log_weight, log_weight)
     expected = np.exp(log_weight - log_weight.max())
     expected /= expected.sum()
     assert weight.shape == shape
     # the float32 input itself is rounded to 3e-5
     np.testing.assert_allclose(weight, expected, rtol=1e-4)
     np.testing.assert_allclose(weight.sum(), 1, rtol=1e-6)
-    ess = compute(_stats.weight_ess, log_weight)
+    ess = compute(stats.weight_ess, log_weight)
     np.testing.assert_allclose(ess, 1 / np.sum(expected**2), rtol=1e-4)
 
 
@@ -164,17 +164,17 @@ def test_normalized_weights_and_their_effective_size(compute, shape):
 )
 @PRECISIONS
 def test_zero_weights(compute, log_weight, weight, ess):
-    np.testing.assert_array_equal(compute(_stats.normalize_log_weight, log_weight), weight)
-    assert compute(_stats.weight_ess, log_weight) == ess
+    np.testing.assert_array_equal(compute(stats.normalize_log_weight, log_weight), weight)
+    assert compute(stats.weight_ess, log_weight) == ess
 
 
 def test_weight_ess_of_unusable_weights_is_zero():
     for bad in (np.nan, np.inf):
-        assert _stats.weight_ess(jnp.array([0.0, bad, -1.0])) == 0
+        assert stats.weight_ess(jnp.array([0.0, bad, -1.0])) == 0
 
 
 def test_weight_ess_counts_many_equal_weights_in_float32():
-    np.testing.assert_allclose(_stats.weight_ess(jnp.full((1000, 1000), -3.0)), 1e6, rtol=1e-5)
+    np.testing.assert_allclose(stats.weight_ess(jnp.full((1000, 1000), -3.0)), 1e6, rtol=1e-5)
 
 
 # --- Pareto smoothing ---------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_weight_ess_counts_many_equal_weights_in_float32():
 @pytest.mark.parametrize("kind", KINDS)
 def test_pareto_smooth_matches_arviz_and_numpyro(reference, kind, n):
     log_weight = log_weights(kind, n)
-    smoothed, khat = in_float64(_pareto.pareto_smooth, log_weight)
+    smoothed, khat = in_float64(pareto.pareto_smooth, log_weight)
     with np.errstate(over="ignore"):  # in the weights of ArviZ's grid, where it is harmless
         expected, arviz_khat = reference.psislw(log_weight)
     if not reference.legacy:  # ArviZ 1.x always normalizes
@@ -199,7 +199,7 @@ def test_pareto_smooth_matches_arviz_and_numpyro(reference, kind, n):
 @pytest.mark.parametrize("kind", ["normal:1", "normal:3", "normal:30", "normal:300"])
 def test_tail_of_sizes_that_are_not_round_is_that_of_the_paper(reference, kind, n):
     log_weight = log_weights(kind, n)
-    _, khat = in_float64(_pareto.pareto_smooth, log_weight)
+    _, khat = in_float64(pareto.pareto_smooth, log_weight)
     np.testing.assert_allclose(khat, _psis_khat(log_weight), rtol=SAME_KHAT)
     if reference.legacy:
         np.testing.assert_allclose(khat, reference.psislw(log_weight)[1], rtol=SAME_KHAT)
@@ -211,16 +211,16 @@ def test_khat_matches_blackjax(kind):
     util = pytest.importorskip("blackjax.util")
     log_weight = log_weights(kind, 200)
     _, expected = in_float64(util.psis_weights, log_weight)
-    _, khat = in_float64(_pareto.pareto_smooth, log_weight)
-    assert in_float64(_pareto.pareto_khat, log_weight) == pytest.approx(float(khat), rel=1e-12)
+    _, khat = in_float64(pareto.pareto_smooth, log_weight)
+    assert in_float64(pareto.pareto_khat, log_weight) == pytest.approx(float(khat), rel=1e-12)
     np.testing.assert_allclose(khat, expected, atol=KHAT_TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "normal:0.001", "normal:100"])
 def test_float32_smooths_like_float64(kind):
     log_weight = log_weights(kind, 1000).astype(np.float32)
-    smoothed, khat = in_float32(_pareto.pareto_smooth, log_weight)
-    expected, expected_khat = in_float64(_pareto.pareto_smooth, log_weight)
+    smoothed, khat = in_float32(pareto.pareto_smooth, log_weight)
+    expected, expected_khat = in_float64(pareto.pareto_smooth, log_weight)
     np.testing.assert_allclose(khat, expected_khat, rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
     np.testing.assert_allclose(smoothed, expected, rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
 
@@ -231,7 +231,7 @@ def test_khat_finds_the_shape_of_pareto_weights():
     tail = math.ceil(3 * math.sqrt(n))
     shape = np.repeat([0.2, 0.5, 0.9], repetitions)
     uniform = np.random.default_rng(1).uniform(size=(shape.size, n))
-    _, khat = in_float32(batched(_pareto.pareto_smooth), -shape[:, None] * np.log(uniform))
+    _, khat = in_float32(batched(pareto.pareto_smooth), -shape[:, None] * np.log(uniform))
     excess = (khat - (tail * shape + 5) / (tail + 10)).reshape(3, repetitions)
     error = np.std(excess, axis=1, ddof=1) / math.sqrt(repetitions)
     # Zhang & Stephens report a bias of the order of 1 / M besides.
@@ -243,7 +243,7 @@ def test_smoothed_weights_estimate_the_normalizing_constant():
     repetitions, n, sd = 150, 1000, 0.8
     z = sd * np.random.default_rng(2).normal(size=(repetitions, n))
     log_weight = math.log(sd) - z**2 / 2 + (z / sd) ** 2 / 2
-    smoothed, khat = in_float32(batched(_pareto.pareto_smooth), log_weight)
+    smoothed, khat = in_float32(batched(pareto.pareto_smooth), log_weight)
     ratio = np.mean(np.exp(smoothed), axis=1)
     error = np.std(ratio, ddof=1) / math.sqrt(repetitions)
     assert np.all(khat < 0.7)
@@ -253,7 +253,7 @@ def test_smoothed_weights_estimate_the_normalizing_constant():
 
 def test_smoothing_touches_the_tail_alone_keeps_order_and_maximum():
     log_weight = log_weights("normal:2", 1000)
-    smoothed, _ = in_float64(_pareto.pareto_smooth, log_weight)
+    smoothed, _ = in_float64(pareto.pareto_smooth, log_weight)
     order = np.argsort(log_weight)
     tail = math.ceil(3 * math.sqrt(1000))
     np.testing.assert_array_equal(smoothed[order[:-tail]], log_weight[order[:-tail]])
@@ -263,8 +263,8 @@ def test_smoothing_touches_the_tail_alone_keeps_order_and_maximum():
 
 def test_smoothing_follows_a_shift_of_the_scale():
     log_weight = log_weights("normal:2", 1000)
-    smoothed, khat = in_float64(_pareto.pareto_smooth, log_weight)
-    shifted, shifted_khat = in_float64(_pareto.pareto_smooth, log_weight - 1e4)
+    smoothed, khat = in_float64(pareto.pareto_smooth, log_weight)
+    shifted, shifted_khat = in_float64(pareto.pareto_smooth, log_weight - 1e4)
     np.testing.assert_allclose(shifted, smoothed - 1e4, atol=SAME_FLOAT64)
     np.testing.assert_allclose(shifted_khat, khat, atol=SAME_FLOAT64)
 
@@ -274,8 +274,8 @@ def test_tied_weights_stay_tied_and_the_order_of_draws_does_not_matter(reference
     rng = np.random.default_rng(3)
     log_weight = -rng.poisson(20, 1000).astype(float)
     permutation = rng.permutation(1000)
-    smoothed, khat = compute(_pareto.pareto_smooth, log_weight)
-    permuted, permuted_khat = compute(_pareto.pareto_smooth, log_weight[permutation])
+    smoothed, khat = compute(pareto.pareto_smooth, log_weight)
+    permuted, permuted_khat = compute(pareto.pareto_smooth, log_weight[permutation])
     np.testing.assert_array_equal(permuted, smoothed[permutation])
     assert permuted_khat == khat
     for value in np.unique(log_weight):
@@ -324,7 +324,7 @@ def edge_cases():
     ids=[case[0] for case in edge_cases()],
 )
 def test_weights_without_a_tail_to_judge_come_back_unchanged(compute, log_weight, expected):
-    smoothed, khat = compute(_pareto.pareto_smooth, log_weight)
+    smoothed, khat = compute(pareto.pareto_smooth, log_weight)
     assert khat == expected
     np.testing.assert_array_equal(smoothed, log_weight.astype(smoothed.dtype))
 
@@ -333,7 +333,7 @@ def test_weights_without_a_tail_to_judge_come_back_unchanged(compute, log_weight
 @pytest.mark.parametrize("positive", [95, 96, 500])
 def test_zero_weights_outside_the_tail_do_no_harm(compute, positive):
     log_weight = np.where(np.arange(1000) < positive, log_weights("normal:1", 1000), -INF)
-    smoothed, khat = compute(_pareto.pareto_smooth, log_weight)
+    smoothed, khat = compute(pareto.pareto_smooth, log_weight)
     np.testing.assert_allclose(khat, _psis_khat(log_weight), atol=SAME_FLOAT32)
     np.testing.assert_array_equal(np.isneginf(smoothed), np.isneginf(log_weight))
     assert not np.any(np.isnan(smoothed))
@@ -345,7 +345,7 @@ def test_smoothing_survives_random_hard_weights():
     spread = 10.0 ** rng.uniform(-12, 4, size=(150, 1))
     log_weight = spread * rng.standard_t(1.5, size=(150, 1000)).round(1)
     log_weight[rng.uniform(size=log_weight.shape) < rng.uniform(-0.5, 1, size=(150, 1))] = -INF
-    smoothed, khat = in_float32(batched(_pareto.pareto_smooth), log_weight)
+    smoothed, khat = in_float32(batched(pareto.pareto_smooth), log_weight)
     assert not np.any(np.isnan(khat))
     assert not np.any(np.isnan(smoothed))
     assert np.all(smoothed.max(axis=1) <= log_weight.astype(smoothed.dtype).max(axis=1))
@@ -358,8 +358,8 @@ def test_smoothing_survives_random_hard_weights():
 @jax.jit
 def chain_statistics(x):
     """All three at once: one compilation."""
-    ess = _stats.effective_sample_size(x)
-    return ess, _stats.split_rhat(x), _stats.monte_carlo_error(x)
+    ess = stats.effective_sample_size(x)
+    return ess, stats.split_rhat(x), stats.monte_carlo_error(x)
 
 
 @pytest.mark.both
@@ -446,7 +446,7 @@ def test_few_draws_are_judged_conservatively(draws):
 
 
 def test_a_single_draw_has_an_unknown_error():
-    np.testing.assert_array_equal(_stats.monte_carlo_error(jnp.ones((1, 1, 2))), [INF, INF])
+    np.testing.assert_array_equal(stats.monte_carlo_error(jnp.ones((1, 1, 2))), [INF, INF])
 
 
 @PRECISIONS
@@ -466,7 +466,7 @@ def test_split_rhat_of_shifted_halves_is_known():
     m = 50
     x = np.tile([0.0, 1.0], m)[None] + np.repeat([0.0, 3.0], m)
     expected = math.sqrt((m - 1) / m + 4.5 / (m / (4 * (m - 1))))
-    np.testing.assert_allclose(in_float64(_stats.split_rhat, x), expected, rtol=1e-12)
+    np.testing.assert_allclose(in_float64(stats.split_rhat, x), expected, rtol=1e-12)
 
 
 def test_thousands_of_coordinates_at_once():
@@ -500,7 +500,7 @@ def correlation_eigenvalues(lower, scale):
 @pytest.mark.parametrize("dim", [1, 3, 200])
 def test_positive_definite_matrices_have_their_plain_factor(compute, dim):
     matrix = covariance(dim)
-    lower, floored = compute(_stats.cholesky_with_floor, matrix)
+    lower, floored = compute(stats.cholesky_with_floor, matrix)
     assert not floored
     np.testing.assert_array_equal(lower, compute(jnp.linalg.cholesky, matrix))
 
@@ -510,7 +510,7 @@ def test_positive_definite_matrices_have_their_plain_factor(compute, dim):
 def test_small_eigenvalues_are_raised_to_the_floor(compute, dim):
     # condition 1e10, beyond float32, whose rounding makes some of the eigenvalues negative
     matrix = covariance(dim, smallest=1e-10)
-    lower, floored = compute(_stats.cholesky_with_floor, matrix)
+    lower, floored = compute(stats.cholesky_with_floor, matrix)
     scale = np.sqrt(np.diag(matrix))
     assert floored
     assert np.all(np.diag(lower) > 0)
@@ -528,7 +528,7 @@ def test_floor_of_the_eigenvalues_is_exact():
     units = np.outer([1.0, 1e-3, 1e3], [1.0, 1e-3, 1e3])
     value, vector = np.linalg.eigh(correlation)
     expected = (vector * np.maximum(value, 1e-6)) @ vector.T
-    lower, floored = in_float64(_stats.cholesky_with_floor, correlation * units)
+    lower, floored = in_float64(stats.cholesky_with_floor, correlation * units)
     assert value[0] < -0.5
     assert floored
     np.testing.assert_allclose(lower @ lower.T / units, expected, atol=1e-12)
@@ -538,14 +538,14 @@ def test_verdict_turns_at_the_floor():
     # correlation r: eigenvalues 1 - r and 1 + r
     for gap, expected in [(0.99e-3, True), (1.01e-3, False)]:
         matrix = jnp.array([[4.0, 6 * (1 - gap)], [6 * (1 - gap), 9.0]])
-        _, floored = _stats.cholesky_with_floor(matrix, floor=1e-3)
+        _, floored = stats.cholesky_with_floor(matrix, floor=1e-3)
         assert floored == expected
 
 
 @PRECISIONS
 @pytest.mark.parametrize("dim", [1, 3, 200])
 def test_zero_matrix_gives_a_small_multiple_of_the_identity(compute, dim):
-    lower, floored = compute(_stats.cholesky_with_floor, np.zeros((dim, dim)))
+    lower, floored = compute(stats.cholesky_with_floor, np.zeros((dim, dim)))
     assert floored
     np.testing.assert_allclose(lower, 1e-3 * np.eye(dim), rtol=1e-6)
 
@@ -554,7 +554,7 @@ def test_zero_matrix_gives_a_small_multiple_of_the_identity(compute, dim):
 @pytest.mark.parametrize("variance", [0.0, -1e-9, -2.0])
 def test_coordinate_without_a_variance_is_cut_off(compute, variance):
     matrix = np.array([[4.0, 0.5, 1.0], [0.5, variance, 0.2], [1.0, 0.2, 2.0]])
-    lower, floored = compute(_stats.cholesky_with_floor, matrix)
+    lower, floored = compute(stats.cholesky_with_floor, matrix)
     assert floored
     expected = np.array([[4.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 2.0]])
     np.testing.assert_allclose(lower @ lower.T, expected, atol=1e-5)
@@ -566,7 +566,7 @@ def test_coordinate_without_a_variance_is_cut_off(compute, variance):
 def test_impossible_correlations_do_not_inflate_the_variances(compute):
     # the covariance is rounding noise beside the unit variance, yet 1e7 standard deviations
     matrix = np.array([[1e-30, 1e-8], [1e-8, 1.0]])
-    lower, floored = compute(_stats.cholesky_with_floor, matrix)
+    lower, floored = compute(stats.cholesky_with_floor, matrix)
     assert floored
     np.testing.assert_allclose(np.diag(lower @ lower.T), [1e-30, 1.0], rtol=1e-5)
 
@@ -574,7 +574,7 @@ def test_impossible_correlations_do_not_inflate_the_variances(compute):
 @PRECISIONS
 @pytest.mark.parametrize("dim", [1, 2, 200])
 def test_rank_one_matrix(compute, dim):
-    lower, floored = compute(_stats.cholesky_with_floor, np.ones((dim, dim)))
+    lower, floored = compute(stats.cholesky_with_floor, np.ones((dim, dim)))
     assert floored == (dim > 1)
     assert np.all(np.diag(lower) > 0)
     # float32: eps times the eigenvalue, dim
@@ -582,7 +582,7 @@ def test_rank_one_matrix(compute, dim):
 
 
 def test_floor_is_no_smaller_than_the_precision():
-    lower, floored = _stats.cholesky_with_floor(jnp.ones((3, 3)), floor=0.0)
+    lower, floored = stats.cholesky_with_floor(jnp.ones((3, 3)), floor=0.0)
     assert floored
     epsilon = float(jnp.finfo(lower.dtype).eps)
     assert correlation_eigenvalues(lower, np.ones(3))[-1] == pytest.approx(epsilon, rel=0.05)
@@ -594,7 +594,7 @@ def test_floor_is_no_smaller_than_the_precision():
 def test_matrix_that_is_not_finite_gives_nan(compute, bad, where):
     matrix = np.eye(2)
     matrix[where] = matrix[where[::-1]] = bad
-    lower, floored = compute(_stats.cholesky_with_floor, matrix)
+    lower, floored = compute(stats.cholesky_with_floor, matrix)
     assert np.all(np.isnan(lower))
     assert not floored
 
@@ -603,7 +603,7 @@ def test_matrix_that_is_not_finite_gives_nan(compute, bad, where):
 
 
 def weight_statistics(x):
-    return _stats.log_mean_exp(x), _stats.normalize_log_weight(x), _stats.weight_ess(x)
+    return stats.log_mean_exp(x), stats.normalize_log_weight(x), stats.weight_ess(x)
 
 
 def batches():
@@ -616,9 +616,9 @@ def batches():
     matrices = np.stack([covariance(3), np.ones((3, 3)), np.zeros((3, 3)), np.full((3, 3), np.nan)])
     return [
         (weight_statistics, weights),
-        (_pareto.pareto_smooth, weights),
+        (pareto.pareto_smooth, weights),
         (chain_statistics, chains),
-        (_stats.cholesky_with_floor, matrices),
+        (stats.cholesky_with_floor, matrices),
     ]
 
 
@@ -632,7 +632,7 @@ def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
     rows = batch[:6]
     compiled = [in_float32(function, x) for x in rows]
     # in the smoothing no step on the way is NaN either
-    with jax.disable_jit(), jax.debug_nans(function is _pareto.pareto_smooth):
+    with jax.disable_jit(), jax.debug_nans(function is pareto.pareto_smooth):
         eager = [function(jnp.asarray(x, jnp.float32)) for x in rows]
     jax.tree.map(assert_close, compiled, eager)
     stacked = jax.tree.map(lambda *x: np.stack(x), *compiled)
@@ -643,8 +643,8 @@ def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
 def test_after_waits_and_changes_nothing():
     value = jnp.arange(6.0).reshape(2, 3)
     for first in (0.0, jnp.nan, jnp.inf, -jnp.inf):
-        np.testing.assert_array_equal(_stats.after(jnp.asarray(first), value), value)
+        np.testing.assert_array_equal(stats.after(jnp.asarray(first), value), value)
     # What waits must still depend on what it waits for once the compiler is through.
-    program = jax.jit(_stats.after).lower(jnp.zeros(()), value).compile().as_text()
+    program = jax.jit(stats.after).lower(jnp.zeros(()), value).compile().as_text()
     root = next(line for line in program.splitlines() if "ROOT" in line and "fusion" in line)
     assert len(re.findall(r"%[\w.]+", root.split("(", 1)[1])) >= 2, program

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import random
 
-from numpyro_regloss._threefry import unrolled
+from numpyro_regloss._core.threefry import unrolled
 
 pytestmark = pytest.mark.both
 

@@ -9,7 +9,7 @@ from jax import random
 from test_engines import setup
 
 from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, problems, values
-from numpyro_regloss._tail import mean_with_error
+from numpyro_regloss._core.tail import mean_with_error
 
 PROBLEMS = {
     "linear": problems.linear(np.array([0.5, -1.0])),

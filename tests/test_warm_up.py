@@ -11,7 +11,7 @@ from numpyro.infer.hmc import IntegratorState
 from numpyro.infer.hmc_util import build_adaptation_schedule, warmup_adapter
 
 from numpyro_regloss import Loss, TwoStep, fit, problems, shift
-from numpyro_regloss._warm_up import Tuning, WarmUp
+from numpyro_regloss.shift.hmc.warm_up import Tuning, WarmUp
 
 DIM = 3
 

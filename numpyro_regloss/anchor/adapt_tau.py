@@ -22,13 +22,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._checks import check_positive, usable_range
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass
-from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._core.checks import check_positive, usable_range
+from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian, Gaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["AdaptTau", "AdaptTauInfo", "AdaptTauState"]
 

@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss import _safeguard
-from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._pytree import pytree_dataclass, replace_fields, static_field
-from numpyro_regloss._score_regression import regress
-from numpyro_regloss._stats import after
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.anchor.base import REASONS, AcceleratedInfo, Anchor
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.checks import check_count, check_positive
+from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.pytree import pytree_dataclass, replace_fields, static_field
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.anchor import safeguard
+from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.anchor.regression import regress
+from numpyro_regloss.anchor.safeguard import REASONS, AcceleratedInfo
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["Anderson", "AndersonState"]
 
@@ -57,7 +58,7 @@ class AndersonState(NamedTuple):
     noise: Array
     used: Array
     place: Array
-    last: _safeguard.Last
+    last: safeguard.Last
 
 
 @pytree_dataclass
@@ -102,7 +103,7 @@ class Anderson(Anchor):
             noise=zero[:, 0],
             used=jnp.zeros(self.memory, bool),
             place=jnp.asarray(0, jnp.int32),
-            last=_safeguard.first(target),
+            last=safeguard.first(target),
         )
 
     def step(
@@ -128,9 +129,9 @@ class Anderson(Anchor):
             The next state, the next reference and the info.
         """
         del rng_key
-        reference, here, plain = _safeguard.in_order(target, fitted)
-        error = _safeguard.whitened_error(here, fit_info)
-        _, back = _safeguard.rise(state.last, reference, plain, error)
+        reference, here, plain = safeguard.in_order(target, fitted)
+        error = safeguard.whitened_error(here, fit_info)
+        _, back = safeguard.rise(state.last, reference, plain, error)
         # The least residual need not have the least F_tau, but one of them falls.
         before = reference.scaled_transpose(state.last.gradient)
         back &= plain @ plain > before @ before
@@ -160,9 +161,9 @@ class Anderson(Anchor):
         state = pairs._replace(
             used=kept,
             place=(state.place + 1) % self.memory,
-            last=_safeguard.remember(reference, plain, error, fitted.mean, take),
+            last=safeguard.remember(reference, plain, error, fitted.mean, take),
         )
-        info = _safeguard.report(reason, plain, step, decreases)
+        info = safeguard.report(reason, plain, step, decreases)
         return state, target.reference._replace(mean=mean), info
 
     def _judge(
@@ -187,7 +188,7 @@ class Anderson(Anchor):
             compatible=fit_info.score_compatible,
             diagonal=draws.log_weight.size < 2 * target.dim,
         )
-        return _safeguard.compare(
+        return safeguard.compare(
             target,
             draws,
             regression,

@@ -4,16 +4,12 @@
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian, Gaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["REASONS", "AcceleratedInfo", "Anchor", "AnchorInfo"]
-
-# Why an accelerated anchor took the plain step, or went back to where the last plain step would have led since the
-# regularized loss had risen; the first means that it did neither.
-REASONS = ("accelerated", "no history", "no further decrease", "went back")
+__all__ = ["Anchor", "AnchorInfo"]
 
 
 class AnchorInfo(NamedTuple):
@@ -28,31 +24,6 @@ class AnchorInfo(NamedTuple):
     ok: Array
     num_loss: Array
     num_grad: Array
-
-
-class AcceleratedInfo(NamedTuple):
-    """What anchors that go farther than the fitted mean report.
-
-    Attributes:
-        ok: the next reference may be used.
-        num_loss: loss evaluations.
-        num_grad: gradient evaluations.
-        accelerated: whether the reference went farther; else it moved to the fitted mean, as `Proximal` does.
-        reason: index into `REASONS`.
-        decrease: of F_tau by the accelerated step, cross-fitted, in the units of the loss; NaN where there
-            are no draws to tell it from.
-        plain_decrease: the same by the plain step.
-        lengthening: length of the step that was proposed over that of the plain one, in units of the reference.
-    """
-
-    ok: Array
-    num_loss: Array
-    num_grad: Array
-    accelerated: Array
-    reason: Array
-    decrease: Array
-    plain_decrease: Array
-    lengthening: Array
 
 
 @runtime_checkable

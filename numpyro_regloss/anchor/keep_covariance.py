@@ -15,14 +15,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from numpyro_regloss._checks import check_choice, check_positive
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
-from numpyro_regloss._stats import after
-from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._core.checks import check_choice, check_positive
+from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian, Gaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["KeepCovariance", "KeepCovarianceInfo"]
 

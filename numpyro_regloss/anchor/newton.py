@@ -23,16 +23,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from numpyro_regloss import _safeguard
-from numpyro_regloss._checks import check_choice, check_positive
-from numpyro_regloss._pytree import is_concrete, pytree_dataclass, static_field
-from numpyro_regloss._score_regression import Regression, regress
-from numpyro_regloss._stats import normalize_log_weight
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.anchor.base import REASONS, AcceleratedInfo, Anchor
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.checks import check_choice, check_positive
+from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
+from numpyro_regloss._core.stats import normalize_log_weight
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.anchor import safeguard
+from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.anchor.regression import Regression, regress
+from numpyro_regloss.anchor.safeguard import REASONS, AcceleratedInfo
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["Newton", "NewtonState"]
 
@@ -52,7 +53,7 @@ class NewtonState(NamedTuple):
         radius: bound of the next one, a fraction of `max_step`.
     """
 
-    last: _safeguard.Last
+    last: safeguard.Last
     radius: Array
 
 
@@ -107,11 +108,11 @@ class Newton(Anchor):
         Raises:
             ValueError: if it is one of those of the heat regularization.
         """
-        _safeguard.check_uses_draws(fit, "Newton", "for others there is anchor.Anderson")
+        safeguard.check_uses_draws(fit, "Newton", "for others there is anchor.Anderson")
 
     def init(self, target: RegularizedLoss) -> NewtonState:
         """Nothing to judge yet, and steps as long as they may be."""
-        return NewtonState(_safeguard.first(target), jnp.ones_like(target.reference.mean, shape=()))
+        return NewtonState(safeguard.first(target), jnp.ones_like(target.reference.mean, shape=()))
 
     def step(
         self,
@@ -147,7 +148,7 @@ class Newton(Anchor):
             )
         control = getattr(fit_info, "control_variate", jnp.asarray(0))
         compatible = getattr(fit_info, "score_compatible", jnp.asarray(True))
-        reference, here, plain = _safeguard.in_order(target, fitted)
+        reference, here, plain = safeguard.in_order(target, fitted)
         regression = regress(
             here, draws, control, compatible=compatible, diagonal=self.curvature == "diagonal"
         )
@@ -157,9 +158,9 @@ class Newton(Anchor):
             # Half of the draws have twice the variance.
             return jnp.stack([step, step + stretch(step, 2.0)])
 
-        decreases = _safeguard.compare(here, draws, regression, steps)
-        error = _safeguard.whitened_error(here, fit_info)
-        _, back = _safeguard.rise(state.last, reference, plain, error)
+        decreases = safeguard.compare(here, draws, regression, steps)
+        error = safeguard.whitened_error(here, fit_info)
+        _, back = safeguard.rise(state.last, reference, plain, error)
         step = plain + stretch(plain, 1.0)
         take = (decreases[1] > decreases[0]) & jnp.isfinite(step).all() & ~back
         reason = jnp.where(take, 0, REASONS.index("no further decrease"))
@@ -168,8 +169,8 @@ class Newton(Anchor):
         mean = jnp.where(back, state.last.plain, mean)
         radius = jnp.where(back, state.radius / SHORTER, state.radius)
         radius = jnp.where(take, jnp.minimum(LONGER * radius, 1.0), radius)
-        last = _safeguard.remember(reference, plain, error, fitted.mean, take)
-        info = _safeguard.report(reason, plain, step, decreases)
+        last = safeguard.remember(reference, plain, error, fitted.mean, take)
+        info = safeguard.report(reason, plain, step, decreases)
         return NewtonState(last, radius), target.reference._replace(mean=mean), info
 
     def _stretch(
@@ -181,11 +182,11 @@ class Newton(Anchor):
         radius: Array,
     ) -> Callable[[Array, float], Array]:
         # What comes on top of a plain step whose sampling variance is so many times that of all draws.
-        error = jnp.sum(_safeguard.whitened_error(target, fit_info) ** 2)
+        error = jnp.sum(safeguard.whitened_error(target, fit_info) ** 2)
         weight = normalize_log_weight(draws.log_weight).reshape(-1)
         if regression.covariance.ndim == 1:
             eigenvalue, vector = 1.0 - regression.covariance, None
-            variance = _safeguard.whitened_error(target, fit_info) ** 2
+            variance = safeguard.whitened_error(target, fit_info) ** 2
         else:
             identity = jnp.eye(target.dim, dtype=weight.dtype)
             eigenvalue, vector = jnp.linalg.eigh(identity - regression.covariance)

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._checks import check_choice
-from numpyro_regloss._pytree import Partition, all_finite, pytree_dataclass, static_field
-from numpyro_regloss._typing import Array, Key
+from numpyro_regloss._core.checks import check_choice
+from numpyro_regloss._core.pytree import Partition, all_finite, pytree_dataclass, static_field
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["Optax", "OptaxInfo"]
 

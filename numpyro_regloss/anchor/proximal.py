@@ -10,12 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_regloss._pytree import pytree_dataclass
-from numpyro_regloss._typing import Key
+from numpyro_regloss._core.pytree import pytree_dataclass
+from numpyro_regloss._core.types import Key
 from numpyro_regloss.anchor.base import Anchor, AnchorInfo
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["Proximal"]
 

@@ -4,15 +4,12 @@
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from numpyro_regloss._checks import check_choice, check_count
-from numpyro_regloss._typing import Key
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.gaussian import AnyGaussian
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.types import Key
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["FAMILIES", "Fit", "FitResult", "check_family"]
-
-FAMILIES = ("reference", "isotropic", "diagonal", "dense", "low_rank")
+__all__ = ["Fit", "FitResult"]
 
 
 @runtime_checkable
@@ -68,29 +65,3 @@ class FitResult(NamedTuple):
 
     gaussian: AnyGaussian
     info: Any
-
-
-def check_family(covariance: Any, rank: Any, what: str) -> None:
-    """Refuses unknown families of covariances, and a rank that is missing or that nothing uses.
-
-    Args:
-        covariance: one of `FAMILIES`.
-        rank: number of factors for `"low_rank"`, else None.
-        what: begins the error message.
-
-    Raises:
-        ValueError: if the family is unknown, or rank and family do not go together.
-    """
-    check_choice(covariance, f"{what}: covariance", FAMILIES)
-    if covariance == "low_rank":
-        if rank is None:
-            raise ValueError(
-                f'{what}: expected rank, the number of factors, with covariance="low_rank", got None; '
-                "try rank=5."
-            )
-        check_count(rank, f"{what}: rank")
-    elif rank is not None:
-        raise ValueError(
-            f'{what}: expected rank only with covariance="low_rank", got rank={rank!r} with '
-            f"{covariance!r}."
-        )

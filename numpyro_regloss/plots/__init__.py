@@ -6,12 +6,12 @@ Each takes what a run or a report left behind, draws on the axes that it is give
 Colors are those of Okabe and Ito; markers and line styles tell the same without color.
 """
 
-from numpyro_regloss.plots._gaussian_pair import gaussian_pair
-from numpyro_regloss.plots._landscape import landscape
-from numpyro_regloss.plots._optimization import optimization
-from numpyro_regloss.plots._profile import profile
-from numpyro_regloss.plots._shift_quality import shift_quality
-from numpyro_regloss.plots._trajectory import trajectory
+from numpyro_regloss.plots.flatness import profile
+from numpyro_regloss.plots.grid import landscape
+from numpyro_regloss.plots.pair import gaussian_pair
+from numpyro_regloss.plots.path import trajectory
+from numpyro_regloss.plots.progress import optimization
+from numpyro_regloss.plots.quality import shift_quality
 
 __all__ = [
     "gaussian_pair",

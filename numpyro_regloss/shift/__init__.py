@@ -2,27 +2,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 1: engines that draw from the shifted density q ∝ exp(-loss / T) N(reference)."""
 
-from numpyro_regloss.shift.adaptive import Adaptive
+from numpyro_regloss.shift.adaptive import Adaptive, AdaptiveInfo, AdaptiveState
 from numpyro_regloss.shift.base import Shift
-from numpyro_regloss.shift.hmc import HMC
-from numpyro_regloss.shift.implicit import Implicit
-from numpyro_regloss.shift.importance import Importance
-from numpyro_regloss.shift.kernel import Kernel
-from numpyro_regloss.shift.nuts import NUTS
-from numpyro_regloss.shift.sgld import SGLD, RMSprop
-from numpyro_regloss.shift.smc import SMC
-from numpyro_regloss.shift.svi import SVI
+from numpyro_regloss.shift.hmc import HMC, NUTS, HMCInfo, HMCState
+from numpyro_regloss.shift.implicit import Implicit, ImplicitInfo
+from numpyro_regloss.shift.importance import Importance, ImportanceInfo
+from numpyro_regloss.shift.kernel import Kernel, KernelInfo, KernelState
+from numpyro_regloss.shift.sgld import SGLD, RMSprop, SGLDInfo, SGLDState
+from numpyro_regloss.shift.smc import SMC, SMCInfo
+from numpyro_regloss.shift.svi import SVI, SVIInfo, SVIState
 
 __all__ = [
     "Adaptive",
+    "AdaptiveInfo",
+    "AdaptiveState",
     "HMC",
+    "HMCInfo",
+    "HMCState",
     "Implicit",
+    "ImplicitInfo",
     "Importance",
+    "ImportanceInfo",
     "Kernel",
+    "KernelInfo",
+    "KernelState",
     "NUTS",
     "RMSprop",
     "SGLD",
+    "SGLDInfo",
+    "SGLDState",
     "SMC",
+    "SMCInfo",
     "SVI",
+    "SVIInfo",
+    "SVIState",
     "Shift",
 ]

@@ -18,20 +18,20 @@ import jax.numpy as jnp
 from jax import lax, random
 from jax.scipy.special import ndtri
 
-from numpyro_regloss._checks import check_count, check_positive
-from numpyro_regloss._descent import cross_fitted
-from numpyro_regloss._moments import of_blocks, of_chains
-from numpyro_regloss._pytree import (
+from numpyro_regloss._core.checks import check_count, check_positive
+from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.pytree import (
     is_concrete,
     pytree_dataclass,
     replace_fields,
     static_field,
     strong,
 )
-from numpyro_regloss._stats import after
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import Chunk, Draws
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import Chunk, Draws
+from numpyro_regloss.draws.descent import cross_fitted
+from numpyro_regloss.draws.moments import of_blocks, of_chains
+from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["Adaptive", "AdaptiveInfo", "AdaptiveState", "Rounds"]

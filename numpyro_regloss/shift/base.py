@@ -36,9 +36,9 @@ functions static, so that new numbers never recompile.
 
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from numpyro_regloss._typing import Key
-from numpyro_regloss.draws import Draws
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.types import Key
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["Shift"]
 

@@ -6,10 +6,10 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from numpyro_regloss._pytree import pytree_dataclass
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import StoredDraws
-from numpyro_regloss.regularized import RegularizedLoss
+from numpyro_regloss._core.pytree import pytree_dataclass
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["Implicit", "ImplicitInfo"]

@@ -10,6 +10,13 @@ reference moves they move with it, and are burnt in again.
 References: Livingstone & Zanella (2022), "The Barker Proposal: Combining Robustness and Efficiency in
 Gradient-Based MCMC"; Goodman & Weare (2010), "Ensemble Samplers with Affine Invariance"; Karamanis & Beutler
 (2021), "Ensemble Slice Sampling"; Zhu (2019), "Sample Adaptive MCMC".
+
+Draws of an ensemble of walkers as blocks of time, whose scatter gives errors.
+
+Walkers learn from one another: at one time they are independent draws, over time they are not, and the usual
+autocorrelations of single walkers miss what passes between them. Means over stretches of time contain all of it.
+
+Reference: Flegal & Jones (2010), "Batch Means and Spectral Variance Estimators in Markov Chain Monte Carlo".
 """
 
 import math
@@ -20,25 +27,26 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax, random
+from jaxtyping import Float
 from numpyro.infer import HMC, BarkerMH, init_to_value
 from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_regloss._batch_means import ess_of_blocks, stretches
-from numpyro_regloss._checks import check_count, check_integers
-from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
-from numpyro_regloss._sampler_stats import sampler_stats
-from numpyro_regloss._stats import effective_sample_size, split_rhat
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import StoredDraws
-from numpyro_regloss.regularized import RegularizedLoss, latent_name, model
+from numpyro_regloss._core.checks import check_count, check_integers
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strong
+from numpyro_regloss._core.stats import effective_sample_size, split_rhat
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.losses.regularized import RegularizedLoss, latent_name, model
 from numpyro_regloss.shift.base import Shift
+from numpyro_regloss.shift.sampler_stats import sampler_stats
 
-__all__ = ["Kernel", "KernelInfo", "KernelState"]
+__all__ = ["Kernel", "KernelInfo", "KernelState", "ess_of_blocks", "stretches"]
 
 # A shift is rejected when its chains hardly moved, and a step size below which they do so is tuned anew.
 LEAST_MOVED, REWARM_BELOW = 0.02, 0.1
 TUNED = ("step_size", "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
+NUM_STRETCHES = 10
 
 
 class KernelState(NamedTuple):
@@ -398,3 +406,38 @@ def _usable(target: RegularizedLoss, noise: Array) -> Array:
 
 def _named(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def stretches(a: Float[Array, "walker draw *event"]) -> Float[Array, "stretch member *event"]:
+    """Groups draws by time; the first ones, which would not fill a stretch, are dropped.
+
+    Args:
+        a: of the walkers, `(walker, draw, ...)`.
+
+    Returns:
+        `(stretch, draws of all walkers in it, ...)`, ten to nineteen stretches, or one per draw of fewer.
+    """
+    length = max(1, a.shape[1] // NUM_STRETCHES)
+    number = a.shape[1] // length
+    a = jnp.swapaxes(a, 0, 1)[a.shape[1] - number * length :]
+    return a.reshape(number, length * a.shape[1], *a.shape[2:])
+
+
+def ess_of_blocks(x: Float[Array, "stretch member *event"]) -> Float[Array, "*event"]:
+    """Effective sample size of the mean by batch means.
+
+    Args:
+        x: from `stretches`.
+
+    Returns:
+        One value per event coordinate, between one and the number of draws; one where there is one stretch or
+        draws are not finite.
+    """
+    number, size = x.shape[:2]
+    if number == 1:
+        return jnp.ones(x.shape[2:], x.dtype)
+    most = number * size
+    of_mean = jnp.var(jnp.mean(x, 1), 0, ddof=1) / number
+    ess = jnp.var(x, (0, 1)) / jnp.where(of_mean > 0, of_mean, 1)
+    ess = jnp.where(of_mean > 0, jnp.clip(ess, 1, most), most)
+    return jnp.where(jnp.isfinite(of_mean), ess, 1).astype(x.dtype)

@@ -27,14 +27,14 @@ from numpyro.infer import Trace_ELBO, init_to_mean
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 
-from numpyro_regloss._checks import check_count, check_integers, check_optimizer
-from numpyro_regloss._optax import adam
-from numpyro_regloss._pareto import pareto_khat
-from numpyro_regloss._pytree import pytree_dataclass, static_field, strong
-from numpyro_regloss._stats import weight_ess
-from numpyro_regloss._typing import Array, Key
-from numpyro_regloss.draws import StoredDraws
-from numpyro_regloss.regularized import RegularizedLoss, latent_name, model
+from numpyro_regloss._core.checks import check_count, check_integers, check_optimizer
+from numpyro_regloss._core.optimizers import adam
+from numpyro_regloss._core.pareto import pareto_khat
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strong
+from numpyro_regloss._core.stats import weight_ess
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.losses.regularized import RegularizedLoss, latent_name, model
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["SVI", "SVIInfo", "SVIState"]

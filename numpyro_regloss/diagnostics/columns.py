@@ -1,0 +1,126 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The history of a run as columns, one number per step, under common names whatever the engines are.
+
+Lengths are in standard deviations of the reference, sqrt(tau) for an isotropic one, so that they compare whatever
+the units of the parameters.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numpyro_regloss.two_step.result import TwoStepResult
+
+__all__ = ["COLUMNS", "Motion", "run_columns", "run_motion"]
+
+# In the order of the table.
+COLUMNS = {
+    "ok": "whether the step was taken",
+    "loss": "at the centre, in the units of the loss",
+    "tau": "mean over the parameters, in their squared units",
+    "step": "length of the step",
+    "noise": "standard error of the fitted mean over its distance from the centre: near 1, the step is noise",
+    "error": "root mean square over the parameters of the fitted mean's standard errors",
+    "temperature": "of the weights, where the engine sets it",
+    "ess": "least effective sample size of the mean",
+    "rhat": "greatest split R-hat",
+    "khat": "Pareto shape of the weights",
+    "num_divergent": "divergent transitions",
+    "accept_prob": "mean acceptance probability",
+    "step_size": "of the sampler",
+    "stability": "step size times steepest curvature (SGLD)",
+    "num_rounds": "rounds of draws (Adaptive)",
+    "num_stages": "rungs of the ladder (SMC)",
+    "num_rejected": "evaluations that were not finite",
+    "negative_elbo": "of the guide, in the units of the loss (SVI)",
+    "residual": "of the fit's equation",
+    "decrease": "of the regularized loss by the step, in the units of the loss",
+    "decrease_error": "standard error of it",
+    "verdict": "1 decrease, 0 not distinguishable, -1 increase",
+    "num_loss": "loss evaluations",
+    "num_grad": "gradient evaluations",
+    "seconds": "wall time",
+}
+# Of the engine within `Adaptive` they are those of its last round, which says little of all draws.
+OF_ONE_ROUND = ("ess", "rhat")
+
+
+class Motion(NamedTuple):
+    """How the centre moved in the steps that were taken, `(step, dim)`, in standard deviations of the reference.
+
+    Attributes:
+        pull: from the centre to the fitted mean; with `Proximal` that is the step.
+        error: standard errors of the fitted mean, or None where the fit has none.
+        step: from one centre to the next.
+    """
+
+    pull: np.ndarray
+    error: np.ndarray | None
+    step: np.ndarray
+
+
+def run_motion(result: TwoStepResult) -> Motion:
+    """The centre's motion.
+
+    Args:
+        result: of a run.
+
+    Returns:
+        The motion, rejected steps left out.
+    """
+    history, ok = result.history, result.history.ok
+    sd = np.sqrt(np.asarray(history.reference.variance))
+    mean = np.asarray(history.reference.mean)
+    error = getattr(history.fit, "mean_error", None)
+    return Motion(
+        pull=((np.asarray(history.fitted.mean) - mean) / sd)[ok],
+        error=None if error is None else (np.asarray(error) / sd)[ok],
+        step=(np.diff(result.centers, axis=0) / sd)[ok],
+    )
+
+
+def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:
+    """Columns of all steps.
+
+    Args:
+        result: of a run.
+        motion: of the same run.
+
+    Returns:
+        Those of `COLUMNS` that the engines of the run report, each `(step,)`; lengths of rejected steps are NaN.
+    """
+    history, ok = result.history, np.asarray(result.history.ok)
+
+    def taken(values: np.ndarray) -> np.ndarray:
+        column = np.full(len(ok), np.nan)
+        column[ok] = values
+        return column
+
+    found: dict[str, Any] = {
+        "ok": ok,
+        "loss": history.loss,
+        "tau": np.asarray(history.tau).reshape(len(ok), -1).mean(1),
+        "step": taken(_length(motion.step)),
+        "num_loss": history.num_loss,
+        "num_grad": history.num_grad,
+        "seconds": result.seconds,
+    }
+    if motion.error is not None:
+        error, pull = _length(motion.error), _length(motion.pull)
+        found["noise"] = taken(np.divide(error, pull, np.full(len(pull), np.inf), where=pull > 0))
+        found["error"] = taken(error / np.sqrt(motion.error.shape[1]))
+    own = set(COLUMNS) - set(found)
+    engine = getattr(history.shift, "engine", None)
+    infos = (history.record, history.fit, history.shift)
+    for info in infos if engine is None else (*infos, engine):
+        hidden = OF_ONE_ROUND if info is engine and engine is not None else ()
+        for name in own - set(found) - set(hidden):
+            column = getattr(info, name, None)
+            if column is not None and np.shape(column) == ok.shape:
+                found[name] = np.asarray(column)
+    return {name: found[name] for name in COLUMNS if found.get(name) is not None}
+
+
+def _length(vectors: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.sum(np.asarray(vectors, float) ** 2, -1))

@@ -1,0 +1,135 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Draws from the shifted density: a weighted cloud, in memory or regenerated from keys."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field
+from numpyro_regloss._core.types import Array
+
+__all__ = ["BatchMeans", "Chunk", "Draws", "StoredDraws"]
+
+Carry = TypeVar("Carry")
+
+
+class Chunk(NamedTuple):
+    """Some of the draws, flattened over chains: center + offset, or the pairs center ± offset.
+
+    Attributes:
+        center: `(dim,)`, a point amid the draws, the same in all chunks.
+        offset: `(n, dim)`.
+        pair_log_weight: `(n, 1)`, or `(n, 2)` for pairs, unnormalized.
+        score: `(n, dim)`, the gradient of log q, or None.
+    """
+
+    center: Array
+    offset: Array
+    pair_log_weight: Array
+    score: Array | None
+
+    @classmethod
+    def of(cls, x: Array, log_weight: Array, score: Array | None = None) -> "Chunk":
+        """Draws that are no pairs: `x` `(n, dim)`, `log_weight` `(n,)`, `score` like `x`."""
+        center = jnp.sum(x[:1], 0)  # zero for no draws
+        return cls(center, x - center, log_weight[:, None], score)
+
+    @property
+    def log_weight(self) -> Array:
+        """In the order of `x`, `(n,)` or `(2 n,)`."""
+        return self.pair_log_weight.reshape(-1)
+
+    @property
+    def sign(self) -> Array:
+        """The multiples of the offset that are draws, `[1]`, or `[1, -1]` for pairs."""
+        return jnp.asarray([1.0, -1.0], self.offset.dtype)[: self.pair_log_weight.shape[1]]
+
+    @property
+    def x(self) -> Array:
+        """The draws, `(n, dim)` or `(2 n, dim)`."""
+        x = self.center + self.sign[:, None] * self.offset[:, None]
+        return x.reshape(-1, x.shape[-1])
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """What a shift hands to a fit.
+
+    Attributes:
+        log_weight: `(chain, draw)`, unnormalized; zeros for MCMC.
+        loss: `(chain, draw)`, raw loss values.
+        temperature: scalar, the one that was used.
+        block_size: draws of a chunk are independent from one block of this many consecutive ones to
+            the next (2 for antithetic pairs); None for Markov chains.
+        x: `(chain, draw, dim)`, materialized on request.
+        score: `(chain, draw, dim)`, or None where gradients were not computed.
+    """
+
+    @property
+    def log_weight(self) -> Array: ...  # noqa: D102
+    @property
+    def loss(self) -> Array: ...  # noqa: D102
+    @property
+    def temperature(self) -> Array: ...  # noqa: D102
+    @property
+    def block_size(self) -> int | None: ...  # noqa: D102
+    @property
+    def x(self) -> Array: ...  # noqa: D102
+    @property
+    def score(self) -> Array | None: ...  # noqa: D102
+
+    def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
+        """Reduces over chunks of draws: all that a fit may use when draws do not fit in memory."""
+        ...
+
+
+@pytree_dataclass
+class StoredDraws:
+    """Draws held in memory.
+
+    Attributes:
+        x: `(chain, draw, dim)`.
+        log_weight: `(chain, draw)`.
+        loss: `(chain, draw)`.
+        temperature: scalar.
+        score: `(chain, draw, dim)` or None.
+        block_size: see `Draws`; None (Markov chains) by default.
+        stats: `(chain, draw)` each, by ArviZ's names of the statistics of a sampler, or None; for views of the
+            draws, never for a fit.
+    """
+
+    x: Array
+    log_weight: Array
+    loss: Array
+    temperature: Array
+    score: Array | None = None
+    block_size: int | None = static_field(default=None)
+    stats: dict[str, Array] | None = None
+
+    def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
+        """Hands all draws over at once."""
+        flat = jax.tree.map(
+            lambda a: jnp.reshape(a, (-1, *a.shape[2:])), (self.x, self.log_weight, self.score)
+        )
+        return fn(init, Chunk.of(*flat))
+
+
+@pytree_dataclass
+class BatchMeans(StoredDraws):
+    """What is kept of chains that are too long to be stored: means of batches of consecutive draws.
+
+    They have the mean of the draws and, as a shorter chain, its error. With the variances within the batches
+    they give the variances of the draws; correlations are lost.
+
+    Attributes:
+        x: means of the batches, `(chain, batch, dim)`.
+        log_weight: of the batches, `(chain, batch)`.
+        loss: means of the batches, `(chain, batch)`.
+        temperature: scalar.
+        spread: variances within the batches, like `x`.
+    """
+
+    spread: Any = None

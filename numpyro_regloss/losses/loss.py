@@ -1,0 +1,430 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: functions of a pytree and NumPyro models, seen by the engines as one flat vector.
+
+Only this module and the two sources below it know how parameters are stored.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_regloss._core.checks import check_key, check_own_names
+from numpyro_regloss._core.pytree import (
+    Partition,
+    is_concrete,
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+    with_context_axes,
+)
+from numpyro_regloss._core.types import Array, Key, Scalar, Vector
+from numpyro_regloss.losses.arguments import Arguments, explain
+from numpyro_regloss.losses.fence import fence, reads_many_numbers
+from numpyro_regloss.losses.function import FunctionSource, flatten_params
+from numpyro_regloss.losses.long_losses import is_long
+from numpyro_regloss.losses.minibatch import Minibatch
+from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
+from numpyro_regloss.losses.one_at_a_time import needs_one_at_a_time, one_at_a_time
+from numpyro_regloss.losses.rows import check_rows
+
+__all__ = ["Loss"]
+
+
+@pytree_dataclass
+class Loss:
+    """A loss of a flat unconstrained vector, with the data bound to it.
+
+    Build one with `Loss.from_function` or `Loss.from_model`. Arrays and floats among the bound
+    arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
+    None and functions are static, and so are arrays whose values the function needs when it is traced
+    (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
+    structure of parameters are the same program.
+
+    Arrays that the function reads besides its arguments (from an object, a closure or a global) are held
+    as they were when the loss was built. New ones need a new loss, which compiles nothing; a loss whose
+    data were changed since is refused.
+
+    Attributes:
+        x0: the start, `(dim,)`, flat and unconstrained, in JAX's default float.
+        arguments: the bound `(args, kwargs)`.
+        source: how the flat vector becomes the user's parameters and the loss.
+        minibatch: which arguments are data, or None for full batches.
+        fenced: whether the loss reads its arguments one number at a time; such programs compile faster so.
+        is_long: whether the loss has so many operations that programs should have it once.
+    """
+
+    x0: Array
+    arguments: Partition
+    source: FunctionSource | ModelSource
+    minibatch: Minibatch | None = static_field(default=None)
+    fenced: bool = static_field(default=False)
+    is_long: bool = static_field(default=False)
+
+    @classmethod
+    def from_function(
+        cls,
+        fn: Callable[..., Any],
+        params: Any,
+        *args: Any,
+        minibatch: Minibatch | None = None,
+        **kwargs: Any,
+    ) -> "Loss":
+        """A loss `fn(params, *args, **kwargs)` that returns a scalar.
+
+        Args:
+            fn: the loss. It need not be differentiable for gradient-free engines, and may return
+                integers.
+            params: starting values, any pytree of floating-point arrays and floats. In a module (of equinox, or
+                any pytree that can be called) only arrays are trained, as equinox has it: Python numbers among its
+                fields, such as a rate of 0.1, stay as they are.
+            *args: data and settings, bound as defaults.
+            minibatch: which arguments are data to be drawn in batches.
+            **kwargs: the same, by name.
+
+        Returns:
+            The loss.
+
+        Raises:
+            TypeError: if `fn` cannot be called, does not fit its arguments, or returns something other
+                than a real scalar; if parameters are not floating-point.
+            ValueError: if parameters are missing or not finite, or `fn` raises.
+
+        Example:
+            >>> loss = Loss.from_function(lambda p, y: jnp.sum((p["mean"] - y) ** 2),
+            ...                           {"mean": 1.0}, jnp.array([0.0, 1.0]))
+            >>> loss.dim, float(loss.value(loss.x0))
+            (1, 1.0)
+        """
+        if not callable(fn):
+            raise TypeError(
+                f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
+            )
+        check_own_names(fn, {"minibatch": minibatch}, 1 + len(args), "Loss.from_function")
+        x0, structure, sites = flatten_params(params)
+        trace = functools.partial(FunctionSource.trace, fn, (structure, sites), x0)
+        arguments, source = Arguments(fn, 1).bind(args, kwargs, trace, _checked(minibatch), "loss")
+        return cls._checked(x0, arguments, source, minibatch)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Callable[..., Any],
+        *args: Any,
+        density: str = "joint",
+        minibatch: Minibatch | None = None,
+        rng_key: Key | None = None,
+        **kwargs: Any,
+    ) -> "Loss":
+        """Minus the log density of a NumPyro model, in unconstrained coordinates.
+
+        Args:
+            model: a NumPyro model with continuous latent sites.
+            *args: the model's arguments, bound as defaults.
+            density: `"joint"`: the potential energy that NUTS sees, with the Jacobian of the
+                constraints; `"map"`: without it, so that the minimizer is the maximum a posteriori;
+                `"likelihood"`: observed sites only, and factors of the same data (a factor that depends
+                on no argument is a prior, and so are those of NumPyro's reparametrizers).
+            minibatch: which arguments are data. What has one term per row then counts `rows /
+                batch_size` times, so that the loss of a batch estimates the full loss without bias.
+                Sites that do not depend on the rows count once. Others are refused: sums over the rows
+                in one term, priors that read the data, data that the model standardizes.
+            rng_key: draws the start uniformly in (-2, 2), as NumPyro does. Default: zero in
+                unconstrained coordinates.
+            **kwargs: the model's keyword arguments.
+
+        Returns:
+            The loss. Its parameters are the latent sites, constrained, by name, and the model's
+            deterministic sites, as `MCMC.get_samples` returns them.
+
+        Raises:
+            TypeError: if `model` cannot be called or does not fit its arguments, or the key is not one.
+            ValueError: if `density` is unknown; if the model has no latent sites, discrete ones,
+                `param` or `mutable` sites or subsampled plates; if a site could be data or a prior.
+
+        Example:
+            >>> import numpyro, numpyro.distributions as dist
+            >>> def model(y):
+            ...     sd = numpyro.sample("sd", dist.HalfNormal(1.0))
+            ...     numpyro.sample("y", dist.Normal(0.0, sd), obs=y)
+            >>> loss = Loss.from_model(model, jnp.array([0.5, -0.5]))
+            >>> {name: float(value) for name, value in loss.constrain(loss.x0).items()}
+            {'sd': 1.0}
+        """
+        if not callable(model):
+            raise TypeError(
+                f"Loss.from_model: expected a NumPyro model, got {type(model).__name__}."
+            )
+        own = {"density": None if density == "joint" else density, "minibatch": minibatch}
+        check_own_names(model, {**own, "rng_key": rng_key}, len(args), "Loss.from_model")
+        if density not in DENSITIES:
+            raise ValueError(f"Loss.from_model: expected density in {DENSITIES}, got {density!r}.")
+        trace = functools.partial(trace_model, model)
+        arguments, (user, ((sites, _), *_)) = Arguments(model, 0).bind(
+            args, kwargs, trace, _checked(minibatch), "model"
+        )
+        source = ModelSource(user, density, sites)
+        split = _split(minibatch, arguments)
+        source = explain(lambda: source.with_data(arguments, *split), "loss of a minibatch")
+        x0 = jnp.zeros(source.dim, float)
+        if rng_key is not None:
+            rng_key = check_key(rng_key, "Loss.from_model: rng_key")
+            x0 = jax.random.uniform(rng_key, x0.shape, x0.dtype, -2.0, 2.0)
+        loss = cls._checked(x0, arguments, source, minibatch)
+        if minibatch is not None and is_concrete(arguments):
+            explain(lambda: check_rows(source, arguments, split[1], minibatch.batch_size), "model")
+        return loss
+
+    @property
+    def dim(self) -> int:
+        """Number of flat unconstrained parameters."""
+        return self.source.dim
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, which are sites of a model or paths of a pytree."""
+        return self.source.names
+
+    @property
+    def flat_names(self) -> tuple[str, ...]:
+        """One label per flat parameter, such as `theta[0]`."""
+        return self.source.flat_names
+
+    @property
+    def returns_integers(self) -> bool:
+        """Whether the loss has no gradient because it returns integers or booleans."""
+        return not jnp.issubdtype(
+            _raw_value.eval_shape(self.source, self.x0, self.arguments).dtype, jnp.floating
+        )
+
+    def value(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Scalar:
+        """The loss at `x`.
+
+        Args:
+            x: `(dim,)`, flat and unconstrained.
+            args: positional arguments in place of the bound ones.
+            kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            A scalar in JAX's default float, in the units of the user's loss (summed or averaged as
+            the user wrote it).
+        """
+        return self.evaluate(x, self.bind(args, kwargs))
+
+    def constrain(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
+        """The parameters as the user wrote them: their pytree, or their sites by name."""
+        self._check_point(x)
+        return self.source.constrain(with_context_axes(x), *self.bind(args, kwargs).tree)
+
+    def unconstrain(
+        self, params: Any, args: tuple | None = None, kwargs: dict | None = None
+    ) -> Array:
+        """The flat vector of parameters: the inverse of `constrain`.
+
+        Args:
+            params: as the user wrote them: their pytree, or constrained sites by name (deterministic ones are
+                passed over).
+            args: positional arguments in place of the bound ones.
+            kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            `(dim,)`.
+
+        Raises:
+            ValueError: if names, structure or shapes are other ones.
+        """
+        return self.source.unconstrain(with_context_axes(params), *self.bind(args, kwargs).tree)
+
+    def named_sites(self, x: Array, arguments: Partition) -> dict[str, Array]:
+        """The parameters as a flat dictionary, for NumPyro traces and labels."""
+        return self.source.named(x, *arguments.tree)
+
+    def bind(self, args: tuple | None = None, kwargs: dict | None = None) -> Partition:
+        """The arguments to use: given positional ones replace the bound ones, names go on top.
+
+        Args:
+            args: positional arguments, or None or `()` for the bound ones.
+            kwargs: keyword arguments to override.
+
+        Returns:
+            The arguments, split into what is traced and what compiles.
+
+        Raises:
+            TypeError: if `args` is not a tuple or `kwargs` not a dict.
+        """
+        if not isinstance(args, tuple | list | None) or not isinstance(kwargs, dict | None):
+            raise TypeError(
+                "Loss: expected args as a tuple and kwargs as a dict, got "
+                f"{type(args).__name__} and {type(kwargs).__name__}; write args=(y,) for one argument."
+            )
+        self.source.user.check(thorough=False)
+        if not args and not kwargs:
+            return with_context_axes(self.arguments, divided=True)
+        bound_args, bound_kwargs = self.arguments.tree
+        split = Arguments(self.source.user.fn, int(not hasattr(self.source, "density")))
+        given = tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}
+        constants = self.arguments.constants
+        arguments, _ = split.bind(*given, self.source.check, None, "model", constants)
+        replace_fields(self, arguments=arguments)._check_value()
+        return arguments
+
+    def evaluate(self, x: Vector, arguments: Partition, data_scale: float = 1.0) -> Scalar:
+        """The loss at `x` for arguments that are bound already.
+
+        Args:
+            x: `(dim,)`.
+            arguments: from `bind` or `draw_batch`.
+            data_scale: rows of the data per row of the batch.
+
+        Returns:
+            A scalar in JAX's default float.
+
+        Raises:
+            ValueError: if `x` is of another shape, or x64 was switched after the loss was built.
+        """
+        self.check_precision("Loss")
+        self._check_point(x)
+        x, arguments = with_context_axes(x), with_context_axes(arguments, divided=True)
+        if self.fenced:
+            x, arguments = fence(x, arguments)
+        leaves, structure = jax.tree.flatten((self.source, x, arguments))
+
+        def value(leaves: list[Array]) -> Scalar:
+            source, x, arguments = jax.tree.unflatten(structure, leaves)
+            if self.is_long and data_scale == 1.0 and not is_concrete(leaves):
+                # Its trace is remembered.
+                return jnp.asarray(_raw_value(source, x, arguments), float)
+            args, kwargs = arguments.tree
+            return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
+
+        alone = self.is_evaluated_alone(arguments)
+        return one_at_a_time(value, leaves) if alone else value(leaves)
+
+    def is_evaluated_alone(self, arguments: Partition) -> bool:
+        """Whether the loss is evaluated one draw at a time, since it factorizes matrices.
+
+        Args:
+            arguments: from `bind`.
+
+        Returns:
+            Whether it is.
+        """
+        leaves, structure = jax.tree.flatten((self.source, self.x0, arguments))
+        shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in leaves)
+        return _factorizes(structure, shapes)
+
+    def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
+        """One minibatch of the arguments and the factor `rows / batch_size`; all of them without one.
+
+        Args:
+            rng_key: a random key.
+            arguments: from `bind`.
+
+        Returns:
+            The arguments of the batch and the data scale.
+        """
+        if self.minibatch is None:
+            return arguments, 1.0
+        scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
+        return self.minibatch.draw(rng_key, with_context_axes(arguments, divided=True)), scale
+
+    def check_captured(self) -> None:
+        """Refuses to go on with data that the function no longer reads, where it reads any by itself.
+
+        Raises:
+            ValueError: if they have changed since the loss was built.
+        """
+        self.source.user.check()
+
+    def check_precision(self, what: str) -> None:
+        """Refuses a loss that was built before x64 was switched on or off.
+
+        Args:
+            what: begins the error message.
+
+        Raises:
+            ValueError: if its start has another float type than JAX's default.
+        """
+        built, now = self.x0.dtype, jnp.result_type(float)
+        if built != now:
+            raise ValueError(
+                f"{what}: expected a Loss in JAX's default float, {now}, got one that was built in {built}: "
+                "x64 was switched (jax_enable_x64) after that. Build the Loss and the optimizer again, or switch "
+                "x64 before."
+            )
+
+    @classmethod
+    def _checked(
+        cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
+    ) -> "Loss":
+        loss = cls(x0, arguments, source, minibatch)
+        loss._check_value()  # noqa: SLF001
+        jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
+        return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
+
+    def _check_point(self, x: Any) -> None:
+        if np.shape(x) != (self.dim,):
+            raise ValueError(
+                f"Loss: expected a flat vector of shape ({self.dim},), got {np.shape(x)}; use jax.vmap for "
+                "several."
+            )
+
+    def _check_value(self) -> None:
+        split = _split(self.minibatch, self.arguments)
+        explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
+        # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
+        out = explain(lambda: _raw_value.eval_shape(self.source, self.x0, self.arguments), "loss")
+        if not hasattr(out, "shape") or out.shape != ():
+            got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+            raise TypeError(
+                f"Loss: expected the loss to return a scalar, got {got}; sum or average it over the "
+                "data, and return nothing beside it."
+            )
+        if not any(jnp.issubdtype(out.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
+            raise TypeError(
+                f"Loss: expected a real scalar, got {out.dtype}; take its real part, or another number."
+            )
+
+    def __repr__(self) -> str:
+        """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
+        kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
+        names = getattr(self.source, "fixed_names", ())
+        fixed = f", fixed={names}" if names else ""
+        return (
+            f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch}"
+            f"{fixed})"
+        )
+
+
+def _split(minibatch: Any, arguments: Partition) -> tuple[Partition | None, tuple[bool, ...]]:
+    """Shapes of the arguments of a batch, None without one, and which of the traced ones are its rows."""
+    if minibatch is None:
+        return None, ()
+    minibatch.num_rows(arguments)
+    batch = jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)
+    return batch, minibatch.is_row(arguments)
+
+
+@jax.jit
+def _raw_value(source: Any, x: Array, arguments: Partition) -> Any:
+    return source.value(x, *arguments.tree, 1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def _factorizes(structure: Any, shapes: tuple[Any, ...]) -> bool:
+    def value(leaves: list[Array]) -> Any:
+        return _raw_value(*jax.tree.unflatten(structure, leaves))
+
+    return needs_one_at_a_time(value, shapes)
+
+
+def _checked(minibatch: Any) -> Minibatch | None:
+    if not isinstance(minibatch, Minibatch | None):
+        raise TypeError(
+            f"Loss: expected minibatch as Minibatch(batch_size), got {type(minibatch).__name__}."
+        )
+    return minibatch

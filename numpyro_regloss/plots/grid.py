@@ -1,0 +1,212 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""What do the losses look like along a line, or over a plane?"""
+
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+
+from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
+from numpyro_regloss.plots.style import (
+    BLACK,
+    ENTROPY,
+    GRAY,
+    GREEN,
+    HEAT,
+    LOSS,
+    ORANGE,
+    SKY,
+    as_text,
+    band,
+    centers_of,
+    check_axes,
+    ellipse,
+    finite,
+    history_of,
+    legend_above,
+    mark_path,
+)
+from numpyro_regloss.values.grid import Landscape
+
+__all__ = ["landscape"]
+
+WHAT = "plots.landscape"
+NUM_LEVELS = 15
+# Height of the densities of Gaussians, as a share of the axes.
+DENSITY_HEIGHT = 0.22
+STYLES = ((GREEN, "-"), (ORANGE, "--"), (SKY, "-."), (BLACK, ":"))
+
+
+def landscape(
+    report: Landscape,
+    result: Any = None,
+    gaussians: dict[str, AnyGaussian] | None = None,
+    *,
+    axes: Any = None,
+) -> np.ndarray:
+    """What do the losses look like along a line, or over a plane?
+
+    Along a line: loss, F_tau and F^H_tau with bands of two standard errors. Over a plane: contours of the three
+    side by side, at the same levels, which lie where the values do, not at equal distances. Where F_tau is not to
+    be trusted (`report.trusted`) or a value is not finite, nothing is drawn. Centres and Gaussians are projected
+    onto the line or plane.
+
+    Args:
+        report: from `values.landscape`.
+        result: of `TwoStep.run`, or its history: the path of its centres is drawn.
+        gaussians: by label, in flat (unconstrained) coordinates: along a line as densities at the foot, over a
+            plane as ellipses of one and two standard deviations.
+        axes: one axes of matplotlib for a line, three for a plane; default: new ones.
+
+    Returns:
+        The axes, `(1,)` or `(3,)`.
+
+    Raises:
+        TypeError: if the report is of another kind, or the Gaussians are no dict of them.
+        ValueError: if a Gaussian or the run has another number of parameters.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_regloss import Loss, values
+        >>> loss = Loss.from_function(lambda x: jnp.sum(x**4 - x**2), jnp.zeros(1))
+        >>> report = values.landscape(random.key(0), loss, tau=0.1, num_points=11)
+        >>> axes = landscape(report)
+        >>> [line.get_label() for line in axes[0].lines[:3]]
+        ['loss', 'local entropy', 'heat']
+    """
+    if not isinstance(report, Landscape):
+        raise TypeError(
+            f"{WHAT}: expected the report of values.landscape, got {type(report).__name__}."
+        )
+    if not isinstance(gaussians, dict | None):
+        raise TypeError(
+            f"{WHAT}: expected gaussians as a dict from labels to Gaussians, got {type(gaussians).__name__}."
+        )
+    dim = report.origin.size
+    checked = {
+        str(label): check_gaussian(gaussian, dim, f"{WHAT}: {label}")
+        for label, gaussian in (gaussians or {}).items()
+    }
+    path = None
+    if result is not None:
+        centers = centers_of(result, history_of(result, WHAT))
+        if centers.shape[1] != dim:
+            raise ValueError(
+                f"{WHAT}: expected a run with {dim} parameters, got one with {centers.shape[1]}."
+            )
+        path = report.project(centers)
+    if len(report.coordinates) == 1:
+        return _line(axes, report, path, checked)
+    return _plane(axes, report, path, checked)
+
+
+def _trusted(report: Landscape) -> np.ndarray:
+    return np.where(report.trusted, finite(report.local_entropy.value), np.nan)
+
+
+def _line(axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGaussian]) -> np.ndarray:
+    axes = check_axes(axes, (1, 1), (7.5, 4.2), WHAT).ravel()
+    (ax,) = axes
+    (x,) = (np.asarray(c, float) for c in report.coordinates)
+    entropy = _trusted(report)
+    ax.plot(x, finite(report.loss), **LOSS)
+    band(ax, x, entropy, report.local_entropy.error, **ENTROPY)
+    band(ax, x, report.heat.value, report.heat.error, **HEAT)
+    if path is not None:
+        on_curve = np.interp(path[:, 0], x, entropy, left=np.nan, right=np.nan)
+        mark_path(ax, np.stack([path[:, 0], on_curve], 1))
+    for place in report.others[:, 0]:
+        ax.axvline(place, color=GRAY, linewidth=0.8, linestyle=":")
+    foot = ax.get_xaxis_transform()
+    for (label, gaussian), (color, style) in zip(gaussians.items(), cycle(STYLES), strict=False):
+        mean = report.project(gaussian.mean)[0]
+        sd = np.sqrt(report.project_covariance(gaussian)[0, 0])
+        grid = np.linspace(max(x[0], mean - 4 * sd), min(x[-1], mean + 4 * sd), 201)
+        height = DENSITY_HEIGHT * np.exp(-0.5 * ((grid - mean) / sd) ** 2)
+        ax.plot(grid, height, transform=foot, color=color, linestyle=style, label=label)
+        ax.fill_between(grid, height, transform=foot, color=color, alpha=0.15, linewidth=0)
+    ax.set_xlim(x[0], x[-1])
+    ax.set_xlabel(f"{as_text(report.labels[0])} (units of the parameters)")
+    ax.set_ylabel("value (units of the loss)")
+    legend_above(ax)
+    return axes
+
+
+def _plane(
+    axes: Any, report: Landscape, path: Any, gaussians: dict[str, AnyGaussian]
+) -> np.ndarray:
+    is_new = axes is None
+    axes = check_axes(axes, (1, 3), (10.5, 4.0), WHAT, sharex=True, sharey=True).ravel()
+    x, y = (np.asarray(c, float) for c in report.coordinates)
+    surfaces = (finite(report.loss), _trusted(report), finite(report.heat.value))
+    levels = _levels(surfaces)
+    drawn = None
+    for ax, surface, name in zip(axes, surfaces, ("loss", "local entropy", "heat"), strict=True):
+        ax.set_facecolor("0.85")  # where there is no value
+        if np.isfinite(surface).any():
+            drawn = _contours(ax, x, y, surface, levels)
+        if path is not None:
+            mark_path(ax, path)
+        if len(report.others):
+            ax.plot(
+                *report.others.T,
+                "D",
+                color="white",
+                markeredgecolor=BLACK,
+                label="other parameters",
+            )
+        for (label, gaussian), (color, style) in zip(
+            gaussians.items(), cycle(STYLES), strict=False
+        ):
+            mean, covariance = report.project(gaussian.mean), report.project_covariance(gaussian)
+            for sigmas in (1.0, 2.0):
+                text = label if sigmas == 1.0 else None
+                ellipse(
+                    ax,
+                    mean,
+                    covariance,
+                    sigmas=sigmas,
+                    color=color,
+                    linestyle=style,
+                    linewidth=1.6,
+                    label=text,
+                )
+        ax.set(title=name, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel=as_text(report.labels[0]))
+    axes[0].set_ylabel(as_text(report.labels[1]))
+    figure = axes[0].figure
+    if drawn is not None:
+        bar = figure.colorbar(drawn, ax=list(axes), label="value (units of the loss)", shrink=0.9)
+        bar.set_ticks(levels[::2], labels=[f"{level:.3g}" for level in levels[::2]])
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles and is_new:
+        figure.legend(handles, labels, frameon=False, ncols=8, loc="outside lower center")
+    elif handles:
+        axes[0].legend(fontsize="small")
+    return axes
+
+
+def _contours(
+    ax: Any, x: np.ndarray, y: np.ndarray, surface: np.ndarray, levels: np.ndarray
+) -> Any:
+    from matplotlib import colormaps, colors  # noqa: PLC0415
+
+    norm = colors.BoundaryNorm(levels, colormaps["cividis"].N)
+    masked = np.ma.masked_invalid(surface.T)
+    drawn = ax.contourf(x, y, masked, levels=levels, cmap="cividis", norm=norm)
+    ax.contour(x, y, masked, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    return drawn
+
+
+def _levels(surfaces: Sequence[np.ndarray]) -> np.ndarray:
+    known = np.concatenate([s[np.isfinite(s)] for s in surfaces])
+    if not known.size:
+        raise ValueError(
+            f"{WHAT}: expected some finite value on the plane, got none; choose another span."
+        )
+    levels = np.unique(np.quantile(known, np.linspace(0.0, 1.0, NUM_LEVELS)))
+    if levels.size < 2:  # a flat loss
+        return levels[0] + np.array([-0.5, 0.5])
+    return levels

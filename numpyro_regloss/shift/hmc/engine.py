@@ -1,0 +1,189 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Hamiltonian Monte Carlo of NumPyro on the shifted density, with jittered paths, several chains at once.
+
+References: Neal (2011), "MCMC Using Hamiltonian Dynamics"; Bou-Rabee & Sanz-Serna (2017), "Randomized
+Hamiltonian Monte Carlo".
+
+The No-U-Turn sampler of NumPyro on the shifted density, several chains at once.
+
+Reference: Hoffman & Gelman (2014), "The No-U-Turn Sampler: Adaptively Setting Path Lengths in Hamiltonian
+Monte Carlo".
+"""
+
+import math
+from typing import Any, ClassVar
+
+from numpyro_regloss._core.checks import check_count
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field
+from numpyro_regloss._core.types import Key
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.losses.regularized import RegularizedLoss
+from numpyro_regloss.shift.base import Shift
+from numpyro_regloss.shift.hmc import transitions as whitened
+from numpyro_regloss.shift.hmc.transitions import Settings, check_settings, remedy
+
+__all__ = ["HMC", "NUTS"]
+
+
+@pytree_dataclass
+class HMC(Shift):
+    """HMC in whitened coordinates, warmed up once.
+
+    Cheaper per draw than NUTS where one path length suits the target, as it does in whitened
+    coordinates near a minimum.
+
+    Args:
+        num_warmup: warm-up iterations before the first step (and again when acceptance collapses).
+        num_samples: draws per chain and outer step.
+        num_chains: chains, run side by side by `vmap`.
+        dense_mass: adapt a dense mass matrix instead of a diagonal one.
+        trajectory_length: mean path length in whitened units; each draw takes a path between 0.75 and
+            1.25 times as long. A quarter period of the standard normal is pi / 2.
+        step_size: initial step size in whitened units.
+        target_accept_prob: acceptance that the step size is tuned to.
+
+    Raises:
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> HMC(num_warmup=200, num_samples=50).num_chains
+        4
+    """
+
+    num_warmup: int = static_field(default=200)
+    num_samples: int = static_field(default=100)
+    num_chains: int = static_field(default=4)
+    dense_mass: bool = static_field(default=False)
+    trajectory_length: Any = math.pi / 2
+    step_size: Any = 0.5
+    target_accept_prob: Any = 0.8
+
+    uses_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def settings(self) -> Settings:
+        """The kernel's settings."""
+        return Settings(
+            algorithm="HMC",
+            num_warmup=self.num_warmup,
+            num_samples=self.num_samples,
+            num_chains=self.num_chains,
+            dense_mass=self.dense_mass,
+            max_tree_depth=10,
+            trajectory_length=self.trajectory_length,
+            step_size=self.step_size,
+            target_accept_prob=self.target_accept_prob,
+        )
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> whitened.HMCState:
+        """Chains at the centre; the first step warms them up."""
+        del rng_key
+        return whitened.init(self.settings, target)
+
+    def step(
+        self, rng_key: Key, state: whitened.HMCState, target: RegularizedLoss
+    ) -> tuple[whitened.HMCState, StoredDraws, whitened.HMCInfo]:
+        """Draws from q.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target.
+
+        Returns:
+            The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
+        """
+        return whitened.step(self.settings, rng_key, state, target)
+
+    def after_rejection(self, old: whitened.HMCState, new: whitened.HMCState) -> whitened.HMCState:
+        """Positions go back, and the next step warms up again."""
+        return whitened.after_rejection(old, new)
+
+    def remedy(self, info: whitened.HMCInfo, ok: Any) -> str:
+        """What to use where walls or steepness stopped the chains."""
+        return remedy(self.settings, info, ok)
+
+
+@pytree_dataclass
+class NUTS(Shift):
+    """NUTS in whitened coordinates, warmed up once.
+
+    Args:
+        num_warmup: warm-up iterations before the first step (and again when acceptance collapses).
+        num_samples: draws per chain and outer step.
+        num_chains: chains, run side by side by `vmap`.
+        dense_mass: adapt a dense mass matrix instead of a diagonal one.
+        max_tree_depth: at most `2**max_tree_depth` leapfrog steps per draw.
+        step_size: initial step size in whitened units.
+        target_accept_prob: acceptance that the step size is tuned to.
+
+    Raises:
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> NUTS(num_warmup=200, num_samples=50).num_chains
+        4
+    """
+
+    num_warmup: int = static_field(default=200)
+    num_samples: int = static_field(default=100)
+    num_chains: int = static_field(default=4)
+    dense_mass: bool = static_field(default=False)
+    max_tree_depth: int = static_field(default=10)
+    step_size: Any = 0.5
+    target_accept_prob: Any = 0.8
+
+    uses_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_count(self.max_tree_depth, "NUTS: max_tree_depth")
+
+    @property
+    def settings(self) -> Settings:
+        """The kernel's settings."""
+        return Settings(
+            algorithm="NUTS",
+            num_warmup=self.num_warmup,
+            num_samples=self.num_samples,
+            num_chains=self.num_chains,
+            dense_mass=self.dense_mass,
+            max_tree_depth=self.max_tree_depth,
+            trajectory_length=None,
+            step_size=self.step_size,
+            target_accept_prob=self.target_accept_prob,
+        )
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> whitened.HMCState:
+        """Chains at the centre; the first step warms them up."""
+        del rng_key
+        return whitened.init(self.settings, target)
+
+    def step(
+        self, rng_key: Key, state: whitened.HMCState, target: RegularizedLoss
+    ) -> tuple[whitened.HMCState, StoredDraws, whitened.HMCInfo]:
+        """Draws from q.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target.
+
+        Returns:
+            The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
+        """
+        return whitened.step(self.settings, rng_key, state, target)
+
+    def after_rejection(self, old: whitened.HMCState, new: whitened.HMCState) -> whitened.HMCState:
+        """Positions go back, and the next step warms up again."""
+        return whitened.after_rejection(old, new)
+
+    def remedy(self, info: whitened.HMCInfo, ok: Any) -> str:
+        """What to use where walls or steepness stopped the chains."""
+        return remedy(self.settings, info, ok)

@@ -1,0 +1,295 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""A cloud of draws around the reference, in memory or regenerated from its key chunk by chunk."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field
+from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.threefry import unrolled
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import Chunk
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.long_losses import CENTER_FROM
+from numpyro_regloss.losses.regularized import RegularizedLoss
+from numpyro_regloss.shift.importance.mirror import is_mirror, is_wider
+from numpyro_regloss.shift.importance.sobol import sobol_normal
+
+__all__ = ["Cloud", "Layout", "evaluate", "lay_out", "single_weights"]
+
+Carry = TypeVar("Carry")
+
+# Two megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
+CHUNK_ELEMENTS = 500_000
+# Up to 64 megabytes of noise are kept for the fit, which else draws it again.
+KEPT_ELEMENTS = 16_000_000
+# Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
+# noise within the loss, element by element. A cloud that is to be evaluated at once is one chunk all the same,
+# with a barrier in the loop's place: its loss is a simulator, which has a price per call.
+CHUNKS_PER_SEGMENT = 2
+
+
+class Layout(NamedTuple):
+    """How draws lie in chunks; it compiles.
+
+    Attributes:
+        num_samples: draws that are used; the last chunk may have more.
+        chunk_size: draws evaluated at once, a multiple of `block_size`.
+        segment_size: draws whose noise is made at once, a multiple of `chunk_size`; all draws if it is kept.
+        block_size: draws that depend on one another: 1, 2 of an antithetic pair, or all of one Sobol net.
+        antithetic: whether draws come in pairs mean ± scale ξ.
+        sobol: whether each block is a scrambled Sobol net.
+        kept: whether the noise is kept in memory.
+    """
+
+    num_samples: int
+    chunk_size: int
+    segment_size: int
+    block_size: int
+    antithetic: bool
+    sobol: bool
+    kept: bool
+
+    @property
+    def per_row(self) -> int:
+        """Draws per row of noise: two for pairs."""
+        return 2 if self.antithetic else 1
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all draws are evaluated in one batch."""
+        return self.chunk_size == self.segment_size
+
+    @property
+    def num_segments(self) -> int:
+        """How often noise is made."""
+        return -(-self.num_samples // self.segment_size)
+
+
+def lay_out(
+    target: RegularizedLoss,
+    num_samples: int,
+    chunk_size: int | None,
+    *,
+    antithetic: bool,
+    net_size: int | None = None,
+) -> Layout:
+    """Chunks of about equal size that hold whole blocks.
+
+    Args:
+        target: what is evaluated.
+        num_samples: draws.
+        chunk_size: draws at once, about, and all of them in one batch if there are no more; default: about two
+            megabytes of them, fewer when the loss holds much data.
+        antithetic: whether draws come in pairs.
+        net_size: draws per scrambled Sobol net, a power of two; None for random noise.
+
+    Returns:
+        The layout.
+    """
+    size = chunk_size
+    if size is None:
+        # What a loss keeps per draw is unknown; an eighth of its data is a fair guess for a network.
+        data = sum(leaf.size for leaf in target.arguments.leaves)
+        size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 8))
+    per_row = 2 if antithetic else 1
+    block = net_size or per_row
+    if chunk_size is not None and chunk_size >= num_samples:
+        total = -(-num_samples // block) * block
+        kept = total // per_row * target.dim <= KEPT_ELEMENTS
+        return Layout(num_samples, total, total, block, antithetic, net_size is not None, kept)
+    num_segments = -(-num_samples // (CHUNKS_PER_SEGMENT * size))
+    balanced = -(-num_samples // (CHUNKS_PER_SEGMENT * num_segments))
+    size = -(-balanced // block) * block
+    num_segments = -(-num_samples // (CHUNKS_PER_SEGMENT * size))
+    total = CHUNKS_PER_SEGMENT * num_segments * size
+    kept = total // per_row * target.dim <= KEPT_ELEMENTS
+    segment = total if kept else CHUNKS_PER_SEGMENT * size
+    return Layout(num_samples, size, segment, block, antithetic, net_size is not None, kept)
+
+
+@pytree_dataclass
+class Cloud:
+    """Draws whose noise is kept, or regenerated from its key whenever it is needed.
+
+    Attributes:
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud was drawn from.
+        log_weight: `(1, draw)`, unnormalized.
+        loss: `(1, draw)`.
+        temperature: scalar, the one of the weights.
+        offset: of the draws (or pairs) from the center, `(1, chunk, row, dim)`, or None.
+        layout: how draws lie in chunks.
+        center_loss: at the reference's mean, if it was evaluated with the draws, else None.
+    """
+
+    rng_key: Key
+    reference: AnyGaussian
+    log_weight: Array
+    loss: Array
+    temperature: Array
+    offset: Array | None
+    layout: Layout = static_field()
+    center_loss: Array | None = None
+
+    @property
+    def block_size(self) -> int:
+        """One for independent draws, two for antithetic pairs, the size of a net for Sobol points."""
+        return self.layout.block_size
+
+    @property
+    def score(self) -> None:
+        """No gradients."""
+
+    @property
+    def x(self) -> Array:
+        """All draws, `(1, draw, dim)`."""
+        return _materialize(self)
+
+    def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
+        """Reduces over chunks, each regenerated on the way unless it was kept."""
+        layout = self.layout
+        padding = layout.num_segments * layout.segment_size - layout.num_samples
+        log_weight = jnp.pad(self.log_weight[0], (0, padding), constant_values=-jnp.inf)
+
+        def add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
+            offset, weights = item
+            return fn(carry, Chunk(self.reference.mean, offset, weights, None)), None
+
+        if self.offset is not None:
+            offsets = self.offset.reshape(-1, *self.offset.shape[-2:])
+            weights = log_weight.reshape(*offsets.shape[:2], layout.per_row)
+            return lax.scan(add, init, (offsets, weights))[0]
+
+        def draw_and_add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
+            index, weights = item
+            return add(carry, (_offsets(self.rng_key, self.reference, layout, index), weights))
+
+        segments = log_weight.reshape(layout.num_segments, -1, layout.per_row)
+        return lax.scan(draw_and_add, init, (jnp.arange(layout.num_segments), segments))[0]
+
+
+def evaluate(
+    rng_key: Key, target: RegularizedLoss, layout: Layout, *, with_center: bool
+) -> tuple[Array, Array | None, Array | None, int]:
+    """The loss on a fresh cloud.
+
+    Args:
+        rng_key: the key of the noise.
+        target: reference and loss, on one batch of data.
+        layout: how draws lie in chunks.
+        with_center: whether to take the reference's mean along, in a cloud that is evaluated at once or of a loss
+            that is long.
+
+    Returns:
+        Losses `(draw,)`; the offsets of the draws if they are kept, else None; the loss at the reference's mean,
+        or None; the number of evaluations.
+    """
+    if layout.at_once:
+        return _evaluate_at_once(rng_key, target, layout, with_center=with_center)
+
+    # The step evaluates the center apart: of a long loss that would compile it a second time.
+    whole = target.loss.is_long and target.loss.minibatch is None
+    with_center = with_center and whole and layout.chunk_size >= CENTER_FROM
+
+    def of_chunk(offset: Array) -> Array:
+        pairs = jnp.zeros((offset.shape[0], layout.per_row))
+        x = Chunk(target.reference.mean, offset, pairs, None).x
+        if with_center:
+            x = jnp.concatenate([x, target.reference.mean[None]])
+        return jax.vmap(target.value)(x)
+
+    def of_segment(index: Array) -> tuple[Array, Array | None]:
+        offset = _offsets(rng_key, target.reference, layout, index)
+        offset = offset.reshape(-1, layout.chunk_size // layout.per_row, target.dim)
+        return lax.map(of_chunk, offset), offset if layout.kept else None
+
+    loss, offset = lax.map(of_segment, jnp.arange(layout.num_segments))
+    center, num_loss = None, loss.size
+    if with_center:
+        loss, center = loss[..., :-1], loss[0, 0, -1]
+    return loss.reshape(-1)[: layout.num_samples], offset, center, num_loss
+
+
+def _evaluate_at_once(
+    rng_key: Key, target: RegularizedLoss, layout: Layout, *, with_center: bool
+) -> tuple[Array, Array | None, Array | None, int]:
+    offset = lax.optimization_barrier(_offsets(rng_key, target.reference, layout, jnp.asarray(0)))
+    pairs = jnp.zeros((offset.shape[0], layout.per_row))
+    x = Chunk(target.reference.mean, offset, pairs, None).x[: layout.num_samples]
+    if with_center:
+        x = jnp.concatenate([x, target.reference.mean[None]])
+    loss = jax.vmap(target.value)(x)
+    center = loss[-1] if with_center else None
+    kept = offset[None, None] if layout.kept else None
+    return loss[: layout.num_samples], kept, center, loss.size
+
+
+def single_weights(
+    log_weight: Array,
+    loss: Array,
+    rng_key: Key,
+    reference: AnyGaussian,
+    offset: Array | None,
+    layout: Layout,
+) -> Array:
+    """Log weights of a cloud of pairs, of first members alone where pairs would hide the way off a mirror.
+
+    Args:
+        log_weight: `(draw,)`.
+        loss: `(draw,)`.
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud was drawn from.
+        offset: from `evaluate`.
+        layout: how draws lie in chunks.
+
+    Returns:
+        `(draw,)`: the weights as they are, or with none for the second members.
+    """
+    padding = (0, -log_weight.size % 2)
+    pairs = jnp.pad(log_weight, padding, constant_values=-jnp.inf).reshape(-1, 2)
+
+    def look() -> Array:
+        # Of a cloud that is not kept the first segment is enough.
+        first = offset
+        if first is None:
+            first = _offsets(rng_key, reference, layout, jnp.asarray(0))
+        first = first.reshape(-1, reference.dim)[: len(pairs)]
+        unit = jnp.sqrt(reference.variance)
+        return is_wider(first, pairs[: len(first)].max(1), unit)
+
+    mirror = is_mirror(jnp.pad(loss, padding).reshape(-1, 2), pairs)
+    leave = lax.cond(mirror, look, lambda: jnp.asarray(False))
+    second = jnp.arange(log_weight.size) % 2 == 1
+    return jnp.where(leave & second, -jnp.inf, log_weight)
+
+
+@jax.jit
+@promotes_ranks
+def _materialize(cloud: Cloud) -> Array:
+    layout = cloud.layout
+    offset = cloud.offset
+    if offset is None:
+        draw = partial(_offsets, cloud.rng_key, cloud.reference, layout)
+        offset = lax.map(draw, jnp.arange(layout.num_segments))
+    offset = offset.reshape(-1, cloud.reference.dim)
+    weights = jnp.zeros((offset.shape[0], layout.per_row))
+    return Chunk(cloud.reference.mean, offset, weights, None).x[None, : layout.num_samples]
+
+
+def _offsets(rng_key: Key, reference: AnyGaussian, layout: Layout, index: Array) -> Array:
+    key = random.fold_in(unrolled(rng_key), index)
+    num_rows, dim = layout.segment_size // layout.per_row, reference.dim
+    if not layout.sobol:
+        return reference.scaled(random.normal(key, (num_rows, dim), reference.mean.dtype))
+    size = layout.block_size // layout.per_row
+    nets = lax.map(
+        partial(sobol_normal, num_draws=size, dim=dim), random.split(key, num_rows // size)
+    )
+    return reference.scaled(nets.reshape(num_rows, dim).astype(reference.mean.dtype))

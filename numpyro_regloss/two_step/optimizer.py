@@ -1,0 +1,399 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""The two-step scheme: reference → shifted density → fitted Gaussian → next reference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_regloss._core.checks import (
+    WITHOUT_GRADIENTS,
+    check_count,
+    check_integers,
+    check_key,
+    check_positive,
+    check_schedule,
+)
+from numpyro_regloss._core.pytree import (
+    Partition,
+    is_concrete,
+    pytree_dataclass,
+    strong,
+    with_context_axes,
+)
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.anchor import Proximal
+from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.gaussians.gaussian import Gaussian
+from numpyro_regloss.losses.loss import Loss
+from numpyro_regloss.losses.probe import check_gradient
+from numpyro_regloss.two_step import outer_step
+from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
+from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
+from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
+from numpyro_regloss.two_step.result import (
+    RejectedError,
+    TwoStepResult,
+    headline,
+    report_interruption,
+    report_trouble,
+)
+
+__all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
+
+
+@pytree_dataclass
+class TwoStep:
+    r"""Minimizes a regularized loss: shift a density, fit a Gaussian, move the reference there.
+
+    q ∝ exp(-loss / T) N(centre, tau I). With `fit.ForwardKL` the centre moves to E_q[x] and the local
+    entropy F_tau = -T log E exp(-loss / T) falls, up to Monte Carlo error; with `fit.RobbinsMonro` or
+    `fit.ReverseKL` it moves by a proximal step on the heat regularization E loss. In both the effective learning
+    rate is tau / T.
+
+    Scale: loss and temperature have the same units, and only loss / T matters. For data, average the
+    loss over the rows and put 1 / rows into `temperature`: tau and step sizes then survive a change of
+    batch size.
+
+    Args:
+        loss: from `Loss.from_function` or `Loss.from_model`.
+        tau: variance of the regularizer in squared units of the (unconstrained) parameters: a positive
+            number, a schedule of the step such as Optax's (built once), or one value per group of
+            parameters (a pytree prefix of the parameters, a dict by site name for a model).
+        shift: step 1, from `numpyro_regloss.shift`.
+        fit: step 2, from `numpyro_regloss.fit`.
+        anchor: step 3, from `numpyro_regloss.anchor`.
+        temperature: T > 0, in the units of the loss.
+        record: a `Record` for verdicts and values in the history, or None.
+
+    Raises:
+        TypeError: if a part is of the wrong kind.
+        ValueError: if tau or temperature is not positive, or the parts do not go together.
+
+    References:
+        García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and
+        Heat Regularization in Deep Learning".
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_regloss import fit, shift
+        >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
+        >>> optimizer = TwoStep(loss, tau=0.5, shift=shift.Importance(1000), fit=fit.ForwardKL())
+        >>> result = optimizer.run(random.key(0), 20, progress_bar=False)
+        >>> bool(jnp.all(jnp.abs(result.params - 1.0) < 0.1))
+        True
+    """
+
+    loss: Loss
+    tau: Any
+    shift: Any
+    fit: Any
+    anchor: Any = Proximal()  # noqa: RUF009
+    temperature: Any = 1.0
+    record: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, Loss):
+            raise TypeError(
+                f"TwoStep: expected loss as a Loss, got {type(self.loss).__name__}; wrap it with "
+                "Loss.from_function(fn, params) or Loss.from_model(model, *args)."
+            )
+        check_parts({name: getattr(self, name) for name in ("shift", "fit", "anchor")}, "TwoStep")
+        if getattr(self.fit, "uses_draws", True) and not getattr(self.shift, "makes_draws", True):
+            raise ValueError(
+                f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
+                "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
+            )
+        check_integers(followers(self.shift, self.fit), self.loss, "TwoStep")
+        if hasattr(self.anchor, "check_fit"):
+            self.anchor.check_fit(self.fit)
+        if self.record is not None and not callable(getattr(self.record, "step", None)):
+            raise TypeError(
+                f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
+            )
+        object.__setattr__(
+            self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
+        )
+        object.__setattr__(self, "tau", self._checked_tau())
+
+    def init(self, rng_key: Key, *args: Any, **kwargs: Any) -> TwoStepState:
+        """The state before the first step, at the loss's start.
+
+        Args:
+            rng_key: a random key.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The state.
+
+        Raises:
+            TypeError: if the key is not one.
+            ValueError: if the loss, or the gradient where it is used, is not finite at the start; if the
+                gradient is used and is zero everywhere around the start, though the loss is not constant.
+        """
+        rng_key = check_key(rng_key, "TwoStep")
+        self.loss.check_captured()
+        self.loss.check_precision("TwoStep.init")
+        arguments = self.loss.bind(args, kwargs)
+        start = _explain(outer_step.init_state, self, rng_key, arguments)
+        state, value, gradient_ok, found = start
+        if is_concrete(value):
+            _check_start(value)
+            if not gradient_ok:
+                raise ValueError(
+                    "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
+                    "another start, or a gradient-free engine such as shift.Importance."
+                )
+            if found is not None:
+                check_gradient(jax.device_get(found), followers(self.shift, self.fit), "TwoStep")
+        return state
+
+    def step(
+        self, state: TwoStepState, *args: Any, **kwargs: Any
+    ) -> tuple[TwoStepState, TwoStepInfo]:
+        """One step: reference → draws → fitted Gaussian → next reference. Pure.
+
+        Args:
+            state: from `init` or the last step.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The next state and what the step did.
+        """
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.step: state")
+        return outer_step.step(self, state, arguments)
+
+    def scan(
+        self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
+    ) -> tuple[TwoStepState, TwoStepInfo]:
+        """Several steps as one compiled `lax.scan`. Pure, for use inside `jax.jit` and `jax.vmap`.
+
+        Args:
+            state: from `init` or an earlier step.
+            num_steps: number of steps; a new number is a new program.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The last state and the history.
+        """
+        check_count(num_steps, "TwoStep.scan: num_steps")
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.scan: state")
+        return outer_step.scan(self, state, arguments, num_steps)
+
+    def run(
+        self,
+        rng_key: Key,
+        num_steps: int,
+        *args: Any,
+        init_state: TwoStepState | None = None,
+        progress_bar: bool = True,
+        callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None = None,
+        **kwargs: Any,
+    ) -> TwoStepResult:
+        """Runs the scheme in compiled chunks, which equal one whole run bit for bit.
+
+        Args:
+            rng_key: a random key; unused with `init_state`, which has its own.
+            num_steps: number of steps to do now; a new number does not recompile.
+            *args: arguments of the loss in place of the bound ones.
+            init_state: a state to continue from, with its own key; tau and temperature are this
+                optimizer's.
+            progress_bar: show steps, loss, tau and ESS or acceptance.
+            callback: called after every step as `callback(state, info)`; returning True stops the run.
+                Each step is then dispatched alone.
+            **kwargs: keyword arguments of the loss over the bound ones.
+
+        Returns:
+            Parameters at the last centre, state and history. Ctrl-C returns what there is; an exception of
+            the loss or the callback carries it as its attribute `result`.
+
+        Raises:
+            TypeError: if an argument is of the wrong kind.
+            ValueError: if the start or the given state is not finite.
+            RejectedError: if every step was rejected.
+        """
+        check_count(num_steps, "TwoStep.run: num_steps")
+        self.loss.check_precision("TwoStep.run")
+        if callback is not None and not callable(callback):
+            raise TypeError(
+                f"TwoStep.run: expected callback(state, info), got {type(callback).__name__}."
+            )
+        if not isinstance(progress_bar, bool | np.bool_):
+            raise TypeError(
+                f"TwoStep.run: expected progress_bar as True or False, got {progress_bar!r}; bind an argument of "
+                "the loss of that name in Loss.from_function or Loss.from_model."
+            )
+        if not is_concrete((self, rng_key, args, kwargs, init_state)):
+            raise TypeError(
+                "TwoStep.run: expected values, got tracers; inside of jax.jit, jax.vmap and jax.grad use "
+                "TwoStep.init and TwoStep.scan."
+            )
+        arguments = self.loss.bind(args, kwargs)
+        # The first step has the loss at the start too: a long one need not be compiled for it alone.
+        is_checked = init_state is not None or not self._is_checked_late
+        if not is_checked:
+            rng_key = check_key(rng_key, "TwoStep")
+            self.loss.check_captured()
+            state = _explain(outer_step.first_state, self, rng_key, arguments)
+        elif init_state is None:
+            state = self.init(rng_key, *args, **kwargs)
+        else:
+            self.loss.check_captured()
+            state = strong(self._checked_state(init_state, arguments, "TwoStep.run: init_state"))
+            if not all(np.isfinite(part).all() for part in state.reference):
+                raise ValueError(
+                    "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
+                    "start anew with TwoStep.init."
+                )
+        self._check_schedule(int(state.step), num_steps)
+        row = _explain(outer_step.row_of_history, self, state, arguments)
+        capacity = 1 if callback else history_capacity(row)
+
+        def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
+            begins = not is_checked and not state.step
+            state, rows, _ = outer_step.advance(self, state, arguments, np.int32(count), capacity)
+            if begins:
+                _check_start(rows.loss[0])
+            return state, rows
+
+        state, history, seconds, trouble = run_in_chunks(
+            advance, state, num_steps, capacity, callback, headline, progress_bar=progress_bar
+        )
+        params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
+        result = TwoStepResult(params, state, history, seconds)
+        report_interruption(trouble, result, num_steps)
+        report_trouble(result, self)
+        return result
+
+    def draw(self, rng_key: Key | None, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
+        """Draws from the shifted density at the state's reference.
+
+        Args:
+            rng_key: a random key; None for the draws of the step that a run does next from this state.
+            state: from `init` or a run.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The shift's draws.
+        """
+        if rng_key is not None:
+            rng_key = check_key(rng_key, "TwoStep.draw")
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.draw: state")
+        if rng_key is None:
+            return outer_step.next_draws(self, state, arguments)
+        return outer_step.draw(self, rng_key, state, arguments)
+
+    def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
+        """The parameters at the state's centre, as the user wrote them (sites constrained).
+
+        Args:
+            state: from `init` or a run.
+            *args: arguments of the loss in place of the bound ones; deterministic sites may use them.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The user's pytree, or a dict of sites.
+        """
+        _check_kind(state, "TwoStep.get_params: state")
+        return self.loss.constrain(state.reference.mean, args, kwargs)
+
+    def _checked_tau(self) -> Any:
+        what = "TwoStep: tau (a variance, in squared units of the parameters)"
+        if callable(self.tau):
+            check_schedule(self.tau, 0, what, ((), (self.loss.dim,)))
+            return self.tau
+        return check_groups(self.tau, self.loss, what)
+
+    def tau_at(self, step: Array) -> Array:
+        """Tau at a step, scalar or `(dim,)`."""
+        tau = self.tau(step) if callable(self.tau) else self.tau
+        return jnp.asarray(tau, self.loss.x0.dtype)
+
+    @property
+    def _is_checked_late(self) -> bool:
+        whole = self.loss.minibatch is None
+        return self.loss.is_long and whole and not outer_step.follows_gradient(self)
+
+    def _check_schedule(self, step: int, num_steps: int) -> None:
+        if callable(self.tau):
+            for t in (step, step + num_steps - 1):
+                check_schedule(self.tau, t, "TwoStep: tau", ((), (self.loss.dim,)))
+
+    def _checked_state(self, state: Any, arguments: Partition, what: str) -> TwoStepState:
+        _check_kind(state, what)
+        self.loss.check_precision(what.partition(":")[0])
+        if np.shape(state.reference.mean) != (self.loss.dim,):
+            raise ValueError(
+                f"{what}: expected that of a loss with {self.loss.dim} parameters, got shape "
+                f"{np.shape(state.reference.mean)}; it belongs to another loss."
+            )
+        dtype, _ = _type_of(state.reference.mean)
+        if dtype != self.loss.x0.dtype and jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{what}: expected a state in JAX's default float, {self.loss.x0.dtype}, got one in {dtype}: "
+                "x64 was switched (jax_enable_x64) after it was made. Switch x64 back, or start anew with "
+                "TwoStep.init."
+            )
+        expected = outer_step.first_state.eval_shape(self, state.rng_key, arguments)
+        types, found = (jax.tree.map(_type_of, tree) for tree in (expected, state))
+        if types != found:
+            raise ValueError(
+                f"{what}: expected {types}, got {found}; it comes from other engines or other settings "
+                "of them: start anew with TwoStep.init."
+            )
+        return with_context_axes(state)
+
+
+def _check_start(value: Array) -> None:
+    if not np.isfinite(value):
+        raise ValueError(
+            f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
+            "(params, or rng_key of Loss.from_model), or look for NaN among the data."
+        )
+
+
+def _check_kind(state: Any, what: str) -> None:
+    if not isinstance(state, TwoStepState) or not isinstance(state.reference, Gaussian):
+        raise TypeError(
+            f"{what}: expected a TwoStepState with a Gaussian reference, got {type(state).__name__}; pass "
+            "the state of an earlier run, or that of TwoStep.init."
+        )
+
+
+def _type_of(leaf: Any) -> tuple[Any, tuple[int, ...]]:
+    # NumPy's float64 becomes a float32 on the way, which only `typeof` knows.
+    known = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return known.dtype, known.shape
+
+
+def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
+    # The loss itself was traced before: what raises is its gradient, its vmap or an engine of the user's own.
+    try:
+        return call(optimizer, *args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
+            f"under jax.jit and jax.vmap{_gradients(optimizer)}: it must allow that."
+        ) from error
+
+
+def _gradients(optimizer: TwoStep) -> str:
+    names = followers(optimizer.shift, optimizer.fit)
+    verb = "differentiates" if len(names) == 1 else "differentiate"
+    return (
+        f", and {' and '.join(names)} {verb} it ({WITHOUT_GRADIENTS} need no gradient)"
+        if names
+        else ""
+    )

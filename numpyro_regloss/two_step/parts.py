@@ -1,0 +1,113 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what a scheme is made of."""
+
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_regloss._core.checks import check_positive
+from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.fit.base import Fit
+from numpyro_regloss.losses.loss import Loss
+from numpyro_regloss.shift.base import Shift
+
+__all__ = ["check_groups", "check_parts", "followers"]
+
+KINDS = {"shift": Shift, "fit": Fit, "anchor": Anchor}
+
+
+def check_parts(parts: dict[str, Any], what: str) -> None:
+    """Refuses shifts, fits and anchors that are something else.
+
+    An engine need not inherit from its protocol: what counts is that its `init` and `step` take what they are
+    called with.
+
+    Args:
+        parts: by `"shift"`, `"fit"` and `"anchor"`.
+        what: begins the error message.
+
+    Raises:
+        TypeError: if a part is of the wrong kind.
+    """
+    for name, part in parts.items():
+        kind = KINDS[name]
+        verbs: dict[str, Any] = {verb: getattr(part, verb, None) for verb in ("init", "step")}
+        others = set(KINDS.values()) - {kind}
+        if (
+            isinstance(part, type)
+            or not all(map(callable, verbs.values()))
+            or others & set(type(part).__mro__)
+        ):
+            raise TypeError(
+                f"{what}: expected {name} as an object with init and step, such as those of "
+                f"numpyro_regloss.{name}, got {part!r}.{_hint(part)}"
+            )
+        for verb, method in verbs.items():
+            wanted = list(inspect.signature(getattr(kind, verb)).parameters)[1:]
+            if not _takes(method, len(wanted)):
+                raise TypeError(
+                    f"{what}: expected {name} with {verb}({', '.join(wanted)}), got {type(part).__name__} with "
+                    f"{verb}{inspect.signature(method)}. shift.Kernel runs the kernels of NumPyro; to use an "
+                    "algorithm of another library, write a class with init and step: the docstring of "
+                    f"{kind.__module__.rpartition('.')[0]}.{kind.__name__} says what they take and return."
+                )
+
+
+def check_groups(value: Any, loss: Loss, what: str) -> Any:
+    """Casts one positive number for all parameters, or one per parameter or group of them.
+
+    Args:
+        value: a number, an array `(dim,)`, or a pytree prefix of the parameters (a dict by site name for a model);
+            the values of tracers pass unchecked.
+        loss: whose parameters they are.
+        what: begins the error message.
+
+    Returns:
+        An array `()` or `(dim,)`.
+
+    Raises:
+        ValueError: if a number is not positive, or the groups are not those of the parameters.
+    """
+    shapes = ((), (loss.dim,))
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    is_number = jax.tree_util.all_leaves([value]) and (not is_array or value.shape in shapes)
+    if value is None or is_number:
+        return check_positive(value, what, shapes)
+    for leaf in jax.tree.leaves(value):
+        check_positive(leaf, what, (np.shape(leaf),))
+    try:
+        groups = loss.source.expand(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{what}: expected a number, or one value per group of parameters (a pytree prefix of the "
+            f"parameters), got {str(value)[:100]}: {error}"
+        ) from error
+    return check_positive(groups, what, shapes)
+
+
+def followers(*parts: Any) -> list[str]:
+    """Names of the engines that differentiate the loss."""
+    return [type(part).__name__ for part in parts if getattr(part, "uses_gradient", False)]
+
+
+def _hint(part: Any) -> str:
+    base = part if isinstance(part, type) else type(part)
+    if issubclass(base, MCMCKernel):
+        return f" For a kernel of NumPyro use shift.Kernel({base.__name__})."
+    return ""
+
+
+def _takes(method: Any, count: int) -> bool:
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # of a function in C
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True

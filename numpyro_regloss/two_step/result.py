@@ -1,0 +1,157 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run returns, and how it tells of trouble: one warning with the remedy, or an error with the result."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
+
+__all__ = [
+    "RejectedError",
+    "TwoStepResult",
+    "headline",
+    "rejections",
+    "remedies",
+    "report_interruption",
+    "report_trouble",
+]
+
+
+class TwoStepResult(NamedTuple):
+    """What a run returns.
+
+    Attributes:
+        params: the parameters at the last centre, as the user wrote them.
+        state: to continue from, `run(..., init_state=result.state)`.
+        history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
+        seconds: wall time of each step, `(step,)`: that of its chunk over the steps in it; the first step has that
+            of compiling. No part of the history, which depends on the key alone. None unless `run` made it.
+    """
+
+    params: Any
+    state: TwoStepState
+    history: TwoStepInfo
+    seconds: Any = None
+
+    @property
+    def centers(self) -> np.ndarray:
+        """Centres before the first step and after every one, flat, `(step + 1, dim)`."""
+        before, last = self.history.reference.mean, self.state.reference.mean
+        return np.concatenate([np.asarray(before), np.asarray(last)[None]])
+
+
+class RejectedError(RuntimeError):
+    """Every step of a run was rejected.
+
+    Attributes:
+        result: what was computed nevertheless, with the diagnostics of each step.
+    """
+
+    def __init__(self, message: str, result: TwoStepResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def headline(info: TwoStepInfo) -> dict[str, str]:
+    """What the progress bar shows of a step."""
+    shown = {"loss": info.loss, "tau": np.mean(info.tau)}
+    for name in ("accept_prob", "ess"):
+        if hasattr(info.shift, name):
+            shown[name] = getattr(info.shift, name)
+            break
+    return {name: f"{float(value):.4g}" for name, value in shown.items()}
+
+
+def report_interruption(
+    trouble: BaseException | None, result: TwoStepResult, num_steps: int
+) -> None:
+    """Warns of Ctrl-C, and raises anything else again with the result so far as its attribute.
+
+    Args:
+        trouble: what was raised on the way, or None.
+        result: what was computed before.
+        num_steps: steps that were asked for.
+    """
+    if trouble is None:
+        return
+    message = f"TwoStep.run: interrupted after {len(result.history.ok)} of {num_steps} steps"
+    if isinstance(trouble, KeyboardInterrupt):
+        warnings.warn(f"{message}.", stacklevel=3)
+        return
+    # Another run's result, of a run within the callback, stays.
+    if not hasattr(trouble, "result"):
+        vars(trouble)["result"] = result
+        trouble.add_note(f"{message}; the exception's attribute `result` holds what they computed.")
+    raise trouble
+
+
+def rejections(history: TwoStepInfo) -> str:
+    """A sentence on rejected steps, or nothing."""
+    ok = history.ok
+    if ok.all():
+        return ""
+    undefined = ~ok & ~np.isfinite(history.loss)
+    # Draws of a cloud that all failed; +infinity alone is a wall.
+    ess, num_failed = (getattr(history.shift, name, 0) for name in ("ess", "num_rejected"))
+    nowhere = ~ok & ~undefined & (np.asarray(ess) == 0) & (np.asarray(num_failed) > 0)
+    parts = [f"{np.sum(~ok)} of {ok.size} steps were rejected and kept their reference."]
+    if (~ok & ~undefined & ~nowhere).any():
+        parts.append(
+            "Causes are a loss or fit that is not finite, all weight on one draw, or a sampler that did not move: "
+            "look at history.shift and history.fit, and use a smaller tau, more draws or another start."
+        )
+    if undefined.any():
+        parts.append(
+            f"In {undefined.sum()} of them the loss itself is not finite at the centre, before anything is drawn: "
+            "look for NaN or infinity among the data and arguments of these steps, or go back to a state whose "
+            "loss is finite."
+        )
+    if nowhere.any():
+        parts.append(
+            f"In {nowhere.sum()} of them the loss is finite at the centre, but NaN or -infinity at the draws, so "
+            "that none had a weight: look for what is not defined around the centre (logarithms and roots of "
+            "negative numbers, overflow); use unconstrained parameters (exp of them), or return infinity there."
+        )
+    return " ".join(parts)
+
+
+def remedies(history: TwoStepInfo, optimizer: Any = None) -> dict[str, str]:
+    """What the engines themselves have to say of a run.
+
+    Args:
+        history: of the run.
+        optimizer: whose `shift`, `fit` and `anchor` may have a method `remedy`; without one their infos may.
+
+    Returns:
+        Sentences by part.
+    """
+    found = {}
+    for part in ("shift", "fit", "anchor"):
+        info, engine = getattr(history, part), getattr(optimizer, part, None)
+        if hasattr(engine, "remedy"):
+            found[part] = engine.remedy(info, history.ok)
+        else:
+            found[part] = getattr(info, "remedy", lambda ok: "")(history.ok)
+    return {part: sentence for part, sentence in found.items() if sentence}
+
+
+def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
+    """Warns once of rejected steps and of what the engines themselves have to say of the run.
+
+    Args:
+        result: of the run.
+        optimizer: whose `shift`, `fit` and `anchor` may have a method `remedy`.
+
+    Raises:
+        RejectedError: if every step was rejected.
+    """
+    rejected = rejections(result.history)
+    parts = [rejected and f"TwoStep.run: {rejected}", *remedies(result.history, optimizer).values()]
+    message = " ".join(filter(None, parts))
+    if not result.history.ok.any():
+        raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
+    if message:
+        warnings.warn(message, stacklevel=3)
