@@ -256,7 +256,7 @@ def test_kept_covariance_of_a_quadratic():
 def test_a_scale_that_is_not_known_is_not_kept():
     target, step = target_at(np.zeros(DIM), SCALES["diagonal"]), anchor.KeepCovariance("diagonal")
     fitted = Gaussian(jnp.ones(DIM), jnp.full(DIM, 0.1))
-    info = SimpleNamespace(covariance_error=jnp.full(DIM, 0.1))
+    info = fit.FitInfo(covariance_error=jnp.full(DIM, 0.1))
     _, reference, info = step.step(KEY, step.init(target), target, NO_DRAWS, fitted, info)
     assert not info.kept
     np.testing.assert_array_equal(reference.scale, target.reference.scale)

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpyro_regloss._core.rounding import check_rounding
 
 __all__ = [
+    "fields_of",
     "Constant",
     "Partition",
     "all_finite",
@@ -114,6 +115,20 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
         setattr(cls, name, method)
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def fields_of(info: Any) -> dict[str, Any]:
+    """What a named tuple or a dataclass holds, by name; nothing of anything else.
+
+    Args:
+        info: of an engine, which reports what it likes beside what it must.
+
+    Returns:
+        Values by name.
+    """
+    if dataclasses.is_dataclass(info) and not isinstance(info, type):
+        return {field.name: vars(info)[field.name] for field in dataclasses.fields(info)}
+    return info._asdict() if isinstance(info, tuple) and hasattr(info, "_asdict") else {}
 
 
 def strong(tree: Any) -> Any:

@@ -143,7 +143,7 @@ class AdaptTau(Anchor):
         Raises:
             ValueError: if the fit makes no use of draws.
         """
-        if not getattr(fit, "uses_draws", True):
+        if not fit.uses_draws:
             raise ValueError(
                 f"AdaptTau: expected a fit that works from draws, such as fit.ForwardKL, got "
                 f"{type(fit).__name__}; use a schedule of tau instead."

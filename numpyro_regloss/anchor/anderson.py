@@ -30,6 +30,7 @@ from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.anchor.regression import regress
 from numpyro_regloss.anchor.safeguard import REASONS, AcceleratedInfo
 from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -175,7 +176,8 @@ class Anderson(Anchor):
         weight: Array,
     ) -> Array:
         # Fits of the heat regularization have no draws, or none that say how it changes.
-        if not hasattr(fit_info, "control_variate") or draws.log_weight.size < LEAST_DRAWS:
+        known = FitInfo.of(fit_info)
+        if known.control_variate is None or draws.log_weight.size < LEAST_DRAWS:
             return jnp.asarray([-jnp.inf, jnp.nan], weight.dtype)
         target = replace_fields(
             target,
@@ -184,8 +186,8 @@ class Anderson(Anchor):
         regression = regress(
             target,
             draws,
-            fit_info.control_variate,
-            compatible=fit_info.score_compatible,
+            known.control_variate,
+            compatible=known.score_compatible,
             diagonal=draws.log_weight.size < 2 * target.dim,
         )
         return safeguard.compare(

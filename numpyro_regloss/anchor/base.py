@@ -102,3 +102,16 @@ class Anchor(Protocol):
             The next state, a Gaussian of the structure of `target.reference`, and the info.
         """
         ...
+
+    def remedy(self, info: Any, ok: Any) -> str:
+        """What the diagnostics of a run say is wrong and what to change, see `shift.Shift.remedy`.
+
+        Args:
+            info: of all steps, as NumPy arrays with a leading axis.
+            ok: which steps were taken.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        del info, ok
+        return ""

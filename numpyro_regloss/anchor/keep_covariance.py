@@ -21,6 +21,7 @@ from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_f
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -112,8 +113,7 @@ class KeepCovariance(Anchor):
         Raises:
             ValueError: if it fits no covariance, or one of another structure.
         """
-        family = getattr(fit, "covariance", None if hasattr(fit, "uses_draws") else self.covariance)
-        if family != self.covariance:
+        if fit.covariance != self.covariance:
             raise ValueError(
                 f'KeepCovariance: expected a fit with covariance="{self.covariance}", such as '
                 f'fit.ForwardKL("{self.covariance}"), got {fit!r}; or give KeepCovariance the structure that '
@@ -205,7 +205,7 @@ class KeepCovariance(Anchor):
 
 
 def _relative_error(fitted: AnyGaussian, fit_info: Any) -> Array:
-    error = getattr(fit_info, "covariance_error", None)
+    error = FitInfo.of(fit_info).covariance_error
     if error is None:
         return jnp.zeros_like(fitted.mean[0])
     error = jnp.diagonal(error) if error.ndim == 2 else error

@@ -32,6 +32,7 @@ from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.anchor.regression import Regression, regress
 from numpyro_regloss.anchor.safeguard import REASONS, AcceleratedInfo
 from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -146,11 +147,15 @@ class Newton(Anchor):
                 f'parameters, got {draws.log_weight.size}; draw more, or use Newton(curvature="diagonal") or '
                 "anchor.Anderson()."
             )
-        control = getattr(fit_info, "control_variate", jnp.asarray(0))
-        compatible = getattr(fit_info, "score_compatible", jnp.asarray(True))
+        known = FitInfo.of(fit_info)
+        control = jnp.asarray(0) if known.control_variate is None else known.control_variate
         reference, here, plain = safeguard.in_order(target, fitted)
         regression = regress(
-            here, draws, control, compatible=compatible, diagonal=self.curvature == "diagonal"
+            here,
+            draws,
+            control,
+            compatible=known.score_compatible,
+            diagonal=self.curvature == "diagonal",
         )
         stretch = self._stretch(here, draws, regression, fit_info, state.radius)
 

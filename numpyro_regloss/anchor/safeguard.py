@@ -32,6 +32,7 @@ from numpyro_regloss._core.types import Array
 from numpyro_regloss.anchor.regression import Regression, mean_of
 from numpyro_regloss.draws.base import Chunk, Draws
 from numpyro_regloss.draws.descent import half_masks, is_far, masked
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -148,7 +149,7 @@ def check_uses_draws(fit: Any, what: str, remedy: str) -> None:
     Raises:
         ValueError: if the fit makes no use of draws.
     """
-    if not getattr(fit, "uses_draws", True):
+    if not fit.uses_draws:
         raise ValueError(
             f"{what}: expected a fit that matches the moments of draws, such as fit.ForwardKL, got "
             f"{type(fit).__name__}; {remedy}."
@@ -222,7 +223,7 @@ def _moments(
 
 def whitened_error(target: RegularizedLoss, fit_info: Any) -> Array:
     """Standard errors of the fitted mean in whitened coordinates, without their correlations, `(dim,)`."""
-    error = getattr(fit_info, "mean_error", None)
+    error = FitInfo.of(fit_info).mean_error
     if error is None:
         return jnp.zeros_like(target.reference.mean)
     return error * jnp.sqrt(target.reference.precision_diagonal)

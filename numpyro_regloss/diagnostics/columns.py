@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_regloss._core.pytree import fields_of
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.two_step.result import TwoStepResult
 
 __all__ = ["COLUMNS", "Motion", "run_columns", "run_motion"]
@@ -72,7 +74,7 @@ def run_motion(result: TwoStepResult) -> Motion:
     history, ok = result.history, result.history.ok
     sd = np.sqrt(np.asarray(history.reference.variance))
     mean = np.asarray(history.reference.mean)
-    error = getattr(history.fit, "mean_error", None)
+    error = FitInfo.of(history.fit).mean_error
     return Motion(
         pull=((np.asarray(history.fitted.mean) - mean) / sd)[ok],
         error=None if error is None else (np.asarray(error) / sd)[ok],
@@ -111,12 +113,12 @@ def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:
         found["noise"] = taken(np.divide(error, pull, np.full(len(pull), np.inf), where=pull > 0))
         found["error"] = taken(error / np.sqrt(motion.error.shape[1]))
     own = set(COLUMNS) - set(found)
-    engine = getattr(history.shift, "engine", None)
-    infos = (history.record, history.fit, history.shift)
-    for info in infos if engine is None else (*infos, engine):
-        hidden = OF_ONE_ROUND if info is engine and engine is not None else ()
-        for name in own - set(found) - set(hidden):
-            column = getattr(info, name, None)
+    infos = [fields_of(info) for info in (history.record, history.fit, history.shift)]
+    of_round = fields_of(infos[-1].get("engine"))
+    infos.append({name: a for name, a in of_round.items() if name not in OF_ONE_ROUND})
+    for info in infos:
+        for name in own - set(found):
+            column = info.get(name)
             if column is not None and np.shape(column) == ok.shape:
                 found[name] = np.asarray(column)
     return {name: found[name] for name in COLUMNS if found.get(name) is not None}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss.diagnostics.arrival import LEAST_STEPS, Run, window
 
 __all__ = [
@@ -216,7 +217,7 @@ def bad_steps(run: Run) -> dict[str, np.ndarray]:
 
 def transitions(run: Run) -> np.ndarray | None:
     """How many transitions a step had, warm-up among them, where the engine tells the gradients of each."""
-    per_transition = getattr(run.history.shift, "num_steps", None)
+    per_transition = fields_of(run.history.shift).get("num_steps")
     if per_transition is None:
         return None
     return run.history.shift.num_grad / np.maximum(per_transition, 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss._core.pareto import MAX_KHAT
+from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss.diagnostics.arrival import LEAST_STEPS, SIGMAS, Finding, Run, arrival, window
 from numpyro_regloss.diagnostics.doubts import (
     DOUBTS,
@@ -23,6 +24,8 @@ from numpyro_regloss.diagnostics.doubts import (
     single_steps,
     transitions,
 )
+from numpyro_regloss.shift.sgld import SGLDInfo
+from numpyro_regloss.shift.sgld import engine as sgld
 from numpyro_regloss.two_step.result import rejections, remedies
 
 __all__ = ["LEAST_STEPS", "RULES", "Finding", "Verdict", "arrival", "judge", "window"]
@@ -83,7 +86,10 @@ def judge(
     history = run.history
     arrived, sentence = arrival(run.motion)
     texts = {"rejections": rejections(history)}
-    texts |= remedies(history, optimizer)
+    if optimizer is not None:
+        texts |= remedies(history, optimizer)
+    elif isinstance(history.shift, SGLDInfo):
+        texts["shift"] = sgld.remedy(history.shift, history.ok)
     texts |= {name: rule(run) for name, rule in RULES.items()}
     doubts = DOUBTS if arrived is not False else {n: DOUBTS[n] for n in DOUBTS if n not in AT_REST}
     seen = {finding.name for finding in others}
@@ -262,7 +268,8 @@ def _increases(run: Run) -> str:
 
 def _residual(run: Run) -> str:
     fit = run.history.fit
-    if hasattr(fit, "curvature"):
+    known = fields_of(fit)
+    if "curvature" in known:
         # As long as directions in which the loss is flat take to move, see `RobbinsMonro`.
         needed = np.median(1 + fit.curvature)
         way = np.sqrt(np.sum(run.motion.pull**2, -1))
@@ -273,7 +280,7 @@ def _residual(run: Run) -> str:
             f"RobbinsMonro did {int(np.median(fit.num_steps))} inner steps, and flat directions need about "
             f"{needed:.3g}; use more num_steps, or a smaller tau."
         )
-    if not hasattr(fit, "bound"):
+    if "bound" not in known:
         return ""
     limit = MAX_RESIDUAL * np.sqrt(run.motion.step.shape[1])
     if not run.often("residual", lambda residual: residual > limit):
@@ -285,7 +292,7 @@ def _residual(run: Run) -> str:
 
 
 def _covariance(run: Run) -> str:
-    floored = np.asarray(getattr(run.history.fit, "floored", False))
+    floored = np.asarray(fields_of(run.history.fit).get("floored", False))
     if np.mean(floored) <= 0.5:
         return ""
     return (
@@ -295,7 +302,7 @@ def _covariance(run: Run) -> str:
 
 
 def _fallback(run: Run) -> str:
-    fell_back = np.asarray(getattr(run.history.anchor, "fell_back", False))
+    fell_back = np.asarray(fields_of(run.history.anchor).get("fell_back", False))
     if np.mean(fell_back) <= MAX_FALLBACK:
         return ""
     return (

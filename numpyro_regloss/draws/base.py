@@ -3,7 +3,7 @@
 """Draws from the shifted density: a weighted cloud, in memory or regenerated from keys."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ class Draws(Protocol):
             the next (2 for antithetic pairs); None for Markov chains.
         x: `(chain, draw, dim)`, materialized on request.
         score: `(chain, draw, dim)`, or None where gradients were not computed.
+        spread: where `x` are means of batches of draws, the variances within the batches, like `x`; else None.
+        stats: `(chain, draw)` each, by ArviZ's names of the statistics of a sampler, or None.
     """
 
     @property
@@ -80,6 +82,10 @@ class Draws(Protocol):
     def x(self) -> Array: ...  # noqa: D102
     @property
     def score(self) -> Array | None: ...  # noqa: D102
+    @property
+    def spread(self) -> Array | None: ...  # noqa: D102
+    @property
+    def stats(self) -> dict[str, Array] | None: ...  # noqa: D102
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Reduces over chunks of draws: all that a fit may use when draws do not fit in memory."""
@@ -109,6 +115,8 @@ class StoredDraws:
     block_size: int | None = static_field(default=None)
     stats: dict[str, Array] | None = None
 
+    spread: ClassVar[Array | None] = None
+
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Hands all draws over at once."""
         flat = jax.tree.map(
@@ -132,4 +140,4 @@ class BatchMeans(StoredDraws):
         spread: variances within the batches, like `x`.
     """
 
-    spread: Any = None
+    spread: Any = None  # ty: ignore

@@ -16,8 +16,9 @@ from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.draws.base import Chunk, Draws
 from numpyro_regloss.draws.control_variates import Chains, Control, choose, series_error
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["DOMINANT_WEIGHT", "Moments", "of_blocks", "of_chains", "standardized"]
+__all__ = ["DOMINANT_WEIGHT", "Moments", "log_density_of", "of_draws", "standardized"]
 
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
@@ -66,6 +67,48 @@ def standardized(x: Array, weight: Array) -> tuple[Array, Array, Array]:
     sd = jnp.sqrt(weight @ z**2)
     sd = jnp.where(sd > 0, sd, 1.0)
     return center + shift, unit * sd, z / sd
+
+
+def of_draws(
+    draws: Draws,
+    unit: Array,
+    log_density: Array | None = None,
+    *,
+    structure: str | None = None,
+    control: str,
+) -> Moments:
+    """Moments of draws of any kind.
+
+    Args:
+        draws: from a shift.
+        unit: standard deviations to compute clouds in, `(dim,)`.
+        log_density: see `of_chains`.
+        structure: see `of_chains`.
+        control: see `of_chains`.
+
+    Returns:
+        The moments.
+    """
+    if draws.block_size is not None and draws.score is None:
+        return of_blocks(draws, unit, structure=structure)
+    return of_chains(
+        draws.x,
+        draws.log_weight,
+        draws.score,
+        log_density,
+        structure=structure,
+        control=control,
+        spread=draws.spread,
+    )
+
+
+def log_density_of(target: RegularizedLoss, draws: Draws) -> Array | None:
+    """Log density of q at draws that have scores, up to a constant, `(chain, draw)`; to check the scores by."""
+    if draws.score is None:
+        return None
+    # Solves with a dense scale come one after another, the engine's for the scores first.
+    x = after(draws.score.reshape(-1)[0], draws.x)
+    return target.reference.log_prob(x) - draws.loss / draws.temperature
 
 
 def of_chains(

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 2: the best Gaussian in KL, by either argument."""
 
-from numpyro_regloss.fit.base import Fit, FitResult
+from numpyro_regloss.fit.base import Fit, FitInfo, FitResult
 from numpyro_regloss.fit.forward_kl import ForwardKL, ForwardKLInfo
 from numpyro_regloss.fit.reverse_kl import ReverseKL, ReverseKLInfo, ReverseKLState
 from numpyro_regloss.fit.robbins_monro import RobbinsMonro, RobbinsMonroInfo, RobbinsMonroState
 
 __all__ = [
     "Fit",
+    "FitInfo",
     "FitResult",
     "ForwardKL",
     "ForwardKLInfo",

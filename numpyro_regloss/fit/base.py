@@ -4,12 +4,48 @@
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from numpyro_regloss._core.types import Key
+from numpyro_regloss._core.pytree import fields_of
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["Fit", "FitResult"]
+__all__ = ["Fit", "FitInfo", "FitResult"]
+
+
+class FitInfo(NamedTuple):
+    """What others read of a fit's info, with what they take for what a fit does not report.
+
+    Attributes:
+        ok: the Gaussian may be used.
+        num_loss: loss evaluations.
+        num_grad: gradient evaluations.
+        mean_error: standard errors of the fitted mean, `(dim,)`; None where nothing is known of them.
+        covariance_error: of the covariance `(dim, dim)`, or of the variances, or None.
+        control_variate: index of the control variate of the mean, see `draws.control_variates`; None of fits that
+            match no moments.
+        score_compatible: whether the scores are those of the draws.
+    """
+
+    ok: Any = True
+    num_loss: Any = 0
+    num_grad: Any = 0
+    mean_error: Array | None = None
+    covariance_error: Array | None = None
+    control_variate: Array | None = None
+    score_compatible: Any = True
+
+    @classmethod
+    def of(cls, info: Any) -> "FitInfo":
+        """The part of a fit's own info that others read.
+
+        Args:
+            info: from `Fit.step`, a named tuple or a dataclass.
+
+        Returns:
+            What it has of these fields, and the defaults for the rest.
+        """
+        return cls(**{name: a for name, a in fields_of(info).items() if name in cls._fields})
 
 
 @runtime_checkable
@@ -21,10 +57,16 @@ class Fit(Protocol):
     Attributes:
         uses_gradient: whether the fit differentiates the loss.
         uses_draws: whether the fit works from draws, so that it needs a shift that makes some.
+        covariance: the family of covariances that are fitted; None for that of the reference.
     """
 
     uses_gradient: ClassVar[bool] = False
     uses_draws: ClassVar[bool] = True
+
+    @property
+    def covariance(self) -> str | None:
+        """None, as for a fit that keeps the reference's covariance."""
+        return None
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> Any:
         """The fit's state before the first step.
@@ -53,6 +95,19 @@ class Fit(Protocol):
             The next state, the fitted Gaussian and the info.
         """
         ...
+
+    def remedy(self, info: Any, ok: Any) -> str:
+        """What the diagnostics of a run say is wrong and what to change, see `shift.Shift.remedy`.
+
+        Args:
+            info: of all steps, as NumPy arrays with a leading axis.
+            ok: which steps were taken.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        del info, ok
+        return ""
 
 
 class FitResult(NamedTuple):

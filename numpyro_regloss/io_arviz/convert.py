@@ -31,7 +31,7 @@ import numpy as np
 import numpyro
 
 from numpyro_regloss._core.checks import check_count, check_key
-from numpyro_regloss._core.pytree import Partition, with_context_axes
+from numpyro_regloss._core.pytree import Partition, fields_of, with_context_axes
 from numpyro_regloss._core.types import Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
@@ -147,7 +147,7 @@ def to_arviz(
         rename=rename,
     )
     given = draws is not None
-    makes_draws = getattr(optimizer.shift, "makes_draws", True)
+    makes_draws = optimizer.shift.makes_draws
     if not makes_draws and step_draws is not None and step_draws is not False:
         raise ValueError(
             f"to_arviz: expected no step_draws of {type(optimizer.shift).__name__}, which makes no draws, got "
@@ -344,7 +344,7 @@ def _of_run(result: TwoStepResult, optimizer: TwoStep) -> dict[str, Any]:
 
 def _tau(optimizer: TwoStep) -> float | str:
     # What is no number is in constant_data.
-    if getattr(optimizer.anchor, "owns_scale", False):
+    if optimizer.anchor.owns_scale:
         return "set by the anchor"
     if callable(optimizer.tau):
         return "schedule"
@@ -352,8 +352,9 @@ def _tau(optimizer: TwoStep) -> float | str:
 
 
 def _temperatures(info: Any) -> list[np.ndarray]:
-    found = [np.asarray(info.temperature)] if hasattr(info, "temperature") else []
-    return found + (_temperatures(info.engine) if hasattr(info, "engine") else [])
+    known = fields_of(info)
+    found = [np.asarray(known["temperature"])] if "temperature" in known else []
+    return found + (_temperatures(known["engine"]) if "engine" in known else [])
 
 
 def _constant_data(

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.draws.base import BatchMeans, Draws
+from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.draws.resampling import equal_weights
 from numpyro_regloss.io_arviz.labels import Labels
 from numpyro_regloss.io_arviz.per_draw import per_draw
@@ -44,7 +44,7 @@ def check_draws(draws: Any, loss: Loss) -> None:
             f"to_arviz: expected draws as an engine makes them, got {type(draws).__name__}; use "
             "optimizer.draw(rng_key, result.state)."
         )
-    if isinstance(draws, BatchMeans) or getattr(draws, "spread", None) is not None:
+    if draws.spread is not None:
         raise ValueError(
             "to_arviz: expected draws, got means of batches of them, which are too narrow to be shown in their "
             'place; run with shift.SGLD(..., keep="draws"), or give draws=... of another engine at '
@@ -78,7 +78,7 @@ def draw_groups(
         values = np.asarray(values)
         return values.reshape(-1, *values.shape[2:])[index]
 
-    stats = {name: pick(a) for name, a in (getattr(draws, "stats", None) or {}).items()}
+    stats = {name: pick(a) for name, a in (draws.stats or {}).items()}
     stats["loss"] = pick(losses)
     if resampled:
         stats["log_weight"] = pick(log_weight - logsumexp(log_weight.astype(float))).astype(x.dtype)

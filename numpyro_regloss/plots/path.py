@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.plots.style import (
     BLACK,
     BLUE,
@@ -155,7 +156,7 @@ def _over_steps(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo
     # What a step fitted is known after it.
     later = steps[1:]
     sd = view.spread(np.sqrt(np.asarray(history.fitted.variance, float)))[: later.size]
-    error = getattr(history.fit, "mean_error", None)
+    error = FitInfo.of(history.fit).mean_error
     error = None if error is None else view.spread(finite(error))[: later.size]
     for i, ax in enumerate(axes):
         here = places[1:, i]

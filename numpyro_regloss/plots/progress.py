@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.plots.style import (
     BLACK,
     BLUE,
@@ -132,8 +133,9 @@ def _step_length(ax: Any, result: Any, history: TwoStepInfo) -> None:
     marker = marker_of(steps)
     ax.plot(steps[: moved.size], moved, color=BLACK, marker=marker, linewidth=1.0, label="step")
     error = np.empty(0)
-    if hasattr(history.fit, "mean_error"):
-        error = np.linalg.norm(finite(history.fit.mean_error), axis=1)
+    mean_error = FitInfo.of(history.fit).mean_error
+    if mean_error is not None:
+        error = np.linalg.norm(finite(mean_error), axis=1)
         label = "Monte Carlo error of the fitted mean"
         ax.plot(steps, error, color=BLUE, marker=marker, linestyle="--", linewidth=1.2, label=label)
     use_log_scale(ax, moved, error)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss._core.pareto import MAX_KHAT
+from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss.diagnostics.findings import LEAST_ACCEPTANCE, LEAST_ESS, MAX_RHAT
 from numpyro_regloss.plots.style import (
     BLACK,
@@ -83,9 +84,8 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
     """
     history = history_of(result, WHAT)
     info = history.shift
-    found = {name: getattr(info, name) for name in PANELS if hasattr(info, name)}
-    if hasattr(info, "engine"):  # rounds of another one
-        found |= {n: getattr(info.engine, n) for n in PANELS if hasattr(info.engine, n)}
+    found = fields_of(info)
+    found |= fields_of(found.get("engine"))  # rounds of another one
     found = {
         name: np.asarray(found[name], float)
         for name in PANELS

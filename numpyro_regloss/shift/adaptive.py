@@ -19,7 +19,6 @@ from jax import lax, random
 from jax.scipy.special import ndtri
 
 from numpyro_regloss._core.checks import check_count, check_positive
-from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.pytree import (
     is_concrete,
     pytree_dataclass,
@@ -30,7 +29,7 @@ from numpyro_regloss._core.pytree import (
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Chunk, Draws
 from numpyro_regloss.draws.descent import cross_fitted
-from numpyro_regloss.draws.moments import of_blocks, of_chains
+from numpyro_regloss.draws.moments import log_density_of, of_draws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 
@@ -77,10 +76,6 @@ class AdaptiveInfo(NamedTuple):
     decrease_error: Array
     engine: Any
 
-    def remedy(self, ok: Any) -> str:
-        """What the engine's info has to say of its last rounds."""
-        return getattr(self.engine, "remedy", lambda ok: "")(ok)
-
 
 @pytree_dataclass
 class Rounds:
@@ -122,14 +117,13 @@ class Rounds:
     @property
     def stats(self) -> dict[str, Array] | None:
         """Statistics of the draws, `(chain, round * draw)` each, or None."""
-        stats = getattr(self.rounds, "stats", None)
+        stats = self.rounds.stats
         return None if stats is None else {name: _joined(a) for name, a in stats.items()}
 
     @property
     def spread(self) -> Array | None:
         """Variances within what `x` are means of, see `BatchMeans`, or None."""
-        spread = getattr(self.rounds, "spread", None)
-        return None if spread is None else _joined(spread)
+        return None if self.rounds.spread is None else _joined(self.rounds.spread)
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Reduces over the chunks of every round."""
@@ -185,7 +179,7 @@ class Adaptive(Shift):
             raise TypeError(
                 f"Adaptive: expected engine as a shift, such as shift.NUTS(200, 12), got {self.engine!r}."
             )
-        if not getattr(self.engine, "makes_draws", True):
+        if not self.engine.makes_draws:
             raise ValueError(
                 f"Adaptive: expected an engine that makes draws, got {self.engine!r}; use shift.NUTS or "
                 "shift.Importance."
@@ -202,7 +196,7 @@ class Adaptive(Shift):
     @property
     def uses_gradient(self) -> bool:  # ty: ignore
         """Whether the engine does."""
-        return getattr(self.engine, "uses_gradient", False)
+        return self.engine.uses_gradient
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> AdaptiveState:
         """The engine's state, and one round to begin with."""
@@ -210,13 +204,11 @@ class Adaptive(Shift):
 
     def remedy(self, info: AdaptiveInfo, ok: Any) -> str:
         """What the engine has to say of its last rounds."""
-        remedy = getattr(self.engine, "remedy", None)
-        return "" if remedy is None else remedy(info.engine, ok)
+        return self.engine.remedy(info.engine, ok)
 
     def after_rejection(self, old: AdaptiveState, new: AdaptiveState) -> AdaptiveState:
         """The engine's."""
-        keep = getattr(self.engine, "after_rejection", lambda old, _: old)
-        return old._replace(engine=keep(old.engine, new.engine))
+        return old._replace(engine=self.engine.after_rejection(old.engine, new.engine))
 
     def step(
         self, rng_key: Key, state: AdaptiveState, target: RegularizedLoss
@@ -299,7 +291,7 @@ class Adaptive(Shift):
         Returns:
             A scalar, or None.
         """
-        found = getattr(self.engine, "center_loss", lambda _: None)(draws.rounds)
+        found = self.engine.center_loss(draws.rounds)
         return None if found is None else found[0]
 
 
@@ -330,14 +322,7 @@ def _check_blocks(draws: Any) -> None:
 
 
 def _center(target: RegularizedLoss, draws: Draws) -> tuple[Array, Array]:
-    # As fit.ForwardKL does it.
-    if draws.block_size is not None and draws.score is None:
-        moments = of_blocks(draws, jnp.ones_like(target.reference.mean), structure=None)
-    else:
-        x, score, log_density = draws.x, draws.score, None
-        if score is not None:
-            # Solves with a dense scale come one after another, the engine's for the scores first.
-            density = target.reference.log_prob(after(score.reshape(-1)[0], x))
-            log_density = density - draws.loss / draws.temperature
-        moments = of_chains(x, draws.log_weight, score, log_density, structure=None, control="auto")
+    moments = of_draws(
+        draws, jnp.ones_like(target.reference.mean), log_density_of(target, draws), control="auto"
+    )
     return moments.mean, moments.control > 0

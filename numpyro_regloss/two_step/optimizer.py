@@ -34,6 +34,7 @@ from numpyro_regloss.two_step import outer_step
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
+from numpyro_regloss.two_step.record import Record
 from numpyro_regloss.two_step.result import (
     RejectedError,
     TwoStepResult,
@@ -102,16 +103,15 @@ class TwoStep:
                 f"TwoStep: expected loss as a Loss, got {type(self.loss).__name__}; wrap it with "
                 "Loss.from_function(fn, params) or Loss.from_model(model, *args)."
             )
-        check_parts({name: getattr(self, name) for name in ("shift", "fit", "anchor")}, "TwoStep")
-        if getattr(self.fit, "uses_draws", True) and not getattr(self.shift, "makes_draws", True):
+        check_parts(self.shift, self.fit, self.anchor, "TwoStep")
+        if self.fit.uses_draws and not self.shift.makes_draws:
             raise ValueError(
                 f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
                 "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
             )
         check_integers(followers(self.shift, self.fit), self.loss, "TwoStep")
-        if hasattr(self.anchor, "check_fit"):
-            self.anchor.check_fit(self.fit)
-        if self.record is not None and not callable(getattr(self.record, "step", None)):
+        self.anchor.check_fit(self.fit)
+        if self.record is not None and not isinstance(self.record, Record):
             raise TypeError(
                 f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
             )

@@ -19,6 +19,7 @@ from numpyro_regloss._core.pytree import Partition, all_finite, is_concrete, str
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.probe import Probe, probe
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -52,6 +53,7 @@ class TwoStepState(NamedTuple):
         shift: the shift's state.
         fit: the fit's state.
         anchor: the anchor's state.
+        record: the record's state; `Record` needs none.
     """
 
     step: Array
@@ -60,6 +62,7 @@ class TwoStepState(NamedTuple):
     shift: Any
     fit: Any
     anchor: Any
+    record: Any = ()
 
 
 class LossOfDraws(NamedTuple):
@@ -119,7 +122,7 @@ def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> Reg
 
 def _rescaled(optimizer: Any, reference: AnyGaussian, tau: Array) -> AnyGaussian:
     # Tau is the optimizer's, at every step: a state may have come from a run with another one.
-    if getattr(optimizer.anchor, "owns_scale", False):
+    if optimizer.anchor.owns_scale:
         return reference
     new = Gaussian.isotropic(reference.mean, tau)
     return new._replace(scale=jnp.where(_usable(tau), new.scale, reference[1]))
@@ -127,7 +130,7 @@ def _rescaled(optimizer: Any, reference: AnyGaussian, tau: Array) -> AnyGaussian
 
 def _tau_in_force(optimizer: Any, reference: AnyGaussian, tau: Array) -> Array:
     # Of a dense reference the marginal variances.
-    if not getattr(optimizer.anchor, "owns_scale", False):
+    if not optimizer.anchor.owns_scale:
         return tau
     return reference[1] ** 2 if reference[1].ndim == 0 else reference.variance
 
@@ -145,7 +148,7 @@ def first_state(optimizer: Any, rng_key: Key, arguments: Partition) -> TwoStepSt
     key_run, key_shift, key_fit = random.split(rng_key, 3)
     x0 = optimizer.loss.x0
     reference = Gaussian.isotropic(x0, optimizer.tau_at(jnp.asarray(0)))
-    reference = getattr(optimizer.anchor, "first_reference", lambda first: first)(reference)
+    reference = optimizer.anchor.first_reference(reference)
     target = _target(optimizer, reference, arguments)
     state = TwoStepState(
         step=jnp.asarray(0, jnp.int32),
@@ -154,6 +157,7 @@ def first_state(optimizer: Any, rng_key: Key, arguments: Partition) -> TwoStepSt
         shift=optimizer.shift.init(key_shift, target),
         fit=optimizer.fit.init(key_fit, target),
         anchor=optimizer.anchor.init(target),
+        record=() if optimizer.record is None else optimizer.record.init(target),
     )
     # Weak types in a fresh state would compile the second step anew.
     return strong(state)
@@ -183,7 +187,7 @@ def init_state(
 
 def follows_gradient(optimizer: Any) -> bool:
     """Whether an engine differentiates the loss."""
-    return any(getattr(part, "uses_gradient", False) for part in (optimizer.shift, optimizer.fit))
+    return optimizer.shift.uses_gradient or optimizer.fit.uses_gradient
 
 
 @jax.jit
@@ -217,26 +221,25 @@ def _step(
     )
     infos = (shift_info, fit_info, anchor_info)
     ok = all_finite(reference) & _usable(tau) & shift_info.ok & fit_info.ok & anchor_info.ok
-    recover = getattr(optimizer.shift, "after_rejection", lambda old, _: old)
-    recover_anchor = getattr(optimizer.anchor, "after_rejection", lambda *old: old)
-    old_anchor, old_reference = recover_anchor(state.anchor, here)
+    old_anchor, old_reference = optimizer.anchor.after_rejection(state.anchor, here)
     keep = partial(_select, ok)
     reference = keep(reference, old_reference)
     reference = _rescaled(optimizer, reference, optimizer.tau_at(state.step + 1))
-    record = None
+    record, record_info = state.record, None
     if optimizer.record is not None:
 
         def propose(some: Draws) -> tuple[Array, Array]:
             _, fitted, info = optimizer.fit.step(keys[1], state.fit, target, some)
             _, after, _ = optimizer.anchor.step(keys[2], state.anchor, target, some, fitted, info)
-            return after.mean, jnp.asarray(getattr(info, "control_variate", 0)) > 0
+            control = FitInfo.of(info).control_variate
+            return after.mean, jnp.asarray(False) if control is None else control > 0
 
-        used = draws if getattr(optimizer.fit, "uses_draws", True) else None
-        record = optimizer.record.step(
-            keys[4], state.step, target, used, propose, reference, fit_info, ok
+        used = draws if optimizer.fit.uses_draws else None
+        record, record_info = optimizer.record.step(
+            keys[4], record, state.step, target, used, propose, reference, fit_info, ok
         )
-        infos = (*infos, record)
-    loss = getattr(optimizer.shift, "center_loss", lambda _: None)(draws)
+        infos = (*infos, record_info)
+    loss = optimizer.shift.center_loss(draws)
     num_loss = 0 if loss is not None else 1
     if loss is None:
         loss = target.on_batch(keys[3]).value(here.mean)
@@ -251,16 +254,17 @@ def _step(
         anchor=anchor_info,
         num_loss=sum((i.num_loss for i in infos), start=jnp.asarray(num_loss)),
         num_grad=sum((i.num_grad for i in infos), start=jnp.asarray(0)),
-        record=record,
+        record=record_info,
         draws=_loss_of_draws(target, draws, loss),
     )
     state = TwoStepState(
         step=state.step + 1,
         rng_key=state.rng_key,
         reference=reference,
-        shift=keep(shift, recover(state.shift, shift)),
+        shift=keep(shift, optimizer.shift.after_rejection(state.shift, shift)),
         fit=keep(fit, state.fit),
         anchor=keep(anchor, old_anchor),
+        record=record,
     )
     return state, info, draws
 

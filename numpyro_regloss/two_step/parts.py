@@ -3,7 +3,8 @@
 """Checks of what a scheme is made of."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,44 +18,54 @@ from numpyro_regloss.shift.base import Shift
 
 __all__ = ["check_groups", "check_parts", "followers"]
 
-KINDS = {"shift": Shift, "fit": Fit, "anchor": Anchor}
+
+@runtime_checkable
+class Verbs(Protocol):
+    """What all engines have."""
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
 
 
-def check_parts(parts: dict[str, Any], what: str) -> None:
+def check_parts(shift: Any, fit: Any, anchor: Any, what: str) -> None:
     """Refuses shifts, fits and anchors that are something else.
 
-    An engine need not inherit from its protocol: what counts is that its `init` and `step` take what they are
-    called with.
-
     Args:
-        parts: by `"shift"`, `"fit"` and `"anchor"`.
+        shift: step 1.
+        fit: step 2.
+        anchor: step 3.
         what: begins the error message.
 
     Raises:
         TypeError: if a part is of the wrong kind.
     """
-    for name, part in parts.items():
-        kind = KINDS[name]
-        verbs: dict[str, Any] = {verb: getattr(part, verb, None) for verb in ("init", "step")}
-        others = set(KINDS.values()) - {kind}
+    for part, kind in ((shift, Shift), (fit, Fit), (anchor, Anchor)):
+        name = kind.__name__.lower()
+        others = {Shift, Fit, Anchor} - {kind}
         if (
             isinstance(part, type)
-            or not all(map(callable, verbs.values()))
+            or not isinstance(part, Verbs)
             or others & set(type(part).__mro__)
         ):
             raise TypeError(
                 f"{what}: expected {name} as an object with init and step, such as those of "
                 f"numpyro_regloss.{name}, got {part!r}.{_hint(part)}"
             )
-        for verb, method in verbs.items():
-            wanted = list(inspect.signature(getattr(kind, verb)).parameters)[1:]
+        for declared, method in ((kind.init, part.init), (kind.step, part.step)):
+            verb, wanted = declared.__name__, list(inspect.signature(declared).parameters)[1:]
             if not _takes(method, len(wanted)):
                 raise TypeError(
                     f"{what}: expected {name} with {verb}({', '.join(wanted)}), got {type(part).__name__} with "
                     f"{verb}{inspect.signature(method)}. shift.Kernel runs the kernels of NumPyro; to use an "
                     "algorithm of another library, write a class with init and step: the docstring of "
-                    f"{kind.__module__.rpartition('.')[0]}.{kind.__name__} says what they take and return."
+                    f"numpyro_regloss.{name}.{kind.__name__} says what they take and return."
                 )
+        if not isinstance(part, kind):
+            raise TypeError(
+                f"{what}: expected {name} as a {name}.{kind.__name__}, which has defaults for the methods beside "
+                f"init and step, got {type(part).__name__}; inherit from it: "
+                f"class {type(part).__name__}({name}.{kind.__name__})."
+            )
 
 
 def check_groups(value: Any, loss: Loss, what: str) -> Any:
@@ -91,7 +102,7 @@ def check_groups(value: Any, loss: Loss, what: str) -> Any:
 
 def followers(*parts: Any) -> list[str]:
     """Names of the engines that differentiate the loss."""
-    return [type(part).__name__ for part in parts if getattr(part, "uses_gradient", False)]
+    return [type(part).__name__ for part in parts if part.uses_gradient]
 
 
 def _hint(part: Any) -> str:

@@ -23,6 +23,7 @@ from numpyro_regloss._core.tail import mean_with_error
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.draws.descent import CrossFitted, cross_fitted
+from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.importance import Importance
@@ -106,9 +107,22 @@ class Record:
             )
         object.__setattr__(self, "confidence", confidence)
 
+    def init(self, target: RegularizedLoss) -> tuple[()]:
+        """No state.
+
+        Args:
+            target: the first target.
+
+        Returns:
+            `()`.
+        """
+        del target
+        return ()
+
     def step(
         self,
         rng_key: Key,
+        state: tuple[()],
         index: Array,
         target: RegularizedLoss,
         draws: Draws | None,
@@ -116,11 +130,12 @@ class Record:
         after: AnyGaussian,
         fit_info: Any,
         ok: Array,
-    ) -> RecordInfo:
+    ) -> tuple[tuple[()], RecordInfo]:
         """Writes down one step.
 
         Args:
             rng_key: a random key.
+            state: from `init` or the last step.
             index: of the step.
             target: of the step.
             draws: of the step, on the data of its batch; None where the fit did not use them.
@@ -131,7 +146,7 @@ class Record:
             ok: whether the step was taken.
 
         Returns:
-            The record.
+            The state and the record.
         """
         keys = random.split(rng_key)
         if draws is None:
@@ -149,7 +164,7 @@ class Record:
         if self.values_every:
             due = index % self.values_every == 0
             pair = lax.cond(due, lambda: self._values(keys[1], target), lambda: pair)
-        return RecordInfo(
+        info = RecordInfo(
             jnp.where(ok, change.value, jnp.nan),
             jnp.where(ok, change.error, jnp.nan),
             jnp.where(ok, verdict, 0),
@@ -157,6 +172,7 @@ class Record:
             num_loss=num_loss + 2 * self._num_pairs * due,
             num_grad=jnp.asarray(0),
         )
+        return state, info
 
     @property
     def _num_pairs(self) -> int:
@@ -187,6 +203,7 @@ class Record:
 
 def _noise(target: RegularizedLoss, change: CrossFitted, fit_info: Any) -> Array:
     # By how much the error of a centre from half of the draws raises F_tau, on average.
-    error = getattr(fit_info, "mean_error", jnp.zeros_like(target.reference.mean))
+    error = FitInfo.of(fit_info).mean_error
+    error = jnp.zeros_like(target.reference.mean) if error is None else error
     known = target.temperature * jnp.sum(error**2 / target.reference.variance)
     return jnp.maximum(change.noise, known)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 
 __all__ = [
@@ -58,10 +59,9 @@ class RejectedError(RuntimeError):
 def headline(info: TwoStepInfo) -> dict[str, str]:
     """What the progress bar shows of a step."""
     shown = {"loss": info.loss, "tau": np.mean(info.tau)}
-    for name in ("accept_prob", "ess"):
-        if hasattr(info.shift, name):
-            shown[name] = getattr(info.shift, name)
-            break
+    known = fields_of(info.shift)
+    for name in [name for name in ("accept_prob", "ess") if name in known][:1]:
+        shown[name] = known[name]
     return {name: f"{float(value):.4g}" for name, value in shown.items()}
 
 
@@ -95,7 +95,8 @@ def rejections(history: TwoStepInfo) -> str:
         return ""
     undefined = ~ok & ~np.isfinite(history.loss)
     # Draws of a cloud that all failed; +infinity alone is a wall.
-    ess, num_failed = (getattr(history.shift, name, 0) for name in ("ess", "num_rejected"))
+    known = fields_of(history.shift)
+    ess, num_failed = known.get("ess", 0), known.get("num_rejected", 0)
     nowhere = ~ok & ~undefined & (np.asarray(ess) == 0) & (np.asarray(num_failed) > 0)
     parts = [f"{np.sum(~ok)} of {ok.size} steps were rejected and kept their reference."]
     if (~ok & ~undefined & ~nowhere).any():
@@ -118,23 +119,21 @@ def rejections(history: TwoStepInfo) -> str:
     return " ".join(parts)
 
 
-def remedies(history: TwoStepInfo, optimizer: Any = None) -> dict[str, str]:
+def remedies(history: TwoStepInfo, optimizer: Any) -> dict[str, str]:
     """What the engines themselves have to say of a run.
 
     Args:
         history: of the run.
-        optimizer: whose `shift`, `fit` and `anchor` may have a method `remedy`; without one their infos may.
+        optimizer: of the run.
 
     Returns:
         Sentences by part.
     """
-    found = {}
-    for part in ("shift", "fit", "anchor"):
-        info, engine = getattr(history, part), getattr(optimizer, part, None)
-        if hasattr(engine, "remedy"):
-            found[part] = engine.remedy(info, history.ok)
-        else:
-            found[part] = getattr(info, "remedy", lambda ok: "")(history.ok)
+    found = {
+        "shift": optimizer.shift.remedy(history.shift, history.ok),
+        "fit": optimizer.fit.remedy(history.fit, history.ok),
+        "anchor": optimizer.anchor.remedy(history.anchor, history.ok),
+    }
     return {part: sentence for part, sentence in found.items() if sentence}
 
 
@@ -143,7 +142,7 @@ def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
 
     Args:
         result: of the run.
-        optimizer: whose `shift`, `fit` and `anchor` may have a method `remedy`.
+        optimizer: of the run.
 
     Raises:
         RejectedError: if every step was rejected.

@@ -22,14 +22,13 @@ import numpy as np
 from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import check_choice
-from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.pytree import all_finite, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.agreement import chains_rhat, disagreement
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.draws.control_variates import CONTROLS
-from numpyro_regloss.draws.moments import of_blocks, of_chains
+from numpyro_regloss.draws.moments import log_density_of, of_draws
 from numpyro_regloss.draws.samples import as_draws
 from numpyro_regloss.fit.base import Fit, FitResult
 from numpyro_regloss.fit.forward_kl.projection import Projection, project, structure_of
@@ -136,13 +135,8 @@ class ForwardKL(Fit):
             `()`, the Gaussian and the info.
         """
         del rng_key
-        log_density = None
-        if draws.score is not None and self.control_variates != "none":
-            log_density = -draws.loss / draws.temperature
-            if target.reference is not None:
-                # Solves with a dense scale come one after another, the engine's for the scores first.
-                x = after(draws.score.reshape(-1)[0], draws.x)
-                log_density = log_density + target.reference.log_prob(x)
+        is_used = self.control_variates != "none"
+        log_density = log_density_of(target, draws) if is_used else None
         return state, *_fit(self, draws, target.reference, log_density)
 
 
@@ -231,25 +225,15 @@ def _fit(
             'covariance="dense".'
         )
     structure = structure_of(method.covariance, dim)
-    spread = getattr(draws, "spread", None)
-    if spread is not None and (structure == "dense" or method.covariance == "low_rank"):
+    if draws.spread is not None and (structure == "dense" or method.covariance == "low_rank"):
         raise ValueError(
             f"ForwardKL: expected stored draws for covariance={method.covariance!r}, got means of batches, which "
             'know no correlations; use shift.SGLD(keep="draws"), or covariance="diagonal" or "isotropic".'
         )
-    if draws.block_size is None or draws.score is not None:
-        moments = of_chains(
-            draws.x,
-            draws.log_weight,
-            draws.score,
-            log_density,
-            structure=structure,
-            control=method.control_variates,
-            spread=spread,
-        )
-    else:
-        unit = jnp.ones(dim) if reference is None else jnp.sqrt(reference.variance)
-        moments = of_blocks(draws, unit, structure=structure)
+    unit = jnp.ones(dim) if reference is None else jnp.sqrt(reference.variance)
+    moments = of_draws(
+        draws, unit, log_density, structure=structure, control=method.control_variates
+    )
     if structure is None:
         zero, false = jnp.zeros_like(moments.mean), jnp.asarray(False)
         gaussian: AnyGaussian = reference._replace(mean=moments.mean)  # ty: ignore

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +137,9 @@ class Cloud:
     offset: Array | None
     layout: Layout = static_field()
     center_loss: Array | None = None
+
+    spread: ClassVar[None] = None
+    stats: ClassVar[None] = None
 
     @property
     def block_size(self) -> int:

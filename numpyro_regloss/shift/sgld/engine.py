@@ -88,34 +88,6 @@ class SGLDInfo(NamedTuple):
     growth: Array
     ess: Array
 
-    def remedy(self, ok: Any) -> str:
-        """What to do about chains that diverged, or whose step size is at the limit of stability.
-
-        Args:
-            ok: which steps of a run were taken; the fields are NumPy arrays of all of them.
-
-        Returns:
-            A sentence, or nothing.
-        """
-        stability = np.nan_to_num(self.stability, posinf=0.0)
-        unstable = stability >= LIMIT
-        if np.median(stability) < LIMIT and not (unstable & ~ok).any():
-            lost = np.sum(np.isinf(self.growth))
-            if not lost:
-                return ""
-            return (
-                f"SGLD: in {lost} of {ok.size} steps chains became infinite or NaN though the step size is stable "
-                "where they start: use a smaller step_size if the loss is steeper where they went, or look for "
-                "NaN among the data."
-            )
-        worst = np.argmax(stability)
-        limit = self.step_size[worst] * LIMIT / stability[worst]
-        return (
-            f"SGLD: the step size was unstable for the regularized target in {unstable.sum()} of {ok.size} steps "
-            f"(step size times steepest curvature up to {stability[worst]:.3g}; chains diverge from 2 on): use a "
-            f"step_size below {limit:.2g}, half of it for a small bias, or a preconditioner."
-        )
-
 
 @pytree_dataclass
 class SGLD(Shift):
@@ -196,6 +168,10 @@ class SGLD(Shift):
         check_choice(self.start, "SGLD: start", ("center", "last"))
         check_choice(self.noise, "SGLD: noise", langevin.NOISES)
         check_choice(self.keep, "SGLD: keep", ("auto", "draws", "batch_means"))
+
+    def remedy(self, info: SGLDInfo, ok: Any) -> str:
+        """What to do about chains that diverged, or whose step size is at the limit of stability."""
+        return remedy(info, ok)
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> SGLDState:
         """Chains at the centre, and a random direction.
@@ -351,8 +327,7 @@ class SGLD(Shift):
     def _info(
         self, draws: StoredDraws | BatchMeans, last: Chains, stability: Array, spent: Array
     ) -> SGLDInfo:
-        spread = getattr(draws, "spread", None)
-        ess, grown = langevin.diagnose(draws.x, draws.log_weight, spread)
+        ess, grown = langevin.diagnose(draws.x, draws.log_weight, draws.spread)
         finite = jnp.isfinite(draws.x).all() & jnp.isfinite(draws.loss).all()
         finite = finite & jnp.isfinite(last.x).all() & jnp.isfinite(last.gradient).all()
         diverged = (stability >= LIMIT) & (grown > EXPLODED)
@@ -365,3 +340,33 @@ class SGLD(Shift):
             growth=grown,
             ess=ess,
         )
+
+
+def remedy(info: SGLDInfo, ok: Any) -> str:
+    """What to do about chains that diverged, or whose step size is at the limit of stability.
+
+    Args:
+        info: of all steps of a run, as NumPy arrays.
+        ok: which of them were taken.
+
+    Returns:
+        A sentence, or nothing.
+    """
+    stability = np.nan_to_num(info.stability, posinf=0.0)
+    unstable = stability >= LIMIT
+    if np.median(stability) < LIMIT and not (unstable & ~ok).any():
+        lost = np.sum(np.isinf(info.growth))
+        if not lost:
+            return ""
+        return (
+            f"SGLD: in {lost} of {ok.size} steps chains became infinite or NaN though the step size is stable "
+            "where they start: use a smaller step_size if the loss is steeper where they went, or look for "
+            "NaN among the data."
+        )
+    worst = np.argmax(stability)
+    limit = info.step_size[worst] * LIMIT / stability[worst]
+    return (
+        f"SGLD: the step size was unstable for the regularized target in {unstable.sum()} of {ok.size} steps "
+        f"(step size times steepest curvature up to {stability[worst]:.3g}; chains diverge from 2 on): use a "
+        f"step_size below {limit:.2g}, half of it for a small bias, or a preconditioner."
+    )
