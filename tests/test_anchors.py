@@ -4,7 +4,6 @@
 
 import dataclasses
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +131,7 @@ def run(step, num_steps, scale=SCALES["isotropic"], noise=0.0, rng_key=KEY, taus
         (state, x), (rng_key, share) = carry, item
         target, mean = fixed_point(x, scale * share, 1.0)
         mean = mean + noise * random.normal(rng_key, (DIM,))
-        info = SimpleNamespace(mean_error=jnp.full(DIM, noise))
+        info = fit.FitInfo(mean_error=jnp.full(DIM, noise))
         fitted = target.reference._replace(mean=mean)
         state, reference, info = step.step(rng_key, state, target, NO_DRAWS, fitted, info)
         return (state, reference.mean), reference.mean
@@ -185,7 +184,7 @@ def test_anderson_does_not_stall_at_the_noise():
 def test_a_rise_sends_the_centre_back():
     step = anchor.Anderson(max_step=1e6)
     first = target_at(np.zeros(DIM))
-    exact = SimpleNamespace(mean_error=jnp.zeros(DIM))
+    exact = fit.FitInfo(mean_error=jnp.zeros(DIM))
     state = step.init(first)
     means = [jnp.array([1.0, 0, 0, 0]), jnp.array([1.5, 0, 0, 0])]
     x = jnp.zeros(DIM)
