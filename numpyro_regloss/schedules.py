@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules of tau whose numbers are values: new ones do not recompile, unlike those of a rebuilt function."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_regloss._core.checks import check_positive
+from numpyro_regloss._core.checks import cast_fields, check_positive
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass
 from numpyro_regloss._core.types import Array
 
@@ -43,9 +44,8 @@ class Scoping:
 
     def __post_init__(self) -> None:
         shape = jnp.shape(self.tau)
-        for name, shapes in (("tau", ((), shape[:1])), ("rate", ((),)), ("least", ((),))):
-            number = check_positive(getattr(self, name), f"Scoping: {name}", shapes)
-            object.__setattr__(self, name, number)
+        cast_fields(self, ("tau",), partial(check_positive, shapes=((), shape[:1])))
+        cast_fields(self, ("rate", "least"), check_positive)
         if is_concrete((self.tau, self.least)) and (self.least > self.tau).any():
             raise ValueError(
                 f"Scoping: expected least <= tau, got {self.least} and {self.tau}; tau falls to least."
@@ -89,10 +89,10 @@ class Geometric:
     num_steps: Any
 
     def __post_init__(self) -> None:
-        for name in ("first", "last", "num_steps"):
-            value = getattr(self, name)
-            shapes = ((),) if name == "num_steps" else ((), jnp.shape(value)[:1])
-            object.__setattr__(self, name, check_positive(value, f"Geometric: {name}", shapes))
+        for name, value in (("first", self.first), ("last", self.last)):
+            shapes = ((), jnp.shape(value)[:1])
+            cast_fields(self, (name,), partial(check_positive, shapes=shapes))
+        cast_fields(self, ("num_steps",), check_positive)
         if is_concrete((self.first, self.last)) and (self.last > self.first).any():
             raise ValueError(
                 f"Geometric: expected last <= first, got {self.last} and {self.first}; tau falls to last."

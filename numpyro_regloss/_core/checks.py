@@ -4,7 +4,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from numpyro_regloss._core.pytree import is_concrete, with_context_axes
 from numpyro_regloss._core.types import Key
 
 __all__ = [
+    "cast_fields",
+    "check_flag",
     "WITHOUT_GRADIENTS",
     "check_choice",
     "check_count",
@@ -182,6 +184,38 @@ def check_own_names(fn: Callable[..., Any], own: dict[str, Any], num_args: int, 
                 f"{what}, so that it cannot be passed by name; pass it by position, or bind it before: "
                 f"functools.partial(function, {parameter.name}=...)."
             )
+
+
+def cast_fields(engine: Any, names: Iterable[str], check: Callable[[Any, str], Any]) -> None:
+    """Checks fields of a frozen dataclass and replaces them by what the check returns.
+
+    Args:
+        engine: the dataclass, while it is made.
+        names: of the fields.
+        check: of a value and the beginning of its error message, such as `check_positive`.
+    """
+    for name in names:
+        what = f"{type(engine).__name__}: {name}"
+        object.__setattr__(engine, name, check(vars(engine)[name], what))
+
+
+def check_flag(value: Any, what: str) -> bool:
+    """Refuses what is neither True nor False.
+
+    Args:
+        value: the value.
+        what: begins the error message.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(value, bool):
+        kind, _, name = what.rpartition(": ")
+        raise TypeError(f"{kind}: expected {name} as True or False, got {value!r}.")
+    return value
 
 
 def check_positive(value: Any, what: str, shapes: tuple[tuple[int, ...], ...] = ((),)) -> Any:

@@ -19,6 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.rounding import check_rounding
 
 __all__ = [
@@ -78,7 +79,7 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     names = [field.name for field in fields]
 
     def split(obj: T) -> tuple[list[tuple[str, Any]], tuple[Hashable, ...]]:
-        values = [getattr(obj, name) for name in names]
+        values = [vars(obj)[name] for name in names]
         fixed = [_field_is_static(f, v) for f, v in zip(fields, values, strict=True)]
         children = [(n, v) for n, v, s in zip(names, values, fixed, strict=True) if not s]
         static = tuple((n, v) for n, v, s in zip(names, values, fixed, strict=True) if s)
@@ -209,7 +210,7 @@ def replace_fields(obj: T, **changes: Any) -> T:
     """
     new = object.__new__(type(obj))
     for field in dataclasses.fields(obj):  # ty: ignore[invalid-argument-type]
-        object.__setattr__(new, field.name, changes.get(field.name, getattr(obj, field.name)))
+        object.__setattr__(new, field.name, changes.get(field.name, vars(obj)[field.name]))
     return new
 
 
@@ -374,7 +375,7 @@ def _is_traced(leaf: Any, what: str) -> bool:
         return True
     if callable(leaf):
         return False
-    tabular = callable(getattr(leaf, "to_numpy", None))
+    tabular = callable(attribute(leaf, "to_numpy"))
     remedy = (
         "pass its numbers (data.to_numpy()), or each column as an array (data['x'].to_numpy())"
         if tabular
@@ -390,7 +391,7 @@ def _canonical(leaf: Any) -> Any:
     # NumPy arrays go to the device once here, not at every call.
     if isinstance(leaf, jax.Array):
         leaf = with_context_axes(leaf, divided=True)
-        if not getattr(leaf, "weak_type", False):
+        if not attribute(leaf, "weak_type", False):
             return leaf
         # Through NumPy, since a cast on the device would compile.
         return np.asarray(leaf) if is_concrete(leaf) else lax.convert_element_type(leaf, leaf.dtype)

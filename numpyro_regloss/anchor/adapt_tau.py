@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_regloss._core.checks import check_positive, usable_range
+from numpyro_regloss._core.checks import cast_fields, check_positive, usable_range
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
@@ -119,9 +119,7 @@ class AdaptTau(Anchor):
                 f"AdaptTau: expected an anchor that leaves the scale alone, got {type(inner).__name__}; use "
                 "anchor.Proximal, anchor.Newton or anchor.Anderson."
             )
-        for name in ("ess", "rate", "least", "most"):
-            number = check_positive(getattr(self, name), f"AdaptTau: {name}")
-            object.__setattr__(self, name, number)
+        cast_fields(self, ("ess", "rate", "least", "most"), check_positive)
         if not is_concrete((self.ess, self.rate, self.least, self.most)):
             return
         if self.ess >= 1 or self.rate > 1:

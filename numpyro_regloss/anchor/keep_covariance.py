@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from numpyro_regloss._core.checks import check_choice, check_positive
+from numpyro_regloss._core.checks import cast_fields, check_choice, check_positive
 from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array, Key
@@ -91,10 +91,7 @@ class KeepCovariance(Anchor):
 
     def __post_init__(self) -> None:
         check_choice(self.covariance, "KeepCovariance: covariance", STRUCTURES)
-        for name in ("inflation", "floor", "ceiling"):
-            value, what = getattr(self, name), f"KeepCovariance: {name}"
-            number = jnp.zeros(()) if _is_zero(value, name) else check_positive(value, what)
-            object.__setattr__(self, name, number)
+        cast_fields(self, ("inflation", "floor", "ceiling"), _check_factor)
         if not is_concrete((self.inflation, self.floor, self.ceiling)):
             return
         if self.inflation < 1:
@@ -212,5 +209,7 @@ def _relative_error(fitted: AnyGaussian, fit_info: Any) -> Array:
     return jnp.max(error / fitted.variance)
 
 
-def _is_zero(value: Any, name: str) -> bool:
-    return name == "floor" and isinstance(value, int | float) and value == 0
+def _check_factor(value: Any, what: str) -> Array:
+    if what.endswith("floor") and isinstance(value, int | float) and value == 0:
+        return jnp.zeros(())
+    return check_positive(value, what)

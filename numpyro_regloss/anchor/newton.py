@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from numpyro_regloss._core.checks import check_choice, check_positive
+from numpyro_regloss._core.checks import cast_fields, check_choice, check_positive
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array, Key
@@ -91,9 +91,7 @@ class Newton(Anchor):
     curvature: str = static_field(default="full")
 
     def __post_init__(self) -> None:
-        for name in ("floor", "max_step"):
-            number = check_positive(getattr(self, name), f"Newton: {name}")
-            object.__setattr__(self, name, number)
+        cast_fields(self, ("floor", "max_step"), check_positive)
         if is_concrete(self.floor) and self.floor > 1:
             raise ValueError(
                 f"Newton: expected floor between 0 and 1 (the plain step), got {self.floor}."

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_regloss._core.checks import check_choice
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import Partition, all_finite, pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
@@ -83,7 +84,7 @@ class Optax(Anchor):
         if isinstance(known, Partition):
             known = known.tree
         if isinstance(known, type) or not all(
-            callable(getattr(known, verb, None)) for verb in ("init", "update")
+            callable(attribute(known, verb)) for verb in ("init", "update")
         ):
             raise TypeError(
                 "anchor.Optax: expected an optimizer with init and update such as optax.adam(0.01), got "

@@ -19,7 +19,6 @@ from jax import lax, random
 
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.diagnostics.arrival import Finding
-from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import STEP, Probe, probe
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
@@ -73,9 +72,8 @@ def look_around(
     Returns:
         What was seen; nothing for engines without gradients.
     """
-    parts = (getattr(optimizer, "shift", None), getattr(optimizer, "fit", None))
-    loss = getattr(optimizer, "loss", None)
-    if not isinstance(loss, Loss) or not any(getattr(p, "uses_gradient", False) for p in parts):
+    shift, fit, loss = optimizer.shift, optimizer.fit, optimizer.loss
+    if not (shift.uses_gradient or fit.uses_gradient):
         return Look()
     # A report is the same each time it is asked for.
     keys = random.split(random.key(0), 3)
@@ -95,7 +93,7 @@ def look_around(
     findings = [Finding("gradient", text)] if text else []
     if curvature and not text:
         checked.append("curvature at the centre")
-        text = _of_curvature(keys[2], target, uses_draws=getattr(parts[1], "uses_draws", True))
+        text = _of_curvature(keys[2], target, uses_draws=fit.uses_draws)
         findings += [Finding("curvature", text)] if text else []
     return Look(tuple(findings), tuple(checked), unchecked, wall)
 

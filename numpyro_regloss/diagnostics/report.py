@@ -16,6 +16,7 @@ from numpyro_regloss.diagnostics.findings import judge
 from numpyro_regloss.diagnostics.look import Look, look_around
 from numpyro_regloss.diagnostics.rank_diagnostics import rank_diagnostics
 from numpyro_regloss.draws.base import BatchMeans, Draws
+from numpyro_regloss.two_step.optimizer import TwoStep
 from numpyro_regloss.two_step.result import TwoStepResult
 
 __all__ = ["DrawsSummary", "RunSummary", "summary"]
@@ -165,6 +166,10 @@ def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = 
             "diagnostics.summary: expected the history of one run of at least one step, got ok of shape "
             f"{np.shape(result.history.ok)}; of several runs take one."
         )
+    if optimizer is not None and not isinstance(optimizer, TwoStep):
+        raise TypeError(
+            f"diagnostics.summary: expected the TwoStep of the run or None, got {type(optimizer).__name__}."
+        )
     motion = run_motion(result)
     columns = run_columns(result, motion)
     run = Run(columns, result.history, motion)
@@ -206,8 +211,7 @@ def _draws_summary(draws: Any, optimizer: Any) -> DrawsSummary:
         )
     draws = with_context_axes(draws)
     dim = draws.x.shape[-1]
-    loss = getattr(optimizer, "loss", None)
-    names = tuple(map(str, range(dim))) if loss is None else tuple(loss.flat_names)
+    names = map(str, range(dim)) if optimizer is None else optimizer.loss.flat_names
     log_weight = np.asarray(draws.log_weight)
     unknown = np.full(dim, np.nan)
     ranks: Any = (unknown, unknown, unknown)
@@ -216,7 +220,7 @@ def _draws_summary(draws: Any, optimizer: Any) -> DrawsSummary:
     if draws.block_size is None and equal and not isinstance(draws, BatchMeans):
         ranks = rank_diagnostics(draws.x)
     khat = -np.inf if equal else float(pareto_khat(draws.log_weight.reshape(-1)))
-    return DrawsSummary(names, *ranks, float(weight_ess(draws.log_weight)), khat)
+    return DrawsSummary(tuple(names), *ranks, float(weight_ess(draws.log_weight)), khat)
 
 
 def _draws_findings(draws: DrawsSummary) -> list[Finding]:

@@ -14,6 +14,7 @@ from numpyro.infer import MCMC
 from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import check_choice
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import is_concrete, with_context_axes
 from numpyro_regloss.draws.base import Draws, StoredDraws
 from numpyro_regloss.losses.loss import Loss
@@ -112,11 +113,11 @@ def _of_mcmc(
         raise ValueError(f"{what}: expected an MCMC that has run, got one that has not; call run.")
     sites = mcmc.get_samples(group_by_chain=True)
     given = [
-        *(getattr(mcmc, "_args", None) or ()),
-        *(getattr(mcmc, "_kwargs", None) or {}).values(),
+        *(attribute(mcmc, "_args", None) or ()),
+        *(attribute(mcmc, "_kwargs", None) or {}).values(),
     ]
     target = next((value for value in given if isinstance(value, RegularizedLoss)), None)
-    if getattr(mcmc.sampler, "model", None) is model and target is not None:
+    if attribute(mcmc.sampler, "model", None) is model and target is not None:
         x = sites[x_name(target)]
         gradient = mcmc.get_extra_fields(group_by_chain=True).get("z_grad")
         if gradient is not None and score is None:
@@ -203,7 +204,7 @@ def _check_supports(flat: Array, arrays: dict[str, Array], loss: Loss, what: str
 
 
 def _is_discrete(value: Any) -> bool:
-    dtype = getattr(value, "dtype", None)
+    dtype = attribute(value, "dtype")
     dtype = np.asarray(value).dtype if dtype is None else dtype
     return np.dtype(dtype).kind in "biu"
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpyro.distributions.util import cholesky_of_inverse
 from numpyro.infer import Trace_ELBO, autoguide
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
@@ -52,7 +53,7 @@ def read_gaussian(guide: Any, params: Any, args: tuple, kwargs: dict) -> AnyGaus
         (autoguide.AutoBatchedLowRankMultivariateNormal, "_get_batched_posterior", _read_low_rank),
     ):
         if _is_plain(guide, kind, method):
-            check_params(params, param_shapes(getattr(guide, method)))
+            check_params(params, param_shapes(attribute(guide, method)))
             return _reordered(_checked(read(guide, params)), sorted_order(guide))
     if _is_plain(guide, autoguide.AutoLaplaceApproximation, "get_transform"):
         check_params(params, param_shapes(guide._get_posterior))  # noqa: SLF001
@@ -62,7 +63,7 @@ def read_gaussian(guide: Any, params: Any, args: tuple, kwargs: dict) -> AnyGaus
 
 def _is_plain(guide: Any, kind: type, method: str) -> bool:
     # A subclass with another distribution is another guide.
-    return isinstance(guide, kind) and getattr(type(guide), method) is getattr(kind, method)
+    return isinstance(guide, kind) and attribute(type(guide), method) is attribute(kind, method)
 
 
 def _read_sites(guide: Any, params: Any) -> Gaussian:

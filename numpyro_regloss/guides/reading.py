@@ -213,7 +213,7 @@ def _log_weight(
             "from_guide: expected a guide with a finite density for weighted=True, got one whose density is not "
             "finite, or that has auxiliary sites to integrate out; use weighted=False."
         )
-    density = getattr(loss.source, "density", None)
+    density = loss.source.density
     if density != "joint":
         raise ValueError(
             f"from_guide: expected a loss with density='joint' to weight draws, got {density!r}; "

@@ -53,7 +53,7 @@ def history_dataset(result: TwoStepResult, labels: Labels) -> Any:
     if result.seconds is not None:
         variables["seconds"] = result.seconds
     for part in PARTS:
-        variables |= dict(_numbers(part, getattr(history, part)))
+        variables |= dict(_numbers(part, fields_of(history)[part]))
     dim = len(labels.flat)
     return xr.Dataset(
         {name: (_dims(name, np.shape(a)[1:], dim), plain(a)) for name, a in variables.items()},

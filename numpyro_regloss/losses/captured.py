@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_jaxpr
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import Partition, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss.losses.environment import Environment, digest
 
@@ -256,14 +257,14 @@ def _live(fn: Any, bound: Partition) -> Any:
 
 def _unjitted(fn: Any) -> Any:
     # A function that the user compiled remembers data by itself.
-    is_jitted = type(fn).__name__ == "PjitFunction" and callable(getattr(fn, "__wrapped__", None))
+    is_jitted = type(fn).__name__ == "PjitFunction" and callable(attribute(fn, "__wrapped__"))
     return fn.__wrapped__ if is_jitted else fn
 
 
 def _name(fn: Any) -> str:
     if isinstance(fn, _Tree):
         return fn.parts[0].__name__
-    return getattr(fn, "__qualname__", None) or type(fn).__name__
+    return attribute(fn, "__qualname__") or type(fn).__name__
 
 
 def _handle(fn: Any) -> Any:
@@ -326,8 +327,8 @@ def _write(jaxpr: Any, consts: list[Any], parts: list[Any]) -> None:
 
 def _write_param(value: Any, parts: list[Any], key: str) -> None:
     if hasattr(value, "eqns"):
-        inner = getattr(value, "jaxpr", value)
-        _write(inner, [digest(const) for const in getattr(value, "consts", ())], parts)
+        inner = attribute(value, "jaxpr", value)
+        _write(inner, [digest(const) for const in attribute(value, "consts", ())], parts)
     elif isinstance(value, dict):
         parts.extend(value)
         for item in value.values():
@@ -341,7 +342,7 @@ def _write_param(value: Any, parts: list[Any], key: str) -> None:
     elif not callable(value):
         parts.append(_hashable(value))
     elif key == "callback":
-        parts.append(_callback(getattr(value, "callback_func", value)))
+        parts.append(_callback(attribute(value, "callback_func", value)))
 
 
 def _callback(fn: Any) -> Any:

@@ -12,6 +12,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import constrain_fn
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Array
 
@@ -40,7 +41,7 @@ def constrained(
     def note(site: dict[str, Any]) -> None:
         # A site within a scan is met once, with the support of one step.
         if site["type"] == "sample" and "_scan_current_index" not in (site["infer"] or {}):
-            supports[site["name"]] = getattr(site["fn"], "support", None)
+            supports[site["name"]] = attribute(site["fn"], "support")
 
     # Handlers are global: without the block an outer model would count the user's sites again.
     with handlers.block():

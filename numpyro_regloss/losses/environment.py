@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from numpyro_regloss._core.foreign import attribute
+
 __all__ = ["Environment", "digest"]
 
 # More than that is not worth to be looked at before every run: the function is traced instead.
@@ -57,7 +59,7 @@ def digest(array: Any) -> Any:
     elif jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         found = (str(array.dtype), *_content(np.asarray(jax.random.key_data(array))))
     else:
-        found = (*_content(np.asarray(array)), getattr(array, "weak_type", False))
+        found = (*_content(np.asarray(array)), attribute(array, "weak_type", False))
     # JAX's arrays do not change, so that each is read once.
     _digests[key] = (weakref.ref(array, lambda _: _digests.pop(key, None)), found)
     return found
@@ -174,7 +176,7 @@ class Environment:
         self._read("array", array, None, found, lambda: self._tokens.append(token))
 
     def _visit_function(self, function: types.FunctionType) -> None:
-        wrapped = getattr(function, "__wrapped__", None)
+        wrapped = attribute(function, "__wrapped__", None)
         # Checkers of types keep objects of their own around a function.
         if wrapped is not None and any(c in function.__code__.co_filename for c in CHECKERS):
             self._visit(wrapped)
@@ -235,7 +237,7 @@ class Environment:
         of_jax, before = _package(type(obj)) in {"jax", "jaxlib"}, self._by_value
         # What JAX wraps (jit, custom rules) keeps its constants inside, where they compile.
         self._by_value = before or of_jax
-        wrapped = getattr(obj, "__wrapped__", None)
+        wrapped = attribute(obj, "__wrapped__", None)
         if of_jax and callable(wrapped):
             self._visit(wrapped)
         elif isinstance(obj, classmethod | staticmethod):
@@ -295,14 +297,14 @@ def _content_of(cell: types.CellType) -> Any:
 
 
 def _package(obj: Any) -> str:
-    return str(getattr(obj, "__module__", None) or "").split(".")[0]
+    return str(attribute(obj, "__module__", None) or "").split(".")[0]
 
 
 def _is_of_library(obj: Any) -> bool:
     """Whether it is a function or class of a library, and not one that a library made for a user."""
     if not isinstance(obj, type | Callable) or isinstance(obj, types.MethodType | partial):
         return False
-    if not isinstance(getattr(obj, "__qualname__", None), str):
+    if not isinstance(attribute(obj, "__qualname__", None), str):
         return False
     if isinstance(obj, types.BuiltinFunctionType):
         return isinstance(obj.__self__, types.ModuleType | type(None))

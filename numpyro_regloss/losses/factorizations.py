@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from numpyro_regloss._core.foreign import attribute
+
 __all__ = ["equations", "factorizations", "is_divided", "one_matrix_at_a_time"]
 
 FACTORIZATIONS = frozenset({
@@ -47,7 +49,7 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
         yield eqn
         for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                yield from equations(getattr(inner, "jaxpr", inner))
+                yield from equations(attribute(inner, "jaxpr", inner))
 
 
 def factorizations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
@@ -137,7 +139,7 @@ def _evaluated(eqn: JaxprEqn, args: list[jax.Array]) -> list[jax.Array]:
 
 
 def _with_loops(value: Any) -> Any:
-    if not _is_jaxpr(value) or not _is_any_divided(getattr(value, "jaxpr", value)):
+    if not _is_jaxpr(value) or not _is_any_divided(attribute(value, "jaxpr", value)):
         return value
     if isinstance(value, ClosedJaxpr):
         return _rewritten(value)

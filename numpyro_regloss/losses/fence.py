@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from numpyro_regloss._core.foreign import attribute
+
 __all__ = ["fence", "reads_many_numbers"]
 
 # So many operations on arguments alone, and no array of more elements than this among their results.
@@ -51,7 +53,7 @@ def reads_many_numbers(jaxpr: Any) -> bool:
 
 
 def _operations(eqn: Any) -> Any:
-    inner = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+    inner = [attribute(value, "jaxpr", value) for value in eqn.params.values()]
     inner = [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
     if not inner or eqn.primitive.name in LOOPS:
         yield eqn
@@ -65,5 +67,5 @@ def _is_small(eqn: Any) -> bool:
     # A number is picked from an array of any size at no cost.
     picks = eqn.primitive.name in PICKS
     arrays = [*eqn.outvars, *(() if picks else eqn.invars)]
-    sizes = [math.prod(getattr(array.aval, "shape", ())) for array in arrays]
+    sizes = [math.prod(attribute(array.aval, "shape", ())) for array in arrays]
     return eqn.primitive.name not in LOOPS and max(sizes, default=0) <= SMALL

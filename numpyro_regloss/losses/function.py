@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import (
     Partition,
     pytree_dataclass,
@@ -22,6 +23,7 @@ from numpyro_regloss._core.rounding import check_rounding
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.captured import UserFunction
 from numpyro_regloss.losses.sites import flat_labels, ravel_sites, unique_names
+from numpyro_regloss.losses.source import LossSource
 
 __all__ = ["FunctionSource", "flatten_params"]
 
@@ -45,10 +47,10 @@ class Fixed(NamedTuple):
 
 
 @pytree_dataclass
-class FunctionSource:
+class FunctionSource(LossSource):
     """`fn(params, *args, **kwargs)` with the structure of `params`."""
 
-    user: UserFunction
+    user: UserFunction  # ty: ignore[incompatible-attribute-override]
     structure: Any = static_field()
     sites: tuple[Leaf | Any, ...] = static_field()
 
@@ -234,9 +236,7 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
             sites.append(Fixed(name, type(leaf), leaf))
             continue
         where = f"params{jax.tree_util.keystr(path)}"
-        kind = getattr(leaf, "dtype", None) or (
-            np.dtype(float) if isinstance(leaf, float) else None
-        )
+        kind = attribute(leaf, "dtype") or (np.dtype(float) if isinstance(leaf, float) else None)
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
             raise TypeError(
                 f"Loss.from_function: expected floating-point parameters, got {where} of type "

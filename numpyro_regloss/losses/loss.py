@@ -265,7 +265,7 @@ class Loss:
         if not args and not kwargs:
             return with_context_axes(self.arguments, divided=True)
         bound_args, bound_kwargs = self.arguments.tree
-        split = Arguments(self.source.user.fn, int(not hasattr(self.source, "density")))
+        split = Arguments(self.source.user.fn, int(self.source.density is None))
         given = tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}
         constants = self.arguments.constants
         arguments, _ = split.bind(*given, self.source.check, None, "model", constants)
@@ -392,7 +392,7 @@ class Loss:
     def __repr__(self) -> str:
         """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
         kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
-        names = getattr(self.source, "fixed_names", ())
+        names = self.source.fixed_names
         fixed = f", fixed={names}" if names else ""
         return (
             f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch}"

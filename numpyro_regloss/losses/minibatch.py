@@ -48,8 +48,10 @@ class Minibatch:
         object.__setattr__(
             self, "batch_size", check_count(self.batch_size, "Minibatch: batch_size")
         )
-        for name, kind in (("argnums", int), ("argnames", str)):
-            value = getattr(self, name)
+        for name, value, kind in (
+            ("argnums", self.argnums, int),
+            ("argnames", self.argnames, str),
+        ):
             if value is None:
                 continue
             value = tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -37,6 +37,7 @@ from numpyro_regloss.losses.one_at_a_time import mapped, needs_one_at_a_time
 from numpyro_regloss.losses.packing import pack, unpack
 from numpyro_regloss.losses.rows import likelihood_sites, row_sites
 from numpyro_regloss.losses.sites import Site, check_sites, flat_labels, ravel_sites
+from numpyro_regloss.losses.source import LossSource
 from numpyro_regloss.losses.tilted import WithoutObservations
 
 __all__ = [
@@ -54,7 +55,7 @@ MANY = 32
 
 
 @pytree_dataclass
-class ModelSource:
+class ModelSource(LossSource):
     """Minus the log density of a NumPyro model in unconstrained coordinates, sites sorted by name.
 
     Attributes:
@@ -66,8 +67,8 @@ class ModelSource:
         has_observations: whether the density of observed sites, other than factors, is part of the value.
     """
 
-    user: UserFunction
-    density: str = static_field()
+    user: UserFunction  # ty: ignore[incompatible-attribute-override]
+    density: str = static_field()  # ty: ignore[incompatible-attribute-override]
     sites: tuple[Site, ...] = static_field()
     rows: tuple[str, ...] = static_field(default=())
     counted: tuple[str, ...] = static_field(default=())

@@ -79,7 +79,7 @@ class RegularizedLoss:
         loss.check_captured()
         checked = self.unchecked(loss, reference, loss.bind(args, kwargs), temperature)
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, getattr(checked, field.name))
+            object.__setattr__(self, field.name, vars(checked)[field.name])
 
     @classmethod
     def unchecked(

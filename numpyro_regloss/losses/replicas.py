@@ -15,12 +15,13 @@ from numpyro_regloss._core.pytree import Partition, pytree_dataclass, replace_fi
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.minibatch import Minibatch
+from numpyro_regloss.losses.source import LossSource
 
 __all__ = ["Tied", "replicate", "single"]
 
 
 @pytree_dataclass
-class ReplicaSource:
+class ReplicaSource(LossSource):
     """Turns one flat vector into parameters with a leading axis of replicas, and into the sum of their losses.
 
     Attributes:
@@ -34,7 +35,7 @@ class ReplicaSource:
     minibatch: Minibatch | None = static_field()
 
     @property
-    def user(self) -> Any:
+    def user(self) -> Any:  # ty: ignore[incompatible-property-override]
         """The user's function."""
         return self.base.user
 

@@ -33,6 +33,7 @@ from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._core.checks import check_count, check_integers
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strong
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.types import Array, Key
@@ -163,7 +164,7 @@ class Kernel(Shift):
     def uses_gradient(self) -> bool:  # ty: ignore[incompatible-property-override]
         """Whether the kernel is one of NumPyro's that follow gradients; of others nothing is known."""
         kernel = self._made()
-        return isinstance(getattr(kernel, "inner_kernel", kernel), HMC | BarkerMH)
+        return isinstance(attribute(kernel, "inner_kernel", kernel), HMC | BarkerMH)
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> KernelState:
         """Chains spread out as the reference is; the first step tunes them.
@@ -253,7 +254,7 @@ class Kernel(Shift):
             kernel._init_strategy = init_to_value(values={name: noise})  # ty: ignore  # noqa: SLF001
         try:
             state = kernel.init(rng_key, self.num_warmup, {name: noise}, (target,), {})
-            z = getattr(state, kernel.sample_field)
+            z = attribute(state, kernel.sample_field)
             fits = isinstance(z, dict) and {k: jnp.shape(v) for k, v in z.items()} == {
                 name: noise.shape
             }
@@ -294,7 +295,7 @@ class Kernel(Shift):
             state, rows, tally = carry
             after = strong(kernel.sample(state, (target,), {}))
             row = _observe(after, kernel, name)
-            old = getattr(state, kernel.sample_field)[name]
+            old = attribute(state, kernel.sample_field)[name]
             moved = jnp.mean(jnp.any(row.noise != old, -1).astype(noise.dtype))
             counts = i >= num_leading
             accept_prob = _found(after, "accept_prob", moved)
@@ -317,7 +318,7 @@ class Kernel(Shift):
         zero, none = jnp.zeros((), noise.dtype), jnp.asarray(0)
         carry = state, blank, _Tally(zero, zero, none, none)
         state, rows, tally = lax.fori_loop(0, num_leading + self.num_samples, body, carry)
-        return getattr(state, kernel.sample_field)[name], rows, tally, _tuning(state)
+        return attribute(state, kernel.sample_field)[name], rows, tally, _tuning(state)
 
     def _report(
         self, target: RegularizedLoss, noise: Array, rows: _Row, tally: _Tally, tuning: Any
@@ -363,34 +364,35 @@ class Kernel(Shift):
 
 
 def _observe(state: Any, kernel: MCMCKernel, name: str) -> _Row:
-    gradient = getattr(state, "z_grad", None)
+    gradient = attribute(state, "z_grad", None)
     gradient = gradient[name] if isinstance(gradient, dict) else gradient
-    noise = getattr(state, kernel.sample_field)[name]
-    potential = getattr(state, "potential_energy", None)
+    noise = attribute(state, kernel.sample_field)[name]
+    potential = attribute(state, "potential_energy", None)
     stats = {}
     if not kernel.is_ensemble_kernel:
-        energy, adapt_state = _found(state, "energy", None), getattr(state, "adapt_state", None)
+        energy, adapt_state = _found(state, "energy", None), attribute(state, "adapt_state", None)
         stats = {
             "kinetic": None if energy is None or potential is None else energy - potential,
             "num_steps": _found(state, "num_steps", None),
             "diverging": _found(state, "diverging", None),
             "acceptance_rate": _found(state, "accept_prob", None),
-            "step_size": getattr(adapt_state, "step_size", None),
+            "step_size": attribute(adapt_state, "step_size", None),
         }
     return _Row(noise, potential, gradient, stats)
 
 
 def _tuning(state: Any) -> Any:
     # What HMC adapts in units of the reference, which a new target leaves as good as it was.
-    adapt_state = getattr(state, "adapt_state", None)
+    adapt_state = attribute(state, "adapt_state", None)
     if not isinstance(adapt_state, HMCAdaptState):
         return None
-    return strong({name: getattr(adapt_state, name) for name in TUNED})
+    adapted = adapt_state._asdict()
+    return strong({name: adapted[name] for name in TUNED})
 
 
 def _found(state: Any, name: str, default: Any) -> Any:
-    inner = getattr(state, "inner_state", None)
-    return getattr(state, name, getattr(inner, name, default))
+    inner = attribute(state, "inner_state", None)
+    return attribute(state, name, attribute(inner, name, default))
 
 
 def _usable(target: RegularizedLoss, noise: Array) -> Array:

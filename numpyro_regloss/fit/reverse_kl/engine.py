@@ -168,9 +168,9 @@ class ReverseKL(Fit):
     def __post_init__(self) -> None:
         check_family(self.covariance, self.rank, "ReverseKL")
         check_choice(self.method, "ReverseKL: method", METHODS)
-        for name in ("num_steps", "num_particles"):
-            if getattr(self, name) is not None:
-                check_count(getattr(self, name), f"ReverseKL: {name}")
+        for name, count in (("num_steps", self.num_steps), ("num_particles", self.num_particles)):
+            if count is not None:
+                check_count(count, f"ReverseKL: {name}")
         check_optimizer(self.optimizer, "ReverseKL")
         if self.optimizer is not None and self.method != "svi":
             raise ValueError(

@@ -30,7 +30,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._core.checks import check_choice, check_count, check_positive, check_schedule
+from numpyro_regloss._core.checks import (
+    cast_fields,
+    check_choice,
+    check_count,
+    check_flag,
+    check_positive,
+    check_schedule,
+)
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
@@ -140,11 +147,7 @@ class RobbinsMonro(Fit):
         check_count(self.num_steps, "RobbinsMonro: num_steps")
         check_count(self.num_pairs, "RobbinsMonro: num_pairs")
         check_choice(self.gradient, "RobbinsMonro: gradient", ("reparametrized", "score"))
-        for name in ("antithetic", "averaging"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f"RobbinsMonro: expected {name} as True or False, got {getattr(self, name)!r}."
-                )
+        cast_fields(self, ("antithetic", "averaging"), check_flag)
         if callable(self.step_size):
             # At the last step, since warm-ups start at zero.
             check_schedule(self.step_size, self.num_steps - 1, "RobbinsMonro: step_size")

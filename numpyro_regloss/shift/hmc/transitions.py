@@ -19,7 +19,6 @@ Settings that NUTS and HMC share, and their checks.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from jax import lax, random
 from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
-from numpyro_regloss._core.checks import check_count, check_integers, check_positive
+from numpyro_regloss._core.checks import cast_fields, check_count, check_integers, check_positive
 from numpyro_regloss._core.pytree import is_concrete, strong
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.threefry import unrolled
@@ -323,7 +322,8 @@ def _kernel(
         return jax.tree.map(lambda a: a[None], transition(chain, tuning, length))
 
     several = jax.vmap(transition, in_axes=(0, None, None))
-    tuning = Tuning(*(getattr(blank.adapt_state, name) for name in Tuning._fields))
+    adapted = blank.adapt_state._asdict()
+    tuning = Tuning(*(adapted[name] for name in Tuning._fields))
     return strong(tuning), single if settings.num_chains == 1 else several
 
 
@@ -423,10 +423,8 @@ def check_settings(engine: Any) -> None:
     if not isinstance(engine.dense_mass, bool):
         raise TypeError(f"{name}: expected dense_mass as True or False, got {engine.dense_mass!r}.")
     numbers = ("step_size", "target_accept_prob", "trajectory_length")
-    for field in filter(partial(hasattr, engine), numbers):
-        # Numbers of one type whatever was given, since another type would be another program.
-        number = check_positive(getattr(engine, field), f"{name}: {field}")
-        object.__setattr__(engine, field, number)
+    # Numbers of one type whatever was given, since another type would be another program.
+    cast_fields(engine, (field for field in numbers if field in vars(engine)), check_positive)
     if is_concrete(engine.target_accept_prob) and engine.target_accept_prob >= 1:
         raise ValueError(
             f"{name}: expected target_accept_prob between 0 and 1, got {engine.target_accept_prob}."

@@ -20,7 +20,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._core.checks import check_choice, check_count, check_positive
+from numpyro_regloss._core.checks import (
+    cast_fields,
+    check_choice,
+    check_count,
+    check_flag,
+    check_positive,
+)
 from numpyro_regloss._core.pareto import pareto_khat, pareto_smooth
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.stats import weight_ess
@@ -117,10 +123,7 @@ class Importance(Shift):
         check_count(self.num_samples, "Importance: num_samples")
         if self.chunk_size is not None:
             check_count(self.chunk_size, "Importance: chunk_size")
-        for name in ("antithetic", "pareto_smoothing"):
-            if not isinstance(getattr(self, name), bool):
-                value = getattr(self, name)
-                raise TypeError(f"Importance: expected {name} as True or False, got {value!r}.")
+        cast_fields(self, ("antithetic", "pareto_smoothing"), check_flag)
         check_choice(self.noise, "Importance: noise", NOISES)
         check_count(self.num_scrambles, "Importance: num_scrambles", LEAST_SCRAMBLES)
         least = 2 * self.num_scrambles

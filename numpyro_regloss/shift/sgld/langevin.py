@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._core.checks import check_positive
+from numpyro_regloss._core.checks import cast_fields, check_positive
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, strong
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array, Key
@@ -82,9 +82,7 @@ class RMSprop:
     damping: Any = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("decay", "damping"):
-            number = check_positive(getattr(self, name), f"RMSprop: {name}")
-            object.__setattr__(self, name, number)
+        cast_fields(self, ("decay", "damping"), check_positive)
         if is_concrete(self.decay) and self.decay >= 1:
             raise ValueError(f"RMSprop: expected decay between 0 and 1, got {self.decay}.")
 

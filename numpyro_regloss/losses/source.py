@@ -1,0 +1,81 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a loss is made of: the protocol of functions, NumPyro models and replicas of either."""
+
+from typing import Any, Protocol
+
+from numpyro_regloss._core.pytree import Partition
+from numpyro_regloss._core.types import Array
+
+__all__ = ["LossSource"]
+
+
+class LossSource(Protocol):
+    """Parameters as one flat unconstrained vector, and the loss at it.
+
+    Attributes:
+        user: the user's function, with what it captures.
+        density: which density of a NumPyro model the loss is of; None for what is no model.
+        fixed_names: settings among the parameters, which are not optimized.
+    """
+
+    user: Any
+    density: Any = None
+
+    @property
+    def fixed_names(self) -> tuple[str, ...]:
+        """None, but for a function of modules with settings."""
+        return ()
+
+    @property
+    def dim(self) -> int:
+        """Number of flat unconstrained parameters."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sites or leaves."""
+        ...
+
+    @property
+    def flat_names(self) -> tuple[str, ...]:
+        """Of the flat parameters, `(dim,)`."""
+        ...
+
+    def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
+        """The loss at a flat vector, with likelihoods of batches scaled."""
+        ...
+
+    def constrain(self, x: Array, args: tuple, kwargs: dict) -> Any:
+        """The parameters as the user wrote them."""
+        ...
+
+    def unconstrain(self, params: Any, /, args: tuple, kwargs: dict) -> Array:
+        """The flat vector of parameters as the user wrote them."""
+        ...
+
+    def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
+        """Constrained values by name."""
+        ...
+
+    def ravel(self, sites: dict[str, Array]) -> Array:
+        """The flat vector of unconstrained values by name, with leading axes."""
+        ...
+
+    def expand(self, tree: Any) -> Array:
+        """One value per group of parameters as one value per parameter."""
+        ...
+
+    def taken_names(self, arguments: Partition) -> frozenset[str]:
+        """Names of sites that no other site may have."""
+        ...
+
+    def check(self, arguments: Partition) -> None:
+        """Refuses arguments that change what the parameters are."""
+        ...
+
+    def check_data(
+        self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
+    ) -> None:
+        """Refuses a minibatch that does not follow the rows of the data."""
+        ...
