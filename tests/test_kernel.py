@@ -13,7 +13,7 @@ from jax import random
 from numpyro.infer import AIES, ESS, HMC, NUTS, SA, BarkerMH, DiscreteHMCGibbs, MixedHMC
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, problems, shift
-from numpyro_regloss.shift.kernel import ess_of_blocks, stretches
+from numpyro_regloss.shift.kernel import batches, ess_of_blocks
 
 FACTOR = np.random.default_rng(3).normal(size=(3, 3)) / np.sqrt(3)
 PROBLEM = problems.quadratic(FACTOR @ FACTOR.T, center=np.array([0.5, -1.0, 1.0]))
@@ -148,16 +148,16 @@ def test_a_step_that_fails_is_rejected_and_recovered_from():
 def test_stretches_of_time():
     # Two walkers that mirror each other's past: single walkers look independent, their mean does not move.
     draws = jnp.arange(2 * 23).reshape(2, 23).astype(float)
-    blocks = stretches(draws)
-    assert blocks.shape == (11, 4)  # stretches of 2 of 23 draws, the first dropped
+    blocks = batches(draws)
+    assert blocks.shape == (11, 4)  # batches of 2 of 23 draws, the first dropped
     np.testing.assert_array_equal(blocks[0], [1.0, 24.0, 2.0, 25.0])
     noise = random.normal(random.key(0), (1, 40, 500))
     mirrored = jnp.concatenate([noise, -noise])
     independent = jnp.concatenate([noise, random.normal(random.key(1), (1, 40, 500))])
-    assert jnp.all(ess_of_blocks(stretches(mirrored)) == 80)
+    assert jnp.all(ess_of_blocks(batches(mirrored)) == 80)
     # Of ten means the estimate is skewed upwards: the mean of 9 / chi-squared of nine is 9 / 7.
-    np.testing.assert_allclose(np.median(ess_of_blocks(stretches(independent))), 80, rtol=0.2)
-    assert ess_of_blocks(stretches(jnp.ones((2, 1, 3)))).tolist() == [1.0, 1.0, 1.0]
+    np.testing.assert_allclose(np.median(ess_of_blocks(batches(independent))), 80, rtol=0.2)
+    assert ess_of_blocks(batches(jnp.ones((2, 1, 3)))).tolist() == [1.0, 1.0, 1.0]
 
 
 def other_model(target):

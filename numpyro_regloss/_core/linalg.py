@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear algebra that several estimators share."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_regloss._core.ranks import promotes_ranks
 
-__all__ = ["after", "cholesky_with_floor"]
+__all__ = ["PowerIteration", "lower_of_root", "power_iteration", "after", "cholesky_with_floor"]
 
 
 def after(first: Float[Array, ""], value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -79,8 +81,60 @@ def cholesky_with_floor(
         # The triangle of QR is that of Cholesky, but rounding cannot take away the floor again,
         # which in float32 it can when the product is formed first.
         root = jnp.sqrt(jnp.maximum(value, floor))[:, None] * vector.T
-        lower = jnp.linalg.qr(root, mode="r").T
-        return lower * jnp.where(jnp.diagonal(lower) < 0, -1, 1) * scale[:, None]
+        return lower_of_root(root) * scale[:, None]
 
     lower = lax.cond(enough, lambda: plain, raise_eigenvalues)
     return jnp.where(finite, lower, jnp.nan), ~enough
+
+
+def lower_of_root(root: Array) -> Array:
+    """The Cholesky factor of rootᵀ root, without the product, which would square rounding errors.
+
+    Args:
+        root: `(row, dim)`, at least as many rows as columns.
+
+    Returns:
+        A lower triangle with a positive diagonal, `(dim, dim)`.
+    """
+    lower = jnp.linalg.qr(root, mode="r").T
+    return lower * jnp.where(jnp.diagonal(lower) < 0, -1.0, 1.0)
+
+
+class PowerIteration(NamedTuple):
+    """What a power iteration found of a symmetric matrix.
+
+    Attributes:
+        direction: a unit vector near the eigenvector of the eigenvalue of largest size, `(dim,)`.
+        quotient: its Rayleigh quotient before the last product, at most the largest eigenvalue up to noise.
+        norm: length of the last product, 0 where it is not finite.
+    """
+
+    direction: Array
+    quotient: Array
+    norm: Array
+
+
+def power_iteration(
+    direction: Array, num_iterations: Array | int, multiply: Callable[[Array], Array]
+) -> PowerIteration:
+    """Power iteration for the eigenvalue of largest size of a symmetric matrix.
+
+    Args:
+        direction: a unit vector to start from, `(dim,)`.
+        num_iterations: one at least.
+        multiply: the product of the matrix with a vector; one that is zero or not finite leaves the direction.
+
+    Returns:
+        Direction and eigenvalue.
+    """
+
+    def iterate(_: Array, now: PowerIteration) -> PowerIteration:
+        product = multiply(now.direction)
+        norm = jnp.linalg.norm(product)
+        usable = jnp.isfinite(norm) & (norm > 0)
+        after = jnp.where(usable, product / jnp.where(usable, norm, 1.0), now.direction)
+        quotient = jnp.dot(now.direction, product)
+        return PowerIteration(after, quotient, jnp.where(usable, norm, 0.0))
+
+    zero = jnp.zeros((), direction.dtype)
+    return lax.fori_loop(0, num_iterations, iterate, PowerIteration(direction, zero, zero))

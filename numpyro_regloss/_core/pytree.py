@@ -31,7 +31,7 @@ __all__ = [
     "pytree_dataclass",
     "replace_fields",
     "static_field",
-    "strong",
+    "strip_weak_types",
     "with_context_axes",
 ]
 
@@ -132,7 +132,7 @@ def fields_of(info: Any) -> dict[str, Any]:
     return info._asdict() if isinstance(info, tuple) and hasattr(info, "_asdict") else {}
 
 
-def strong(tree: Any) -> Any:
+def strip_weak_types(tree: Any) -> Any:
     """The same tree without weak types, which would make another program of the same shapes.
 
     Args:

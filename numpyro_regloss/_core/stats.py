@@ -16,6 +16,7 @@ References:
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from jaxtyping import Array, Bool, Float
 from numpyro_regloss._core.ranks import promotes_ranks
 
 __all__ = [
+    "bisect",
+    "standard_error",
     "effective_sample_size",
     "log_mean_exp",
     "monte_carlo_error",
@@ -76,6 +79,35 @@ def weight_ess(log_weight: Float[Array, "*shape"]) -> Float[Array, ""]:
     total_of_squares = jnp.sum(weight**2)
     ess = jnp.sum(weight) ** 2 / jnp.where(total_of_squares == 0, 1, total_of_squares)
     return jnp.where(jnp.isfinite(ess), ess, 0)
+
+
+def standard_error(independent: Float[Array, " term"]) -> Float[Array, ""]:
+    """Standard error of a mean of independent terms."""
+    return jnp.std(independent, ddof=1) / jnp.sqrt(independent.size)
+
+
+def bisect(
+    is_below: Callable[[Array], Array], low: Array, high: Array, num_halvings: int
+) -> tuple[Array, Array]:
+    """A bracket of the place where a condition ends to hold.
+
+    Args:
+        is_below: of a place, whether the one that is looked for is higher.
+        low: the lower end.
+        high: the upper end.
+        num_halvings: how often the bracket is halved.
+
+    Returns:
+        Both ends.
+    """
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        below = is_below(middle)
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    return lax.fori_loop(0, num_halvings, halve, (low, high))
 
 
 @jax.jit

@@ -18,6 +18,7 @@ References: Foss, Korshunov & Zachary (2013), "An Introduction to Heavy-Tailed a
 import jax.numpy as jnp
 
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
+from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array
 
 __all__ = ["mean_with_error", "rare_term", "tail_error", "tail_index"]
@@ -74,7 +75,7 @@ def tail_error(independent: Array, khat: Array) -> Array:
     Returns:
         A scalar, infinite where k-hat is above 0.7 and where the mean is not finite.
     """
-    error = jnp.std(independent, ddof=1) / jnp.sqrt(independent.size)
+    error = standard_error(independent)
     error = jnp.hypot(error, rare_term(independent, khat))
     return jnp.where(jnp.isfinite(error) & (khat <= MAX_KHAT), error, jnp.inf)
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from numpyro_regloss._core.checks import cast_fields, check_choice, check_positive
-from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.linalg import after, lower_of_root
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor.base import Anchor
@@ -186,8 +186,7 @@ class KeepCovariance(Anchor):
         bounded = jnp.clip(value, least, most)
         scale = bounded * state
         if vector is not None:
-            root = jnp.linalg.qr((vector * bounded).T * state, mode="r").T
-            scale = root * jnp.where(jnp.diagonal(root) < 0, -1.0, 1.0)
+            scale = lower_of_root((vector * bounded).T * state)
         kept = jnp.isfinite(scale).all() & (_relative_error(fitted, fit_info) < MOST_ERROR)
         reference = Gaussian(fitted.mean, jnp.where(kept, scale, target.reference[1]))
         info = KeepCovarianceInfo(

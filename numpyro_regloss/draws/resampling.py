@@ -14,7 +14,7 @@ from jax import random
 
 from numpyro_regloss._core.types import Array, Key
 
-__all__ = ["equal_weights", "systematic"]
+__all__ = ["equal_weights", "stratified", "systematic"]
 
 # Chains whose totals agree to single precision are chains; others are parts of one weighted cloud.
 SAME_TOTAL = 1e-3
@@ -50,13 +50,23 @@ def equal_weights(log_weight: np.ndarray) -> tuple[np.ndarray, bool]:
     if np.ptp(totals) > SAME_TOTAL * totals.max():
         index, weight = index.reshape(1, -1), weight.reshape(1, -1)
     number = index.shape[1]
-    edges = np.cumsum(weight, 1)
-    places = (np.arange(number) + 0.5) / number
-    chosen = [
-        row[np.searchsorted(edge, places * edge[-1])]
-        for row, edge in zip(index, edges, strict=True)
-    ]
+    chosen = [row[stratified(part, number)] for row, part in zip(index, weight, strict=True)]
     return np.stack(chosen), True
+
+
+def stratified(weight: np.ndarray, count: int) -> np.ndarray:
+    """Draws of equal weight that stand for weighted ones: the middle of each stratum, so that no key is needed.
+
+    Args:
+        weight: `(draw,)`.
+        count: how many.
+
+    Returns:
+        Indices, `(count,)`, ascending.
+    """
+    total = np.cumsum(weight)
+    index = np.searchsorted(total, total[-1] * (np.arange(count) + 0.5) / count)
+    return np.minimum(index, weight.size - 1)
 
 
 def systematic(rng_key: Key, log_weight: Array, count: int) -> Array:

@@ -12,14 +12,14 @@ from numpyro_regloss._core.types import Key
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 
-__all__ = ["FAMILIES", "as_family", "check_family", "project"]
+__all__ = ["FAMILIES", "nearest_in_forward_kl", "check_family", "nearest_in_reverse_kl"]
 
 # Size of a column of factors at the start, in units of the diagonal: without factors their gradient is zero.
 FIRST_FACTOR = 0.1
 FAMILIES = ("reference", "isotropic", "diagonal", "dense", "low_rank")
 
 
-def project(
+def nearest_in_reverse_kl(
     gaussian: AnyGaussian, covariance: str, rank: int | None = None, rng_key: Key | None = None
 ) -> AnyGaussian:
     """The member of a family that is nearest in reverse KL, for low ranks one nearby.
@@ -59,7 +59,9 @@ def project(
     return LowRankGaussian(mean, 1.0 / precision, columns)
 
 
-def as_family(gaussian: AnyGaussian, covariance: str | None, rank: int | None) -> AnyGaussian:
+def nearest_in_forward_kl(
+    gaussian: AnyGaussian, covariance: str | None, rank: int | None
+) -> AnyGaussian:
     """The Gaussian of another family with the least KL(gaussian || other): its moments are matched.
 
     Args:

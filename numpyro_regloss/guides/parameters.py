@@ -12,6 +12,7 @@ from numpyro.distributions.util import cholesky_of_inverse
 from numpyro.infer import Trace_ELBO, autoguide
 
 from numpyro_regloss._core.foreign import attribute
+from numpyro_regloss._core.linalg import lower_of_root
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
@@ -180,6 +181,5 @@ def _reordered(gaussian: AnyGaussian, order: np.ndarray) -> AnyGaussian:
         return LowRankGaussian(mean, spread, *rest)
     if spread.ndim == 2:
         # The rows of a triangle in another order: QR of the transpose makes a triangle again.
-        lower = jnp.linalg.qr(spread.T, mode="r").T
-        spread = lower * jnp.where(jnp.diagonal(lower) < 0, -1.0, 1.0)
+        spread = lower_of_root(spread.T)
     return Gaussian(mean, spread)

@@ -27,7 +27,7 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.fit.base import FitResult
 from numpyro_regloss.fit.forward_kl import forward_kl
-from numpyro_regloss.gaussians.families import as_family, check_family
+from numpyro_regloss.gaussians.families import check_family, nearest_in_forward_kl
 from numpyro_regloss.guides.gaussian_guide import GaussianGuide, to_guide
 from numpyro_regloss.guides.parameters import read_gaussian
 from numpyro_regloss.guides.sampling import GuideDraws, batch_size, draw_continuous, draw_sites
@@ -143,7 +143,7 @@ def from_guide(
     params = with_context_axes(params)
     gaussian = read_gaussian(guide, params, args, kwargs)
     if gaussian is not None:
-        gaussian = as_family(gaussian, covariance, rank)
+        gaussian = nearest_in_forward_kl(gaussian, covariance, rank)
         gaussian = type(gaussian)(*(jnp.asarray(part, float) for part in gaussian))
         none, certain = jnp.full((), -jnp.inf), jnp.full((), jnp.inf)
         error = jnp.zeros_like(gaussian.mean)

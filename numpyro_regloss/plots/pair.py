@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from numpyro_regloss.draws.resampling import stratified
 from numpyro_regloss.draws.samples import as_draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.plots.style import (
@@ -95,7 +96,7 @@ def gaussian_pair(
     count = len(chosen)
     side = max(2.2 * count, 4.0)
     axes = check_axes(axes, (count, count), (side + 0.5, side), WHAT, sharex="col")
-    points = x[_resampled(weight)]
+    points = x[stratified(weight, min(NUM_POINTS, weight.size))]
     for row, i in enumerate(chosen):
         for column, j in enumerate(chosen):
             ax = axes[row, column]
@@ -131,14 +132,6 @@ def _checked(forward: Any, reverse: Any, dim: int) -> list[tuple[str, AnyGaussia
             f"{WHAT}: expected a forward or a reverse Gaussian, got none; see forward_kl and reverse_kl."
         )
     return found
-
-
-def _resampled(weight: np.ndarray) -> np.ndarray:
-    # Equal weights are thinned; the middle of each stratum stands for it, so that no key is needed.
-    count = min(NUM_POINTS, weight.size)
-    total = np.cumsum(weight)
-    index = np.searchsorted(total, total[-1] * (np.arange(count) + 0.5) / count)
-    return np.minimum(index, weight.size - 1)
 
 
 def _marginal(ax: Any, x: np.ndarray, weight: np.ndarray, i: int, gaussians: list) -> None:

@@ -24,7 +24,7 @@ from numpyro_regloss._core.pytree import (
     pytree_dataclass,
     replace_fields,
     static_field,
-    strong,
+    strip_weak_types,
 )
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Chunk, Draws
@@ -265,9 +265,9 @@ class Adaptive(Shift):
 
             due = ((count & (count - 1)) == 0) & (count >= least)
             change = lax.cond(due, judge, lambda: change)
-            return strong((count, draws, infos, state, change))
+            return strip_weak_types((count, draws, infos, state, change))
 
-        start = strong((jnp.asarray(0), *buffers, state.engine, (zero, zero + jnp.inf)))
+        start = strip_weak_types((jnp.asarray(0), *buffers, state.engine, (zero, zero + jnp.inf)))
         count, draws, infos, engine, (value, error) = lax.while_loop(unfinished, draw, start)
         drawn = jnp.arange(self.max_rounds) < count
         info = AdaptiveInfo(

@@ -14,7 +14,7 @@ Gradient-Based MCMC"; Goodman & Weare (2010), "Ensemble Samplers with Affine Inv
 Draws of an ensemble of walkers as blocks of time, whose scatter gives errors.
 
 Walkers learn from one another: at one time they are independent draws, over time they are not, and the usual
-autocorrelations of single walkers miss what passes between them. Means over stretches of time contain all of it.
+autocorrelations of single walkers miss what passes between them. Means over batches of time contain all of it.
 
 Reference: Flegal & Jones (2010), "Batch Means and Spectral Variance Estimators in Markov Chain Monte Carlo".
 """
@@ -34,7 +34,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._core.checks import check_count, check_integers
 from numpyro_regloss._core.foreign import attribute
-from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strong
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -42,12 +42,12 @@ from numpyro_regloss.losses.regularized import RegularizedLoss, latent_name, mod
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 
-__all__ = ["Kernel", "KernelInfo", "KernelState", "ess_of_blocks", "stretches"]
+__all__ = ["Kernel", "KernelInfo", "KernelState", "ess_of_blocks", "batches"]
 
 # A shift is rejected when its chains hardly moved, and a step size below which they do so is tuned anew.
 LEAST_MOVED, REWARM_BELOW = 0.02, 0.1
 TUNED = ("step_size", "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
-NUM_STRETCHES = 10
+NUM_BATCHES = 10
 
 
 class KernelState(NamedTuple):
@@ -187,7 +187,7 @@ class Kernel(Shift):
         if not self._made().is_ensemble_kernel:
             shapes = jax.eval_shape(partial(self._tuned_at, target), noise[0])
             zeros = jax.tree.map(lambda a: jnp.zeros((self.num_chains, *a.shape), a.dtype), shapes)
-            tuning = strong(zeros)
+            tuning = strip_weak_types(zeros)
         return KernelState(noise, tuning, jnp.asarray(False))
 
     def step(
@@ -202,7 +202,7 @@ class Kernel(Shift):
 
         Returns:
             The next state, the draws and the diagnostics. Draws are `(num_chains, num_samples, dim)`, with scores
-            where the kernel has gradients; those of an ensemble are grouped by stretches of time, since its
+            where the kernel has gradients; those of an ensemble are grouped by batches of time, since its
             walkers depend on one another: `(stretch, draw, dim)`.
 
         Raises:
@@ -289,11 +289,11 @@ class Kernel(Shift):
             )
             state = jax.tree.map(partial(jnp.where, warm), adapted, state)
             num_leading = jnp.where(warm, self.num_warmup // 2, num_leading)
-        state = strong(state)
+        state = strip_weak_types(state)
 
         def body(i: Array, carry: tuple[Any, _Row, _Tally]) -> tuple[Any, _Row, _Tally]:
             state, rows, tally = carry
-            after = strong(kernel.sample(state, (target,), {}))
+            after = strip_weak_types(kernel.sample(state, (target,), {}))
             row = _observe(after, kernel, name)
             old = attribute(state, kernel.sample_field)[name]
             moved = jnp.mean(jnp.any(row.noise != old, -1).astype(noise.dtype))
@@ -342,7 +342,7 @@ class Kernel(Shift):
         finite = jnp.isfinite(loss).all() & jnp.isfinite(x).all()
         block_size = None
         if self._made().is_ensemble_kernel:
-            x, loss = stretches(x), stretches(loss)
+            x, loss = batches(x), batches(loss)
             block_size = x.shape[1]
             ess = jnp.min(ess_of_blocks(x))
         # Stretches of an ensemble have no place for what belongs to its walkers.
@@ -387,7 +387,7 @@ def _tuning(state: Any) -> Any:
     if not isinstance(adapt_state, HMCAdaptState):
         return None
     adapted = adapt_state._asdict()
-    return strong({name: adapted[name] for name in TUNED})
+    return strip_weak_types({name: adapted[name] for name in TUNED})
 
 
 def _found(state: Any, name: str, default: Any) -> Any:
@@ -410,26 +410,26 @@ def _named(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
-def stretches(a: Float[Array, "walker draw *event"]) -> Float[Array, "stretch member *event"]:
+def batches(a: Float[Array, "walker draw *event"]) -> Float[Array, "batch member *event"]:
     """Groups draws by time; the first ones, which would not fill a stretch, are dropped.
 
     Args:
         a: of the walkers, `(walker, draw, ...)`.
 
     Returns:
-        `(stretch, draws of all walkers in it, ...)`, ten to nineteen stretches, or one per draw of fewer.
+        `(stretch, draws of all walkers in it, ...)`, ten to nineteen batches, or one per draw of fewer.
     """
-    length = max(1, a.shape[1] // NUM_STRETCHES)
+    length = max(1, a.shape[1] // NUM_BATCHES)
     number = a.shape[1] // length
     a = jnp.swapaxes(a, 0, 1)[a.shape[1] - number * length :]
     return a.reshape(number, length * a.shape[1], *a.shape[2:])
 
 
-def ess_of_blocks(x: Float[Array, "stretch member *event"]) -> Float[Array, "*event"]:
+def ess_of_blocks(x: Float[Array, "batch member *event"]) -> Float[Array, "*event"]:
     """Effective sample size of the mean by batch means.
 
     Args:
-        x: from `stretches`.
+        x: from `batches`.
 
     Returns:
         One value per event coordinate, between one and the number of draws; one where there is one stretch or

@@ -30,8 +30,8 @@ from numpyro.infer.util import compute_log_probs
 from numpyro_regloss._core.checks import check_count, check_integers, check_optimizer
 from numpyro_regloss._core.optimizers import adam
 from numpyro_regloss._core.pareto import pareto_khat
-from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strong
-from numpyro_regloss._core.stats import weight_ess
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
+from numpyro_regloss._core.stats import standard_error, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss, latent_name, model
@@ -158,7 +158,7 @@ class SVI(Shift):
         check_integers(["SVI"], target.loss, "shift.SVI")
         key_batch, rng_key = random.split(rng_key)
         _, state = self._set_up(rng_key, target.on_batch(key_batch))
-        return SVIState(strong(state.optim_state), jnp.asarray(False))
+        return SVIState(strip_weak_types(state.optim_state), jnp.asarray(False))
 
     def step(
         self, rng_key: Key, state: SVIState, target: RegularizedLoss
@@ -186,9 +186,9 @@ class SVI(Shift):
             svi_state, rejected = carry
             batch = target.on_batch(random.fold_in(key_train, i))
             svi_state, loss = svi.stable_update(svi_state, batch)
-            return strong(svi_state), rejected + ~jnp.isfinite(loss)
+            return strip_weak_types(svi_state), rejected + ~jnp.isfinite(loss)
 
-        carry = strong(fresh._replace(optim_state=state.optimizer)), jnp.asarray(0)
+        carry = strip_weak_types(fresh._replace(optim_state=state.optimizer)), jnp.asarray(0)
         trained, rejected = lax.fori_loop(0, num_steps, update, carry)
         draw = partial(_draw, svi.guide, svi.get_params(trained), drawn)
         noise, log_guide = jax.vmap(draw)(random.split(key_draw, self.num_samples))
@@ -201,7 +201,7 @@ class SVI(Shift):
         ess = weight_ess(log_ratio)
         used = log_ratio if self.weighted else jnp.where(log_ratio > -jnp.inf, 0.0, -jnp.inf)
         draws = StoredDraws(x[None], used[None], loss[None], target.temperature, block_size=1)
-        error = target.temperature * jnp.std(log_ratio, ddof=1) / math.sqrt(self.num_samples)
+        error = target.temperature * standard_error(log_ratio)
         info = SVIInfo(
             ok=ess > 0,
             num_loss=jnp.asarray(self.num_samples),
@@ -212,7 +212,11 @@ class SVI(Shift):
             khat=pareto_khat(log_ratio),
             num_rejected=rejected,
         )
-        return SVIState(strong(trained.optim_state), jnp.ones_like(state.warm)), draws, info
+        return (
+            SVIState(strip_weak_types(trained.optim_state), jnp.ones_like(state.warm)),
+            draws,
+            info,
+        )
 
     def _made(self) -> Callable[..., Any]:
         # NumPyro's own start is a random point and a tenth of the width. Here the reference is known.

@@ -21,7 +21,7 @@ from numpyro_regloss._core.pytree import (
     Partition,
     is_concrete,
     pytree_dataclass,
-    strong,
+    strip_weak_types,
     with_context_axes,
 )
 from numpyro_regloss._core.types import Array, Key
@@ -248,7 +248,9 @@ class TwoStep:
             state = self.init(rng_key, *args, **kwargs)
         else:
             self.loss.check_captured()
-            state = strong(self._checked_state(init_state, arguments, "TwoStep.run: init_state"))
+            state = strip_weak_types(
+                self._checked_state(init_state, arguments, "TwoStep.run: init_state")
+            )
             if not all(np.isfinite(part).all() for part in state.reference):
                 raise ValueError(
                     "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax, random
 
 from numpyro_regloss._core.checks import usable_range
-from numpyro_regloss._core.pytree import Partition, all_finite, is_concrete, strong
+from numpyro_regloss._core.pytree import Partition, all_finite, is_concrete, strip_weak_types
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
@@ -160,7 +160,7 @@ def first_state(optimizer: Any, rng_key: Key, arguments: Partition) -> TwoStepSt
         record=() if optimizer.record is None else optimizer.record.init(target),
     )
     # Weak types in a fresh state would compile the second step anew.
-    return strong(state)
+    return strip_weak_types(state)
 
 
 @jax.jit
@@ -347,7 +347,7 @@ def revisit(
     key = random.fold_in(draw_key(state.rng_key, step), 1)
     target = _target(optimizer, reference, arguments)
     shift = optimizer.shift.init(key, target)
-    return strong(state._replace(step=step, reference=reference, shift=shift))
+    return strip_weak_types(state._replace(step=step, reference=reference, shift=shift))
 
 
 def _loss_of_draws(target: RegularizedLoss, draws: Draws, center_loss: Array) -> LossOfDraws | None:

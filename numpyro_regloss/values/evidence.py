@@ -16,7 +16,13 @@ from jax import lax, random
 
 from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.pareto import MAX_KHAT
-from numpyro_regloss._core.stats import effective_sample_size, log_mean_exp, split_rhat, weight_ess
+from numpyro_regloss._core.stats import (
+    effective_sample_size,
+    log_mean_exp,
+    split_rhat,
+    standard_error,
+    weight_ess,
+)
 from numpyro_regloss._core.tail import rare_term, tail_index
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -45,7 +51,7 @@ def pair_error(independent: Array) -> Array:
     Returns:
         A scalar.
     """
-    error = jnp.std(independent, ddof=1) / jnp.sqrt(independent.size)
+    error = standard_error(independent)
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.fit.reverse_kl.base_draws import base_draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian, kl_divergence
@@ -33,7 +34,7 @@ __all__ = [
     "divergence",
     "draw",
     "evaluator",
-    "frame_of",
+    "coordinates_of",
     "from_relative",
     "move",
     "noise_for",
@@ -117,7 +118,7 @@ class Summary(NamedTuple):
     residual: Array
 
 
-def frame_of(target: RegularizedLoss) -> AnyGaussian:
+def coordinates_of(target: RegularizedLoss) -> AnyGaussian:
     """The reference, or without one the unit Gaussian about the loss's start."""
     if target.reference is not None:
         return target.reference
@@ -341,7 +342,7 @@ def summarize(
     else:
         quadratic = z**2 @ jnp.mean(z * odd, 0)
     left = 0.5 * (evaluation.energy[:pairs] + evaluation.energy[pairs:]) - 0.5 * quadratic
-    error = jnp.std(left, ddof=1) / jnp.sqrt(pairs)
+    error = standard_error(left)
     squares = jax.tree.map(lambda g: jnp.sum(g**2), gradient)
     residual = jnp.sqrt(sum(jax.tree.leaves(squares), start=jnp.zeros(())))
     return Summary(value, error, residual)

@@ -28,7 +28,7 @@ from numpyro_regloss._core.pytree import (
     is_concrete,
     pytree_dataclass,
     static_field,
-    strong,
+    strip_weak_types,
 )
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.types import Array, Key
@@ -38,9 +38,9 @@ from numpyro_regloss.fit.reverse_kl.base_draws import round_up
 from numpyro_regloss.fit.reverse_kl.coordinates import (
     Solution,
     best_width,
+    coordinates_of,
     draw,
     evaluator,
-    frame_of,
     from_relative,
     noise_for,
     summarize,
@@ -56,7 +56,7 @@ from numpyro_regloss.fit.reverse_kl.improper import (
 )
 from numpyro_regloss.fit.reverse_kl.natural_gradient import first_stage, natural_gradient, unused
 from numpyro_regloss.fit.reverse_kl.sample_average import sample_average
-from numpyro_regloss.gaussians.families import check_family, project
+from numpyro_regloss.gaussians.families import check_family, nearest_in_reverse_kl
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.losses.probe import Probe, check_gradient, probe
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -194,7 +194,9 @@ class ReverseKL(Fit):
             The state.
         """
         frame = self._frame(target)
-        return self._relative(project(frame, self.covariance, self.rank, rng_key), frame)
+        return self._relative(
+            nearest_in_reverse_kl(frame, self.covariance, self.rank, rng_key), frame
+        )
 
     def step(
         self, rng_key: Key, state: ReverseKLState, target: RegularizedLoss, draws: Draws
@@ -261,7 +263,7 @@ class ReverseKL(Fit):
             num_rejected=solution.num_rejected,
             improper=improper,
         )
-        return strong(_select(info.ok, after, state)), gaussian, strong(info)
+        return strip_weak_types(_select(info.ok, after, state)), gaussian, strip_weak_types(info)
 
     @property
     def _num_steps(self) -> int:
@@ -290,15 +292,17 @@ class ReverseKL(Fit):
                 'ReverseKL: expected a target with a reference for covariance="reference", got one without; use '
                 'covariance="dense", or RegularizedLoss(loss, Gaussian.isotropic(x, tau)).'
             )
-        return frame_of(target)
+        return coordinates_of(target)
 
     def _unit(self, frame: AnyGaussian) -> AnyGaussian:
         # Of the factors only the shape matters: variances are what scales are relative to.
-        return project(frame, self.covariance, self.rank, random.key(0))
+        return nearest_in_reverse_kl(frame, self.covariance, self.rank, random.key(0))
 
     def _relative(self, gaussian: AnyGaussian, frame: AnyGaussian) -> ReverseKLState:
         loc, scale = to_relative(gaussian, frame, self._unit(frame))
-        return strong(ReverseKLState(loc, None if self.covariance == "reference" else scale))
+        return strip_weak_types(
+            ReverseKLState(loc, None if self.covariance == "reference" else scale)
+        )
 
 
 def reverse_kl(
@@ -404,11 +408,11 @@ def _fit(
         else:
             guard, num_grad = unused(key_first, target, start)
     key_start, key_step = random.split(key_step)
-    start = project(start, engine.covariance, engine.rank, key_start)
+    start = nearest_in_reverse_kl(start, engine.covariance, engine.rank, key_start)
     state = engine._relative(start, frame)  # noqa: SLF001
     _, gaussian, info = engine._step(key_step, state, target, guard, limit)  # noqa: SLF001
     num_grad = info.num_grad + num_grad + seen.values.size
-    return gaussian, strong(info._replace(num_loss=num_loss, num_grad=num_grad)), seen
+    return gaussian, strip_weak_types(info._replace(num_loss=num_loss, num_grad=num_grad)), seen
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:

@@ -41,7 +41,7 @@ from numpyro_regloss.fit.reverse_kl.improper import (
     ray_points,
     unused_coordinates,
 )
-from numpyro_regloss.gaussians.families import project
+from numpyro_regloss.gaussians.families import nearest_in_reverse_kl
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -177,7 +177,7 @@ def first_stage(
         gradients.
     """
     key_noise, key_batch = random.split(rng_key)
-    start = project(start, "dense")
+    start = nearest_in_reverse_kl(start, "dense")
     evaluate = evaluator(key_batch, target)
     noise = noise_for(key_noise, start, "dense", num_draws)
 

@@ -202,7 +202,9 @@ class RobbinsMonro(Fit):
             )
             state = state._replace(curvature=curvature)
         elif self.step_size is None:
-            *known, first, spent = evaluations.power_iteration(key_curvature, *state, estimate)
+            *known, first, spent = evaluations.curvature_of_gradients(
+                key_curvature, *state, estimate
+            )
             state, spent = RobbinsMonroState(*known), spent * (2 if self.antithetic else 1)
 
         def evaluate(j: Array, u: Array) -> tuple[Array, GradientEstimate]:

@@ -17,10 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._core.linalg import power_iteration
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["GradientEstimate", "curvature_of_values", "reparametrized", "score", "power_iteration"]
+__all__ = [
+    "GradientEstimate",
+    "curvature_of_values",
+    "reparametrized",
+    "score",
+    "curvature_of_gradients",
+]
 
 # Power iterations at the first step; later steps refine the direction by one each.
 FIRST_ITERATIONS = 10
@@ -104,7 +111,7 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
     return estimate
 
 
-def power_iteration(
+def curvature_of_gradients(
     rng_key: Key, direction: Array, curvature: Array, estimate: Estimator
 ) -> tuple[Array, Array, Array, Array]:
     """Steepest direction and its curvature by a power iteration on gradients.
@@ -125,15 +132,11 @@ def power_iteration(
     base, odd = estimate(key_batch, jnp.zeros_like(direction), noise)
     hidden = _is_rounding(jnp.linalg.norm(base), jnp.linalg.norm(odd)) & (curvature < 0)
 
-    def iterate(_: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        secant = estimate(key_batch, now[0], noise).gradient - base
-        size = jnp.linalg.norm(secant)
-        usable = jnp.isfinite(size) & (size > 0)
-        after = jnp.where(usable, secant / jnp.where(usable, size, 1.0), now[0])
-        return after, jnp.where(usable, size, 0.0)
+    def secant(direction: Array) -> Array:
+        return estimate(key_batch, direction, noise).gradient - base
 
     iterations = jnp.where(curvature < 0, FIRST_ITERATIONS, 1)
-    direction, curvature = lax.fori_loop(0, iterations, iterate, (direction, curvature))
+    direction, _, curvature = power_iteration(direction, iterations, secant)
     return direction, curvature, _aside(hidden, odd[0], curvature), iterations + 1
 
 

@@ -29,7 +29,7 @@ from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
 from numpyro_regloss._core.checks import cast_fields, check_count, check_integers, check_positive
-from numpyro_regloss._core.pytree import is_concrete, strong
+from numpyro_regloss._core.pytree import is_concrete, strip_weak_types
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.threefry import unrolled
 from numpyro_regloss._core.types import Array, Key
@@ -314,7 +314,7 @@ def _kernel(
         )
         chain = _Chains(after.rng_key, after.z, after.potential_energy, after.z_grad)
         outcome = _Outcome(after.accept_prob, after.num_steps, after.diverging, after.energy)
-        return strong((chain, outcome))
+        return strip_weak_types((chain, outcome))
 
     def single(chains: _Chains, tuning: Tuning, length: Any) -> tuple[_Chains, _Outcome]:
         # Under vmap every conditional of a tree would run both of its branches.
@@ -324,7 +324,7 @@ def _kernel(
     several = jax.vmap(transition, in_axes=(0, None, None))
     adapted = blank.adapt_state._asdict()
     tuning = Tuning(*(adapted[name] for name in Tuning._fields))
-    return strong(tuning), single if settings.num_chains == 1 else several
+    return strip_weak_types(tuning), single if settings.num_chains == 1 else several
 
 
 def _start(state: HMCState, target: RegularizedLoss) -> ParamInfo:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro.infer.hmc_util import build_adaptation_schedule, dual_averaging, welford_covariance
 
-from numpyro_regloss._core.pytree import strong
+from numpyro_regloss._core.pytree import strip_weak_types
 from numpyro_regloss._core.types import Array
 
 __all__ = ["Adaptation", "Tuning", "WarmUp"]
@@ -108,14 +108,16 @@ class WarmUp(NamedTuple):
         def end_window() -> tuple[Tuning, Adaptation]:
             inverse, root, _ = estimate(covariance, regularize=True)
             averages = self._averages(tuning.step_size, inverse)
-            return strong(Tuning(tuning.step_size, inverse, root)), averages
+            return strip_weak_types(Tuning(tuning.step_size, inverse, root)), averages
 
         return lax.cond(
-            at_end, end_window, lambda: strong((tuning, Adaptation(log_steps, covariance)))
+            at_end,
+            end_window,
+            lambda: strip_weak_types((tuning, Adaptation(log_steps, covariance))),
         )
 
     def _averages(self, step_size: Array, inverse_mass_matrix: Array) -> Adaptation:
         step_size_init, _ = dual_averaging()
         covariance_init, _, _ = welford_covariance(diagonal=not self.dense_mass)
         covariance = covariance_init(inverse_mass_matrix.shape[-1])
-        return strong(Adaptation(step_size_init(jnp.log(step_size)), covariance))
+        return strip_weak_types(Adaptation(step_size_init(jnp.log(step_size)), covariance))

@@ -18,7 +18,7 @@ the effective sample size).
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax, random
+from jax import random
 
 from numpyro_regloss._core.checks import (
     cast_fields,
@@ -29,7 +29,7 @@ from numpyro_regloss._core.checks import (
 )
 from numpyro_regloss._core.pareto import pareto_khat, pareto_smooth
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
-from numpyro_regloss._core.stats import weight_ess
+from numpyro_regloss._core.stats import bisect, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
@@ -282,13 +282,10 @@ def _temperature_of_ess(loss: Array, share: Array, default: Array) -> tuple[Arra
     low = jnp.log(jnp.where(spread, smallest, 1.0)) + jnp.log(COLDEST)
     high = jnp.log(jnp.where(spread, largest, 1.0)) + jnp.log(HOTTEST)
 
-    def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        enough = weight_ess(-height / jnp.exp(middle)) >= wanted
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+    def is_colder(log_temperature: Array) -> Array:
+        return ~(weight_ess(-height / jnp.exp(log_temperature)) >= wanted)
 
-    found = jnp.exp(lax.fori_loop(0, NUM_BISECTIONS, halve, (low, high))[1])
+    found = jnp.exp(bisect(is_colder, low, high, NUM_BISECTIONS)[1])
     tiny, huge = jnp.finfo(loss.dtype).tiny, jnp.finfo(loss.dtype).max
     found = jnp.clip(found, tiny, huge)
     return jnp.where(spread, found, jnp.asarray(default, loss.dtype)), lowest

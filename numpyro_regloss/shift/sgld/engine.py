@@ -30,13 +30,19 @@ import numpy as np
 from jax import random
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_positive, check_schedule
-from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field, strong
+from numpyro_regloss._core.linalg import power_iteration
+from numpyro_regloss._core.pytree import (
+    is_concrete,
+    pytree_dataclass,
+    static_field,
+    strip_weak_types,
+)
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import BatchMeans, StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.sgld import langevin
-from numpyro_regloss.shift.sgld.langevin import Chains, RMSprop
+from numpyro_regloss.shift.sgld.langevin import LangevinChains, RMSprop
 
 __all__ = ["SGLD", "RMSprop", "SGLDInfo", "SGLDState"]
 
@@ -174,7 +180,7 @@ class SGLD(Shift):
         return remedy(info, ok)
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> SGLDState:
-        """Chains at the centre, and a random direction.
+        """LangevinChains at the centre, and a random direction.
 
         Args:
             rng_key: a random key.
@@ -228,9 +234,9 @@ class SGLD(Shift):
             x = jnp.tile(target.reference.mean, (self.num_chains, 1))
         loss, gradient = evaluate(0, x)
         moment = self._moment(state.moment, gradient)
-        chains = strong(Chains(x, gradient, loss, moment))
+        chains = strip_weak_types(LangevinChains(x, gradient, loss, moment))
 
-        def advance(j: Array, now: Chains) -> Chains:
+        def advance(j: Array, now: LangevinChains) -> LangevinChains:
             step_size = self._step_size(j, now.x.dtype)
             diagonal = self._diagonal(now.moment)
             key = random.fold_in(key_noise, j)
@@ -239,7 +245,9 @@ class SGLD(Shift):
             drift = now.gradient + pull(now.x)
             x = now.x - step_size * diagonal * drift + jnp.sqrt(variance) * noise
             loss, gradient = evaluate(j + 1, x)
-            return strong(Chains(x, gradient, loss, self._moment(now.moment, gradient)))
+            return strip_weak_types(
+                LangevinChains(x, gradient, loss, self._moment(now.moment, gradient))
+            )
 
         last, draws = self._sample(advance, chains, target.temperature)
         state, stability, spent = self._look(
@@ -282,8 +290,8 @@ class SGLD(Shift):
         return size, -(-self.num_samples // size)
 
     def _sample(
-        self, advance: Callable, chains: Chains, temperature: Array
-    ) -> tuple[Chains, StoredDraws | BatchMeans]:
+        self, advance: Callable, chains: LangevinChains, temperature: Array
+    ) -> tuple[LangevinChains, StoredDraws | BatchMeans]:
         size, count = self._batches(chains.x.shape[-1])
         decay = 1.0 if self.averaging_decay is None else self.averaging_decay
         log_weight = langevin.decaying_weights(self.num_samples, size, decay)
@@ -320,12 +328,12 @@ class SGLD(Shift):
             return root * found[0] / length
 
         iterations = jnp.where(state.warm, 1, FIRST_ITERATIONS)
-        direction, curvature = langevin.steepest(state.direction, iterations, multiply)
-        state = state._replace(direction=direction, warm=jnp.asarray(True))
-        return state, self._largest_step_size(x.dtype) * curvature, iterations
+        found = power_iteration(state.direction, iterations, multiply)
+        state = state._replace(direction=found.direction, warm=jnp.asarray(True))
+        return state, self._largest_step_size(x.dtype) * found.quotient, iterations
 
     def _info(
-        self, draws: StoredDraws | BatchMeans, last: Chains, stability: Array, spent: Array
+        self, draws: StoredDraws | BatchMeans, last: LangevinChains, stability: Array, spent: Array
     ) -> SGLDInfo:
         ess, grown = langevin.diagnose(draws.x, draws.log_weight, draws.spread)
         finite = jnp.isfinite(draws.x).all() & jnp.isfinite(draws.loss).all()

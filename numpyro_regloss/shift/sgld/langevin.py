@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.checks import cast_fields, check_positive
-from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, strong
+from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, strip_weak_types
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
@@ -28,7 +28,7 @@ from numpyro_regloss.losses.regularized import RegularizedLoss
 __all__ = [
     "NOISES",
     "BatchSums",
-    "Chains",
+    "LangevinChains",
     "RMSprop",
     "SecondMoment",
     "decaying_weights",
@@ -36,7 +36,6 @@ __all__ = [
     "draw_noise",
     "gradients",
     "pull",
-    "steepest",
     "store",
     "sum_up",
 ]
@@ -105,7 +104,7 @@ class RMSprop:
         return 1.0 / (self.damping + jnp.sqrt(moment.sum / weight))
 
 
-class Chains(NamedTuple):
+class LangevinChains(NamedTuple):
     """Where chains stand.
 
     Attributes:
@@ -164,13 +163,13 @@ class BatchSums(NamedTuple):
         )
 
 
-Advance = Callable[[Array, Chains], Chains]
-Now = tuple[Chains, BatchSums]
+Advance = Callable[[Array, LangevinChains], LangevinChains]
+Now = tuple[LangevinChains, BatchSums]
 
 
 def store(
-    advance: Advance, chains: Chains, num_warmup: int, num_samples: int
-) -> tuple[Chains, Array, Array]:
+    advance: Advance, chains: LangevinChains, num_warmup: int, num_samples: int
+) -> tuple[LangevinChains, Array, Array]:
     """Advances chains and stores their draws.
 
     Args:
@@ -183,7 +182,9 @@ def store(
         Where the chains are, their draws `(chain, draw, dim)` and losses `(chain, draw)`.
     """
 
-    def body(j: Array, now: tuple[Chains, Array, Array]) -> tuple[Chains, Array, Array]:
+    def body(
+        j: Array, now: tuple[LangevinChains, Array, Array]
+    ) -> tuple[LangevinChains, Array, Array]:
         chains, x, loss = advance(j, now[0]), now[1], now[2]
         row = jnp.maximum(j - num_warmup, 0)
         return chains, x.at[row].set(chains.x), loss.at[row].set(chains.loss)
@@ -195,13 +196,13 @@ def store(
 
 def sum_up(
     advance: Advance,
-    chains: Chains,
+    chains: LangevinChains,
     num_warmup: int,
     num_samples: int,
     size: int,
     count: int,
     decay: Array | float,
-) -> tuple[Chains, BatchSums]:
+) -> tuple[LangevinChains, BatchSums]:
     """Advances chains and keeps sums of batches of their draws.
 
     Args:
@@ -232,7 +233,7 @@ def sum_up(
         return now, now[1]
 
     # Summed up in the loop's own variables: to read and write a row of a buffer takes longer.
-    now = (chains, strong(BatchSums.zero(chains.x, chains.loss)))
+    now = (chains, strip_weak_types(BatchSums.zero(chains.x, chains.loss)))
     (last, _), sums = lax.scan(one_batch, now, jnp.arange(count))
     swapped = (jnp.swapaxes(a, 0, 1) for a in (sums.mean, sums.spread, sums.loss))
     return last, BatchSums(sums.weight, *swapped)
@@ -296,30 +297,6 @@ def draw_noise(kind: str, rng_key: Key, shape: tuple[int, ...], dtype: Any) -> A
     words = random.bits(rng_key, (-(-count // 32),), jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)[:, None]) & jnp.uint32(1)
     return (2.0 * bits.reshape(-1)[:count].astype(dtype) - 1.0).reshape(shape)
-
-
-def steepest(
-    direction: Array, num_iterations: Array, multiply: Callable[[Array], Array]
-) -> tuple[Array, Array]:
-    """Power iteration for the largest eigenvalue of a symmetric matrix.
-
-    Args:
-        direction: a unit vector to start from, `(dim,)`.
-        num_iterations: one at least.
-        multiply: the product of the matrix with a vector.
-
-    Returns:
-        The direction and its Rayleigh quotient, at most the largest eigenvalue up to noise.
-    """
-
-    def iterate(_: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        product = multiply(now[0])
-        size = jnp.linalg.norm(product)
-        usable = jnp.isfinite(size) & (size > 0)
-        after = jnp.where(usable, product / jnp.where(usable, size, 1.0), now[0])
-        return after, jnp.dot(now[0], product)
-
-    return lax.fori_loop(0, num_iterations, iterate, (direction, jnp.zeros((), direction.dtype)))
 
 
 def diagnose(x: Array, log_weight: Array, spread: Array | None) -> tuple[Array, Array]:

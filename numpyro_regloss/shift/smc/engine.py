@@ -25,7 +25,12 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_positive
-from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field, strong
+from numpyro_regloss._core.pytree import (
+    is_concrete,
+    pytree_dataclass,
+    static_field,
+    strip_weak_types,
+)
 from numpyro_regloss._core.stats import effective_sample_size, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -209,7 +214,7 @@ class SMC(Shift):
         particles, failures = lax.map(jax.vmap(evaluate), noise)
         zero = jnp.zeros((), dtype)
         count = jnp.asarray(0)
-        carry = strong(
+        carry = strip_weak_types(
             _Carry(
                 self._in_islands(particles),
                 zero,

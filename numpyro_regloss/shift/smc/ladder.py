@@ -14,10 +14,9 @@ Moulines (2015), "On Parallel Implementation of Sequential Monte Carlo Methods: 
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from scipy.special import stdtrit
 
-from numpyro_regloss._core.stats import log_mean_exp
+from numpyro_regloss._core.stats import bisect, log_mean_exp
 from numpyro_regloss._core.types import Array
 
 __all__ = ["bounded_energy", "evidence", "next_rung"]
@@ -67,14 +66,10 @@ def next_rung(energy: Array, s: Array, ess_fraction: Array) -> tuple[Array, Arra
 
     left = 1.0 - s
 
-    def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        good = enough(left * jnp.exp(middle))
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
-
     zero = jnp.zeros_like(s)
-    log_step, _ = lax.fori_loop(0, BISECTIONS, bisect, (zero + LOG_SMALLEST, zero))
+    log_step, _ = bisect(
+        lambda middle: enough(left * jnp.exp(middle)), zero + LOG_SMALLEST, zero, BISECTIONS
+    )
     after = jnp.where(enough(left), 1.0, s + left * jnp.exp(log_step))
     # The step as rounded, so that all steps add up to one exactly.
     step = after - s
