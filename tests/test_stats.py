@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpyro.infer.importance import _psis_khat
 
-from numpyro_regloss._core import pareto, stats
+from numpyro_regloss._core import linalg, pareto, stats
 
 # The same algorithm in float64, other order of summation.
 SAME_FLOAT64 = 1e-8
@@ -500,7 +500,7 @@ def correlation_eigenvalues(lower, scale):
 @pytest.mark.parametrize("dim", [1, 3, 200])
 def test_positive_definite_matrices_have_their_plain_factor(compute, dim):
     matrix = covariance(dim)
-    lower, floored = compute(stats.cholesky_with_floor, matrix)
+    lower, floored = compute(linalg.cholesky_with_floor, matrix)
     assert not floored
     np.testing.assert_array_equal(lower, compute(jnp.linalg.cholesky, matrix))
 
@@ -510,7 +510,7 @@ def test_positive_definite_matrices_have_their_plain_factor(compute, dim):
 def test_small_eigenvalues_are_raised_to_the_floor(compute, dim):
     # condition 1e10, beyond float32, whose rounding makes some of the eigenvalues negative
     matrix = covariance(dim, smallest=1e-10)
-    lower, floored = compute(stats.cholesky_with_floor, matrix)
+    lower, floored = compute(linalg.cholesky_with_floor, matrix)
     scale = np.sqrt(np.diag(matrix))
     assert floored
     assert np.all(np.diag(lower) > 0)
@@ -528,7 +528,7 @@ def test_floor_of_the_eigenvalues_is_exact():
     units = np.outer([1.0, 1e-3, 1e3], [1.0, 1e-3, 1e3])
     value, vector = np.linalg.eigh(correlation)
     expected = (vector * np.maximum(value, 1e-6)) @ vector.T
-    lower, floored = in_float64(stats.cholesky_with_floor, correlation * units)
+    lower, floored = in_float64(linalg.cholesky_with_floor, correlation * units)
     assert value[0] < -0.5
     assert floored
     np.testing.assert_allclose(lower @ lower.T / units, expected, atol=1e-12)
@@ -538,14 +538,14 @@ def test_verdict_turns_at_the_floor():
     # correlation r: eigenvalues 1 - r and 1 + r
     for gap, expected in [(0.99e-3, True), (1.01e-3, False)]:
         matrix = jnp.array([[4.0, 6 * (1 - gap)], [6 * (1 - gap), 9.0]])
-        _, floored = stats.cholesky_with_floor(matrix, floor=1e-3)
+        _, floored = linalg.cholesky_with_floor(matrix, floor=1e-3)
         assert floored == expected
 
 
 @PRECISIONS
 @pytest.mark.parametrize("dim", [1, 3, 200])
 def test_zero_matrix_gives_a_small_multiple_of_the_identity(compute, dim):
-    lower, floored = compute(stats.cholesky_with_floor, np.zeros((dim, dim)))
+    lower, floored = compute(linalg.cholesky_with_floor, np.zeros((dim, dim)))
     assert floored
     np.testing.assert_allclose(lower, 1e-3 * np.eye(dim), rtol=1e-6)
 
@@ -554,7 +554,7 @@ def test_zero_matrix_gives_a_small_multiple_of_the_identity(compute, dim):
 @pytest.mark.parametrize("variance", [0.0, -1e-9, -2.0])
 def test_coordinate_without_a_variance_is_cut_off(compute, variance):
     matrix = np.array([[4.0, 0.5, 1.0], [0.5, variance, 0.2], [1.0, 0.2, 2.0]])
-    lower, floored = compute(stats.cholesky_with_floor, matrix)
+    lower, floored = compute(linalg.cholesky_with_floor, matrix)
     assert floored
     expected = np.array([[4.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 2.0]])
     np.testing.assert_allclose(lower @ lower.T, expected, atol=1e-5)
@@ -566,7 +566,7 @@ def test_coordinate_without_a_variance_is_cut_off(compute, variance):
 def test_impossible_correlations_do_not_inflate_the_variances(compute):
     # the covariance is rounding noise beside the unit variance, yet 1e7 standard deviations
     matrix = np.array([[1e-30, 1e-8], [1e-8, 1.0]])
-    lower, floored = compute(stats.cholesky_with_floor, matrix)
+    lower, floored = compute(linalg.cholesky_with_floor, matrix)
     assert floored
     np.testing.assert_allclose(np.diag(lower @ lower.T), [1e-30, 1.0], rtol=1e-5)
 
@@ -574,7 +574,7 @@ def test_impossible_correlations_do_not_inflate_the_variances(compute):
 @PRECISIONS
 @pytest.mark.parametrize("dim", [1, 2, 200])
 def test_rank_one_matrix(compute, dim):
-    lower, floored = compute(stats.cholesky_with_floor, np.ones((dim, dim)))
+    lower, floored = compute(linalg.cholesky_with_floor, np.ones((dim, dim)))
     assert floored == (dim > 1)
     assert np.all(np.diag(lower) > 0)
     # float32: eps times the eigenvalue, dim
@@ -582,7 +582,7 @@ def test_rank_one_matrix(compute, dim):
 
 
 def test_floor_is_no_smaller_than_the_precision():
-    lower, floored = stats.cholesky_with_floor(jnp.ones((3, 3)), floor=0.0)
+    lower, floored = linalg.cholesky_with_floor(jnp.ones((3, 3)), floor=0.0)
     assert floored
     epsilon = float(jnp.finfo(lower.dtype).eps)
     assert correlation_eigenvalues(lower, np.ones(3))[-1] == pytest.approx(epsilon, rel=0.05)
@@ -594,7 +594,7 @@ def test_floor_is_no_smaller_than_the_precision():
 def test_matrix_that_is_not_finite_gives_nan(compute, bad, where):
     matrix = np.eye(2)
     matrix[where] = matrix[where[::-1]] = bad
-    lower, floored = compute(stats.cholesky_with_floor, matrix)
+    lower, floored = compute(linalg.cholesky_with_floor, matrix)
     assert np.all(np.isnan(lower))
     assert not floored
 
@@ -618,7 +618,7 @@ def batches():
         (weight_statistics, weights),
         (pareto.pareto_smooth, weights),
         (chain_statistics, chains),
-        (stats.cholesky_with_floor, matrices),
+        (linalg.cholesky_with_floor, matrices),
     ]
 
 
@@ -643,8 +643,8 @@ def test_vmap_is_a_loop_and_jit_is_eager(function, batch):
 def test_after_waits_and_changes_nothing():
     value = jnp.arange(6.0).reshape(2, 3)
     for first in (0.0, jnp.nan, jnp.inf, -jnp.inf):
-        np.testing.assert_array_equal(stats.after(jnp.asarray(first), value), value)
+        np.testing.assert_array_equal(linalg.after(jnp.asarray(first), value), value)
     # What waits must still depend on what it waits for once the compiler is through.
-    program = jax.jit(stats.after).lower(jnp.zeros(()), value).compile().as_text()
+    program = jax.jit(linalg.after).lower(jnp.zeros(()), value).compile().as_text()
     root = next(line for line in program.splitlines() if "ROOT" in line and "fusion" in line)
     assert len(re.findall(r"%[\w.]+", root.split("(", 1)[1])) >= 2, program
