@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -31,20 +30,43 @@ def test_tool(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# On the other stack the notebooks stand for them.
-def test_readme_examples():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 5
+def without_seconds(line):
+    return re.sub(r"^( *\d[\d.e -]*) \S+$|, \S+ s\.$", r"\1", line).split()
+
+
+def same_report(printed, shown):
+    """Equal words, and numbers to a percent; seconds are those of the machine."""
+    for lines in zip(printed.splitlines(), shown.splitlines(), strict=True):
+        for a, b in zip(*map(without_seconds, lines), strict=True):
+            try:
+                assert float(a) == pytest.approx(float(b), rel=0.01, abs=0.01), lines
+            except ValueError:
+                assert a == b, lines
+
+
+README = (ROOT / "README.md").read_text()
+ENGINE_PAGE = (ROOT / "docs" / "engine.md").read_text()
+
+
+# A cloud's numbers do not depend on the stack, nor on how XLA rounds.
+@pytest.mark.both
+def test_readme_shows_what_its_code_prints(capsys):
+    found = re.findall(r"```python\n(.*?)```\n(?:[^`]+```text\n(.*?)```)?", README, re.DOTALL)
+    assert found
     names = {}
-    with warnings.catch_warnings():
-        # flax warns about its own use of JAX in some of the versions that this project supports.
-        warnings.filterwarnings("ignore", module="flax")
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)  # noqa: S102
-    accuracy = (
-        names["net"].apply(names["result"].params, names["inputs"]).argmax(-1) == names["labels"]
-    ).mean()
-    assert accuracy > 0.9  # three classes of 600 rows, which the largest input decides
+    for code, shown in found:
+        exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+        same_report(capsys.readouterr().out, shown)
+
+
+def test_readme_is_short_and_its_house_is_today():
+    assert len(README.splitlines()) <= 150
+    tree = ROOT / "numpyro_regloss"
+    folders = {p.name for p in tree.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    (floors,) = re.findall(r"```text\n(_core <.*?)```", README, re.DOTALL)
+    assert set(re.findall(r"\w+", floors)) == (folders | {"schemes", "schedules"}) - {"problems"}
+    (shown,) = re.findall(r"```text\n(numpyro_regloss/.*?)```", ENGINE_PAGE, re.DOTALL)
+    assert set(re.findall(r"^  (\w+)/", shown, re.MULTILINE)) == folders
 
 
 @pytest.mark.both
