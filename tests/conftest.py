@@ -4,7 +4,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,7 +27,7 @@ import pytest
 from numpyro.infer import AIES, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
-from numpyro_regloss import anchor, fit, shift
+from numpyro_regloss import TwoStep, anchor, fit, shift
 
 # For `jax.jit` where a program computes for longer than it compiles.
 OPTIMIZED = {"xla_backend_optimization_level": "2"}
@@ -37,43 +39,93 @@ SIGMAS = 4.0
 # Built once, as users should: another one would be another program.
 ADAM = optax.adam(0.03)
 
-# One row per engine: a new engine is one new line here.
-SHIFTS = {
-    "importance": lambda: shift.Importance(num_samples=4000),
-    "importance_iid": lambda: shift.Importance(num_samples=4000, antithetic=False),
-    "importance_chunked": lambda: shift.Importance(num_samples=3999, chunk_size=512),
-    "importance_sobol": lambda: shift.Importance(num_samples=8000, noise="sobol"),
-    "nuts": lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4),
-    "nuts_dense": lambda: shift.NUTS(
-        num_warmup=200, num_samples=250, num_chains=4, dense_mass=True
+
+class Row(NamedTuple):
+    """An engine of the table.
+
+    Attributes:
+        make: builds it.
+        fit: of an anchor, the fit that goes with it.
+        exempt: rules of `test_conformance.py` that it does not follow, with the reason.
+    """
+
+    make: Callable[[], Any]
+    fit: Callable[[], Any] = fit.ForwardKL
+    exempt: dict[str, str] = {}  # noqa: RUF012
+
+
+# All engines: a new one is one new line here, and every rule runs over it.
+ENGINES = {
+    "importance": Row(lambda: shift.Importance(num_samples=4000)),
+    "importance_iid": Row(lambda: shift.Importance(num_samples=4000, antithetic=False)),
+    "importance_chunked": Row(lambda: shift.Importance(num_samples=3999, chunk_size=512)),
+    "importance_sobol": Row(lambda: shift.Importance(num_samples=8000, noise="sobol")),
+    "nuts": Row(lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4)),
+    "nuts_dense": Row(
+        lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4, dense_mass=True)
     ),
-    "kernel": lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500),
-    "kernel_ensemble": lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40),
-    "svi": lambda: shift.SVI(
-        AutoMultivariateNormal, ADAM, num_steps=50, num_samples=2000, num_warmup=1000
+    "kernel": Row(lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500)),
+    "kernel_ensemble": Row(
+        lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40)
     ),
-    "hmc": lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4),
-    "smc": lambda: shift.SMC(num_particles=300),
+    "svi": Row(
+        lambda: shift.SVI(
+            AutoMultivariateNormal, ADAM, num_steps=50, num_samples=2000, num_warmup=1000
+        ),
+        exempt={"pickles": "Optax's transformations hold closures, which do not pickle"},
+    ),
+    "hmc": Row(lambda: shift.HMC(num_warmup=200, num_samples=250, num_chains=4)),
+    "smc": Row(lambda: shift.SMC(num_particles=300)),
     # Steps so small that the bias is a fraction of the error.
-    "sgld": lambda: shift.SGLD(0.02, num_samples=4000, num_warmup=400, num_chains=4),
+    "sgld": Row(lambda: shift.SGLD(0.02, num_samples=4000, num_warmup=400, num_chains=4)),
+    "adaptive": Row(lambda: shift.Adaptive(shift.Importance(500), max_rounds=8)),
+    "robbins_monro": Row(lambda: fit.RobbinsMonro(num_steps=2000)),
+    "robbins_monro_single": Row(lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False)),
+    "robbins_monro_score": Row(lambda: fit.RobbinsMonro(2000, gradient="score", num_pairs=8)),
+    "reverse_kl": Row(fit.ReverseKL),
+    "forward_kl_dense": Row(lambda: fit.ForwardKL("dense")),
+    "proximal": Row(anchor.Proximal),
+    "newton": Row(anchor.Newton),
+    "newton_diagonal": Row(lambda: anchor.Newton(curvature="diagonal")),
+    "anderson": Row(lambda: anchor.Anderson(memory=3)),
+    "keep_covariance": Row(
+        lambda: anchor.KeepCovariance("dense"), fit=lambda: fit.ForwardKL("dense")
+    ),
+    "adapt_tau": Row(lambda: anchor.AdaptTau(anchor.Proximal())),
+    "optax": Row(lambda: anchor.Optax(ADAM), exempt={"pickles": "as for svi"}),
+}
+MADE = {name: row.make() for name, row in ENGINES.items()}
+SHIFTS = {
+    name: ENGINES[name].make
+    for name, engine in MADE.items()
+    if isinstance(engine, shift.Shift) and name != "adaptive"
+}
+HEAT_FITS = {
+    name: ENGINES[name].make
+    for name, engine in MADE.items()
+    if isinstance(engine, fit.Fit) and not engine.uses_draws
+}
+ANCHORS = {
+    name: ENGINES[name]
+    for name, engine in MADE.items()
+    if isinstance(engine, anchor.Anchor) and name != "optax"
 }
 # Where an engine's variants run the same code, the rules are checked on one of them.
 FAMILIES = ("importance_chunked", "nuts", "hmc", "sgld")
-HEAT_FITS = {
-    "robbins_monro": lambda: fit.RobbinsMonro(num_steps=2000),
-    "robbins_monro_single": lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False),
-    "robbins_monro_score": lambda: fit.RobbinsMonro(2000, gradient="score", num_pairs=8),
-    "reverse_kl": fit.ReverseKL,
-}
-# Each with the fit that goes with it.
-ANCHORS = {
-    "proximal": lambda: (anchor.Proximal(), fit.ForwardKL()),
-    "newton": lambda: (anchor.Newton(), fit.ForwardKL()),
-    "newton_diagonal": lambda: (anchor.Newton(curvature="diagonal"), fit.ForwardKL()),
-    "anderson": lambda: (anchor.Anderson(memory=3), fit.ForwardKL()),
-    "keep_covariance": lambda: (anchor.KeepCovariance("dense"), fit.ForwardKL("dense")),
-    "adapt_tau": lambda: (anchor.AdaptTau(anchor.Proximal()), fit.ForwardKL()),
-}
+
+
+def scheme(name, loss, tau, temperature=1.0):
+    """The optimizer in which an engine of the table is tried, with cheap parts beside it."""
+    row = ENGINES[name]
+    engine = row.make()
+    parts = {"shift": shift.Importance(2000), "fit": fit.ForwardKL(), "anchor": anchor.Proximal()}
+    if isinstance(engine, anchor.Anchor):
+        parts |= {"fit": row.fit(), "anchor": engine}
+    elif isinstance(engine, fit.Fit):
+        parts |= {"fit": engine} | ({} if engine.uses_draws else {"shift": shift.Implicit()})
+    else:
+        parts["shift"] = engine
+    return TwoStep(loss, tau, **parts, temperature=temperature)
 
 
 # Docstrings that show what ArviZ made, or draw; the others are tested on the first stack.

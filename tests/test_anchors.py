@@ -58,8 +58,8 @@ SCALES = {"isotropic": np.array(0.5), "diagonal": np.diag(TRIANGLE), "dense": TR
 
 def make(name, start=0.0, tau=0.3, offset=0.0, temperature=1.0):
     loss = Loss.from_function(COUNTER, np.full(3, start), np.full(3, offset))
-    step, method = ANCHORS[name]()
-    return TwoStep(loss, tau, CHEAP, method, step, temperature)
+    row = ANCHORS[name]
+    return TwoStep(loss, tau, CHEAP, row.fit(), row.make(), temperature)
 
 
 def target_at(x, scale=SCALES["isotropic"], temperature=1.0, loss=BOWL):

@@ -161,22 +161,6 @@ def test_vmap_over_keys_tau_and_temperature():
         np.testing.assert_allclose(history.fitted.mean[i], expected.fitted.mean, atol=1e-4)
 
 
-@pytest.mark.parametrize("engine", on_both(ENGINES, {"importance"}))
-def test_no_tracer_leaks(engine):
-    optimizer = make(ENGINES[engine])
-    with jax.checking_leaks():
-        jax.jit(lambda key: optimizer.scan(optimizer.init(key), 2))(random.key(0))
-
-
-@pytest.mark.parametrize("method", ["robbins_monro", "reverse_kl"])
-def test_heat_schemes_do_not_leak(method):
-    fits = {"robbins_monro": fit.RobbinsMonro(5), "reverse_kl": fit.ReverseKL(num_steps=5)}
-    loss = Loss.from_function(PROBLEM.loss, np.zeros(3))
-    optimizer = schemes.heat(loss, 0.3, fit=fits[method])
-    with jax.checking_leaks():
-        jax.jit(lambda key: optimizer.scan(optimizer.init(key), 2))(random.key(0))
-
-
 def test_tau_schedules():
     schedule = optax.exponential_decay(0.5, 1, 0.9)
     history = make(tau=schedule).run(random.key(0), 20, progress_bar=False).history
@@ -365,12 +349,6 @@ def test_x64_switched_after_a_loss_was_built(before):
         # What was found before can still be looked at; in less precision JAX itself warns.
         if not before:
             np.testing.assert_array_equal(optimizer.get_params(state), np.zeros(2))
-
-
-def test_double_precision(x64):
-    result = make(tau=0.3).run(random.key(0), 3, progress_bar=False)
-    assert result.params.dtype == jnp.float64
-    assert result.history.loss.dtype == np.float64
 
 
 @pytest.mark.both

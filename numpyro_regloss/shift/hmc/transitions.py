@@ -402,7 +402,9 @@ def _report(
 
 
 def _correction(accept_prob: Array, target_accept_prob: Array | float) -> Array:
-    ratio = lax.erf_inv(1.0 - target_accept_prob) / lax.erf_inv(1.0 - accept_prob)
+    # The mean of ones may be rounded above one.
+    missed = jnp.maximum(1.0 - accept_prob, 0.0)
+    ratio = lax.erf_inv(1.0 - target_accept_prob) / lax.erf_inv(missed)
     return jnp.clip(jnp.sqrt(ratio), 1.0 / MOST_CORRECTION, MOST_CORRECTION)
 
 
