@@ -153,7 +153,7 @@ def test_no_conversion_batches_several_factorizations():
 
 
 # 60 draws of two processes of 40 points stood still in most runs before; it takes some seconds.
-RUN = """
+PREPARE = """
 import jax, jax.numpy as jnp
 from jax import random
 import test_one_at_a_time as here
@@ -163,40 +163,46 @@ here.POINTS = jnp.linspace(0.0, 1.0, {points})
 loss = Loss.from_model(here.processes, jnp.ones(({kernels}, {points})))
 target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1e-4))
 key = random.key(0)
-for engine in {engines}:
-    result = schemes.local_entropy(loss, 1e-4, engine).run(key, 3, progress_bar=False)
-    assert result.history.ok.all()
-result = schemes.heat(loss, 1e-4, fit=fit.RobbinsMonro(20)).run(key, 3, progress_bar=False)
-assert result.history.ok.all()
-for method in {methods}:
-    estimate = values.local_entropy(key, target, method=method, num_samples=1_000)
+
+def run(engine):
+    assert schemes.local_entropy(loss, 1e-4, engine).run(key, 3, progress_bar=False).history.ok.all()
+
+def value(method):
+    found = values.local_entropy(key, target, method=method, num_samples=1_000)
     heat = values.heat(key, target, num_samples=1_000)
-    assert abs(estimate.value - heat.value) < 1.0  # nearly linear within so small a tau
-start = loss.constrain(loss.x0)
-values.landscape(key, loss, start, tau=1e-4, directions=["scale_0"], num_points=3, num_samples=100)
-print("done")
+    assert abs(found.value - heat.value) < 1.0  # nearly linear within so small a tau
+
 """
-CHAINS = "num_warmup=20, num_samples=20, num_chains=4"
+STAGES = {
+    "importance": "run(shift.Importance(1000))",
+    "nuts": "run(shift.NUTS(num_warmup=20, num_samples=20, num_chains=4))",
+    "hmc": "run(shift.HMC(num_warmup=20, num_samples=20, num_chains=4))",
+    "smc": "run(shift.SMC(100))",
+    "sgld": "run(shift.SGLD(2e-5, num_samples=50, num_chains=4))",
+    "heat": "assert schemes.heat(loss, 1e-4, fit=fit.RobbinsMonro(20))"
+    ".run(key, 3, progress_bar=False).history.ok.all()",
+    "value by importance": 'value("importance")',
+    "value by smc": 'value("smc")',
+    "value by gaussian": 'value("gaussian")',
+    "value by bridge": 'value("bridge")',
+    "landscape": "values.landscape(key, loss, loss.constrain(loss.x0), tau=1e-4, "
+    'directions=["scale_0"], num_points=3, num_samples=100)',
+}
+# Values of large processes take minutes, of which the evaluations are most.
+LARGE = ("importance", "nuts", "heat", "landscape")
 CASES = [
-    pytest.param(40, 2, "[shift.Importance(1000)]", ["importance", "smc"], id="clouds"),
+    pytest.param(40, 2, "importance"),
     *(
-        pytest.param(
-            points,
-            kernels,
-            f"[shift.Importance(1000), shift.NUTS({CHAINS}), shift.HMC({CHAINS}), shift.SMC(100), "
-            "shift.SGLD(2e-5, num_samples=50, num_chains=4)]",
-            ["importance", "smc", "gaussian", "bridge"],
-            id=f"{kernels} of {points}",
-            marks=pytest.mark.long,
-        )
+        pytest.param(points, kernels, stage, marks=pytest.mark.long)
         for points, kernels in [(25, 4), (60, 2), (60, 4), (120, 1), (120, 2)]
+        for stage in (STAGES if points * kernels <= 120 else LARGE)
     ),
 ]
 
 
-@pytest.mark.parametrize(("points", "kernels", "engines", "methods"), CASES)
-def test_it_ends(points, kernels, engines, methods):
-    code = RUN.format(points=points, kernels=kernels, engines=engines, methods=methods)
+@pytest.mark.parametrize(("points", "kernels", "stage"), CASES)
+def test_it_ends(points, kernels, stage):
+    code = PREPARE.format(points=points, kernels=kernels) + STAGES[stage] + "\nprint('done')"
     assert_ends(code, 600)
 
 
