@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
+import numpyro
 from numpyro.distributions.util import cholesky_of_inverse
 from numpyro.infer import Trace_ELBO, autoguide
 
@@ -47,15 +48,22 @@ def read_gaussian(guide: Any, params: Any, args: tuple, kwargs: dict) -> AnyGaus
     if _is_plain(guide, autoguide.AutoNormal, "__call__"):
         return _checked(_read_sites(guide, params))
     for kind, method, read in (
-        (autoguide.AutoDiagonalNormal, "_get_posterior", _read_diagonal),
-        (autoguide.AutoMultivariateNormal, "_get_posterior", _read_dense),
+        (autoguide.AutoDiagonalNormal, "_get_posterior", _read_posterior),
+        (autoguide.AutoMultivariateNormal, "_get_posterior", _read_posterior),
         (autoguide.AutoLowRankMultivariateNormal, "_get_posterior", _read_low_rank),
-        (autoguide.AutoBatchedMultivariateNormal, "_get_batched_posterior", _read_dense),
-        (autoguide.AutoBatchedLowRankMultivariateNormal, "_get_batched_posterior", _read_low_rank),
+        (autoguide.AutoBatchedMultivariateNormal, "_get_batched_posterior", _read_blocks),
+        (
+            autoguide.AutoBatchedLowRankMultivariateNormal,
+            "_get_batched_posterior",
+            _read_low_rank_blocks,
+        ),
     ):
         if _is_plain(guide, kind, method):
             check_params(params, param_shapes(attribute(guide, method)))
-            return _reordered(_checked(read(guide, params)), sorted_order(guide))
+            # What is wrong with the parameters is told by `_checked`.
+            with numpyro.validation_enabled(is_validate=False):
+                gaussian = read(guide, params)
+            return _reordered(_checked(gaussian), sorted_order(guide))
     if _is_plain(guide, autoguide.AutoLaplaceApproximation, "get_transform"):
         check_params(params, param_shapes(guide._get_posterior))  # noqa: SLF001
         return _reordered(_read_laplace(guide, params, args, kwargs), sorted_order(guide))
@@ -79,27 +87,32 @@ def _read_sites(guide: Any, params: Any) -> Gaussian:
     return Gaussian(mean, scale)
 
 
-def _get(guide: Any, params: Any, name: str) -> Array:
-    return jnp.asarray(params[f"{guide.prefix}_{name}"])
+def _read_posterior(guide: Any, params: Any) -> Gaussian:
+    return Gaussian.from_distribution(guide.get_posterior(params))
 
 
-def _read_diagonal(guide: Any, params: Any) -> Gaussian:
-    return Gaussian(_get(guide, params, "loc"), _get(guide, params, "scale"))
+def _read_low_rank(guide: Any, params: Any) -> LowRankGaussian:
+    return LowRankGaussian.from_distribution(guide.get_posterior(params))
 
 
-def _read_dense(guide: Any, params: Any) -> Gaussian:
+def _read_blocks(guide: Any, params: Any) -> Gaussian:
+    # The posterior of a batched guide is a transformed distribution, whose moments NumPyro does not have.
     return Gaussian(
         jnp.ravel(_get(guide, params, "loc")), _block_diagonal(_get(guide, params, "scale_tril"))
     )
 
 
-def _read_low_rank(guide: Any, params: Any) -> LowRankGaussian:
+def _read_low_rank_blocks(guide: Any, params: Any) -> LowRankGaussian:
     # NumPyro's factors are in units of the diagonal part.
     scale = _get(guide, params, "scale")
     factor = _get(guide, params, "cov_factor") * scale[..., None]
     return LowRankGaussian(
         jnp.ravel(_get(guide, params, "loc")), jnp.ravel(scale) ** 2, _block_diagonal(factor)
     )
+
+
+def _get(guide: Any, params: Any, name: str) -> Array:
+    return jnp.asarray(params[f"{guide.prefix}_{name}"])
 
 
 def _block_diagonal(blocks: Array) -> Array:
