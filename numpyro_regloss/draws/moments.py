@@ -103,12 +103,23 @@ def of_draws(
 
 
 def log_density_of(target: RegularizedLoss, draws: Draws) -> Array | None:
-    """Log density of q at draws that have scores, up to a constant, `(chain, draw)`; to check the scores by."""
+    """Log density of q at draws that have scores, up to a constant, to check the scores by.
+
+    Args:
+        target: of the draws; without a reference, the density exp(-loss / T).
+        draws: from a shift.
+
+    Returns:
+        `(chain, draw)`, or None for draws without scores.
+    """
     if draws.score is None:
         return None
+    log_density = -draws.loss / draws.temperature
+    if target.reference is None:
+        return log_density
     # Solves with a dense scale come one after another, the engine's for the scores first.
     x = after(draws.score.reshape(-1)[0], draws.x)
-    return target.reference.log_prob(x) - draws.loss / draws.temperature
+    return log_density + target.reference.log_prob(x)
 
 
 def of_chains(
