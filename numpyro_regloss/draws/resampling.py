@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted draws as equally weighted ones, for views that know no weights.
+"""Weighted draws as equally weighted ones, for views that know no weights and for particles.
 
 Systematic resampling: draw i is shown n w_i times, up or down to a whole number. Copies stay side by side, so
 that what counts autocorrelation finds about as many effective draws as the weights leave.

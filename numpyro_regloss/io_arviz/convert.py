@@ -17,8 +17,6 @@ Groups of a run:
 
 References: Kumar, Carroll, Hartikainen & Martin (2019), "ArviZ: a unified library for exploratory analysis of
 Bayesian models in Python".
-
-The container of ArviZ's generation: the only branch on it, taken by feature.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,16 +7,14 @@ initialization. So every step builds the kernel anew, on `numpyro_regloss.model`
 its argument, and initializes it there. Chains start where they stood last in whitened coordinates: when the
 reference moves they move with it, and are burnt in again.
 
+Walkers of an ensemble learn from one another: at one time they are independent draws, over time they are not, and
+the usual autocorrelations of single walkers miss what passes between them. Their errors come from the scatter of
+means over batches of time, which contain all of it.
+
 References: Livingstone & Zanella (2022), "The Barker Proposal: Combining Robustness and Efficiency in
 Gradient-Based MCMC"; Goodman & Weare (2010), "Ensemble Samplers with Affine Invariance"; Karamanis & Beutler
-(2021), "Ensemble Slice Sampling"; Zhu (2019), "Sample Adaptive MCMC".
-
-Draws of an ensemble of walkers as blocks of time, whose scatter gives errors.
-
-Walkers learn from one another: at one time they are independent draws, over time they are not, and the usual
-autocorrelations of single walkers miss what passes between them. Means over batches of time contain all of it.
-
-Reference: Flegal & Jones (2010), "Batch Means and Spectral Variance Estimators in Markov Chain Monte Carlo".
+(2021), "Ensemble Slice Sampling"; Zhu (2019), "Sample Adaptive MCMC"; Flegal & Jones (2010), "Batch Means and
+Spectral Variance Estimators in Markov Chain Monte Carlo".
 """
 
 import math

@@ -1,14 +1,12 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Hamiltonian Monte Carlo of NumPyro on the shifted density, with jittered paths, several chains at once.
+"""Hamiltonian Monte Carlo and the No-U-Turn sampler of NumPyro on the shifted density, several chains at once.
+
+Paths of HMC have a jittered length; those of NUTS end where they would turn back.
 
 References: Neal (2011), "MCMC Using Hamiltonian Dynamics"; Bou-Rabee & Sanz-Serna (2017), "Randomized
+Hamiltonian Monte Carlo"; Hoffman & Gelman (2014), "The No-U-Turn Sampler: Adaptively Setting Path Lengths in
 Hamiltonian Monte Carlo".
-
-The No-U-Turn sampler of NumPyro on the shifted density, several chains at once.
-
-Reference: Hoffman & Gelman (2014), "The No-U-Turn Sampler: Adaptively Setting Path Lengths in Hamiltonian
-Monte Carlo".
 """
 
 import math

@@ -14,8 +14,6 @@ Starting a new warm-up from the old step size would not be a warm start: it begi
 
 Reference: Beskos, Pillai, Roberts, Sanz-Serna & Stuart (2013), "Optimal Tuning of the Hybrid Monte Carlo
 Algorithm".
-
-Settings that NUTS and HMC share, and their checks.
 """
 
 from collections.abc import Callable
