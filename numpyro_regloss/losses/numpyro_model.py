@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss that is a NumPyro model: its latent sites as one flat unconstrained vector.
 
-Sites that cannot be part of it (discrete ones, parameters of optimizers, supports without a bijection) are refused,
-with what to do instead.
+Sites that cannot be part of it (discrete ones, parameters of optimizers, supports without a bijection) are
+refused, with what to do instead.
 """
 
 import functools
