@@ -783,7 +783,7 @@ def test_arviz_may_be_imported_first():
 # Files.
 
 
-def compare(one, other):
+def compare(one, other, rtol=0.0):
     for group in (
         "posterior",
         "unconstrained_posterior",
@@ -794,7 +794,7 @@ def compare(one, other):
         a, b = one[group], other[group]
         assert set(a.data_vars) == set(b.data_vars)
         for name in a.data_vars:
-            np.testing.assert_array_equal(a[name].values, b[name].values)
+            np.testing.assert_allclose(a[name].values, b[name].values, rtol=rtol)
             assert a[name].dims == b[name].dims
 
 
@@ -820,7 +820,8 @@ def test_zarr_round_trip(model_data, tmp_path):
 def test_files_of_both_generations_are_read(az, container):
     """Written by `python tests/test_arviz.py FILE` under ArviZ 0.23 and 1.x."""
     data = az.from_netcdf(str(DATA / f"arviz_{container}.nc"))
-    compare(data, small_data())
+    # Releases of JAX round the last digit in other ways.
+    compare(data, small_data(), rtol=1e-6)
 
 
 def small_data():

@@ -40,10 +40,10 @@ def nearest_in_reverse_kl(
     if covariance == "reference":
         return gaussian
     if covariance == "dense":
-        if gaussian.structure == "low_rank":
+        if isinstance(gaussian, LowRankGaussian):
             return Gaussian(mean, jnp.linalg.cholesky(gaussian.covariance))
         if gaussian.structure == "dense":
-            return Gaussian(mean, gaussian[1])
+            return Gaussian(mean, gaussian.scale)
         return Gaussian(mean, jnp.diag(jnp.sqrt(gaussian.variance)))
     precision = gaussian.precision_diagonal
     if covariance == "isotropic":

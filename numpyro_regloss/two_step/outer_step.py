@@ -120,19 +120,19 @@ def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> Reg
     return RegularizedLoss.unchecked(optimizer.loss, reference, arguments, optimizer.temperature)
 
 
-def _rescaled(optimizer: Any, reference: AnyGaussian, tau: Array) -> AnyGaussian:
+def _rescaled(optimizer: Any, reference: Any, tau: Array) -> Gaussian:
     # Tau is the optimizer's, at every step: a state may have come from a run with another one.
     if optimizer.anchor.owns_scale:
         return reference
     new = Gaussian.isotropic(reference.mean, tau)
-    return new._replace(scale=jnp.where(_usable(tau), new.scale, reference[1]))
+    return new._replace(scale=jnp.where(_usable(tau), new.scale, reference.scale))
 
 
-def _tau_in_force(optimizer: Any, reference: AnyGaussian, tau: Array) -> Array:
+def _tau_in_force(optimizer: Any, reference: Gaussian, tau: Array) -> Array:
     # Of a dense reference the marginal variances.
     if not optimizer.anchor.owns_scale:
         return tau
-    return reference[1] ** 2 if reference[1].ndim == 0 else reference.variance
+    return reference.scale**2 if reference.scale.ndim == 0 else reference.variance
 
 
 def _usable(tau: Array) -> Array:
