@@ -26,11 +26,9 @@ from numpyro_regloss.two_step import (
 )
 
 if TYPE_CHECKING:
-    from numpyro_regloss import plots
-    from numpyro_regloss.diagnostics import distance as diagnostics
+    __version__: str
+    from numpyro_regloss import diagnostics, plots
     from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
-
-__version__ = metadata.version("numpyro_regloss")
 
 __all__ = [
     "Gaussian",
@@ -74,6 +72,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("numpyro_regloss")
     if name not in _LATER:
         raise AttributeError(f"module 'numpyro_regloss' has no attribute {name!r}")
     module = import_module(f"numpyro_regloss.{_LATER[name]}")

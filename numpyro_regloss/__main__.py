@@ -27,12 +27,12 @@ from numpyro_regloss import (
     TwoStep,
     TwoStepResult,
     __version__,
+    diagnostics,
     fit,
     schemes,
     shift,
     values,
 )
-from numpyro_regloss.diagnostics import distance as diagnostics
 
 DESCRIPTION = """\
 Minimizes local-entropy and heat regularized losses on real data and reports what they reached:

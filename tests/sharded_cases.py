@@ -37,6 +37,7 @@ from numpyro_regloss import (
     RegularizedLoss,
     TwoStep,
     anchor,
+    diagnostics,
     fit,
     forward_kl,
     from_guide,
@@ -51,7 +52,6 @@ from numpyro_regloss import (
 )
 from numpyro_regloss._core.pareto import pareto_smooth
 from numpyro_regloss._core.pytree import with_context_axes
-from numpyro_regloss.diagnostics import distance as diagnostics
 
 # Sums over 400 rows and draws in float32, in another order.
 TOLERANCE = 5e-5

@@ -158,6 +158,14 @@ def from_model(fn, *args, **kwargs):
     return lambda: Loss.from_model(fn, *(args or (np.zeros(6),)), **kwargs)
 
 
+class Lonely:
+    def init(self, rng_key, target):
+        return ()
+
+    def step(self, rng_key, state, target):
+        return state, None, None
+
+
 def scheme(loss=LOSS, tau=0.1, engine=CHEAP, projection=None, **kwargs):
     return TwoStep(
         loss, tau, engine, fit.ForwardKL() if projection is None else projection, **kwargs
@@ -605,6 +613,21 @@ CATALOGUE = {
         lambda: scheme(engine=numpyro.infer.NUTS(model)),
         TypeError,
         "object with init and step",
+    ),
+    "shift without verbs": (
+        lambda: scheme(engine=type("Numb", (shift.Shift,), {"init": 3, "step": 4})()),
+        TypeError,
+        "object with init and step",
+    ),
+    "shift that inherits from nothing": (
+        lambda: scheme(engine=Lonely()),
+        TypeError,
+        r"has defaults for the methods beside init and step, got Lonely; inherit from it",
+    ),
+    "info that is neither tuple nor dataclass": (
+        lambda: fit.FitInfo.of({"mean_error": 0.0}),
+        TypeError,
+        "as a NamedTuple or a dataclass",
     ),
     "shift is an algorithm of another library": (
         lambda: scheme(engine=ALGORITHM),

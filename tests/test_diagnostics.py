@@ -11,9 +11,16 @@ import pytest
 from conftest import SIGMAS
 from jax import random
 
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, forward_kl, kl_divergence, shift
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    RegularizedLoss,
+    diagnostics,
+    forward_kl,
+    kl_divergence,
+    shift,
+)
 from numpyro_regloss._core.pareto import pareto_khat
-from numpyro_regloss.diagnostics import distance as diagnostics
 from numpyro_regloss.diagnostics.distance import gaussian_fit
 from numpyro_regloss.values.estimate import Estimate
 

@@ -20,12 +20,12 @@ from numpyro_regloss import (
     TwoStep,
     TwoStepResult,
     anchor,
+    diagnostics,
     fit,
     schemes,
     shift,
 )
 from numpyro_regloss.anchor import Proximal
-from numpyro_regloss.diagnostics import distance as diagnostics
 from numpyro_regloss.diagnostics.arrival import Run
 from numpyro_regloss.diagnostics.columns import Motion
 from numpyro_regloss.diagnostics.doubts import DOUBTS

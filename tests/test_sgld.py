@@ -21,10 +21,10 @@ from numpyro_regloss import (
     RegularizedLoss,
     RejectedError,
     TwoStep,
+    diagnostics,
     fit,
     shift,
 )
-from numpyro_regloss.diagnostics import distance as diagnostics
 from numpyro_regloss.draws.base import BatchMeans
 from numpyro_regloss.fit import ForwardKL
 

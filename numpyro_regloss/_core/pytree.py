@@ -24,6 +24,7 @@ from numpyro_regloss._core.rounding import check_rounding
 
 __all__ = [
     "fields_of",
+    "has_fields",
     "Constant",
     "Partition",
     "all_finite",
@@ -118,18 +119,34 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     return cls
 
 
+def has_fields(info: Any) -> bool:
+    """Whether something is a named tuple or a dataclass."""
+    is_named = isinstance(info, tuple) and hasattr(info, "_asdict")
+    return is_named or (dataclasses.is_dataclass(info) and not isinstance(info, type))
+
+
 def fields_of(info: Any) -> dict[str, Any]:
-    """What a named tuple or a dataclass holds, by name; nothing of anything else.
+    """What the info of an engine holds, by name.
 
     Args:
-        info: of an engine, which reports what it likes beside what it must.
+        info: a named tuple or a dataclass, which reports what it likes beside what it must; None holds nothing.
 
     Returns:
         Values by name.
+
+    Raises:
+        TypeError: if it is neither.
     """
-    if dataclasses.is_dataclass(info) and not isinstance(info, type):
-        return {field.name: vars(info)[field.name] for field in dataclasses.fields(info)}
-    return info._asdict() if isinstance(info, tuple) and hasattr(info, "_asdict") else {}
+    if info is None:
+        return {}
+    if not has_fields(info):
+        raise TypeError(
+            "numpyro_regloss: expected the info of an engine as a NamedTuple or a dataclass, whose fields others "
+            f"read by name, got {type(info).__name__}."
+        )
+    if isinstance(info, tuple):
+        return info._asdict()
+    return {field.name: attribute(info, field.name) for field in dataclasses.fields(info)}
 
 
 def strip_weak_types(tree: Any) -> Any:

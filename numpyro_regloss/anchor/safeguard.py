@@ -258,7 +258,7 @@ def report(reason: Array, plain: Array, step: Array, decreases: Array) -> Accele
     """The info of an accelerated anchor.
 
     Args:
-        reason: index into `anchor.base.REASONS`.
+        reason: index into `REASONS`.
         plain: the plain step, whitened.
         step: the accelerated step.
         decreases: of F_tau by both, `(2,)`.

@@ -30,8 +30,6 @@ from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.stats import normalize_log_weight, weight_ess
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.diagnostics.arrival import Finding
-from numpyro_regloss.diagnostics.report import DrawsSummary, RunSummary, summary
 from numpyro_regloss.draws.agreement import chains_rhat, disagreement
 from numpyro_regloss.draws.base import BatchMeans
 from numpyro_regloss.draws.bridge import bridge
@@ -42,7 +40,7 @@ from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.values.estimate import Estimate
 
-__all__ = ["DrawsSummary", "Finding", "GaussianFit", "RunSummary", "gaussian_fit", "summary"]
+__all__ = ["GaussianFit", "gaussian_fit"]
 
 LEAST_REACHED = 0.95
 # The largest k-hat of weights whose average and error are both reliable at a few hundred draws.

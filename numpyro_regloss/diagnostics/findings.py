@@ -88,8 +88,10 @@ def judge(
     texts = {"rejections": rejections(history)}
     if optimizer is not None:
         texts |= remedies(history, optimizer)
-    elif isinstance(history.shift, SGLDInfo):
-        texts["shift"] = sgld.remedy(history.shift, history.ok)
+    else:
+        for info in (history.shift, fields_of(history.shift).get("engine")):
+            if isinstance(info, SGLDInfo):
+                texts["shift"] = sgld.remedy(info, history.ok)
     texts |= {name: rule(run) for name, rule in RULES.items()}
     doubts = DOUBTS if arrived is not False else {n: DOUBTS[n] for n in DOUBTS if n not in AT_REST}
     seen = {finding.name for finding in others}

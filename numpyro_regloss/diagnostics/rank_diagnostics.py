@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank-normalized diagnostics of Markov chains: bulk and tail ESS and R-hat, as ArviZ computes them.
 
-For the draws at the end of a run, on the host; the cheaper ones of every step are in `_stats`. Not by ArviZ,
+For the draws at the end of a run, on the host; the cheaper ones of every step are in `_core.stats`. Not by ArviZ,
 which has no R-hat of a single chain.
 
 Reference: Vehtari, Gelman, Simpson, Carpenter & Bürkner (2021), "Rank-normalization, folding, and localization: an

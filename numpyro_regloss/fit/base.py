@@ -62,11 +62,7 @@ class Fit(Protocol):
 
     uses_gradient: ClassVar[bool] = False
     uses_draws: ClassVar[bool] = True
-
-    @property
-    def covariance(self) -> str | None:
-        """None, as for a fit that keeps the reference's covariance."""
-        return None
+    covariance: Any = None
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> Any:
         """The fit's state before the first step.

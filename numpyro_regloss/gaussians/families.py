@@ -53,7 +53,9 @@ def nearest_in_reverse_kl(
     if isinstance(gaussian, LowRankGaussian) and gaussian.rank == rank:
         return gaussian
     if rank is None or rng_key is None:
-        raise TypeError("project: expected a rank and a random key for a low rank, got None.")
+        raise TypeError(
+            "nearest_in_reverse_kl: expected a rank and a random key for a low rank, got None."
+        )
     noise = random.normal(rng_key, (mean.size, rank), mean.dtype)
     columns = FIRST_FACTOR * noise / jnp.sqrt(precision)[:, None]
     return LowRankGaussian(mean, 1.0 / precision, columns)

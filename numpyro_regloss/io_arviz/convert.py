@@ -81,7 +81,7 @@ def to_arviz(
     Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of
     their pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of
     the draws. Weighted draws are resampled to equal weights, copies side by side; draws of one chain have no
-    R-hat, and the chains of an ensemble kernel are stretches of time. Of an engine without draws
+    R-hat, and the chains of an ensemble kernel are batches of time. Of an engine without draws
     (`shift.Implicit`) there are `optimization` and `constant_data` only.
 
     Args:

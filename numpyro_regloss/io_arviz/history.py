@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_regloss._core.pytree import fields_of
+from numpyro_regloss._core.pytree import fields_of, has_fields
 from numpyro_regloss.io_arviz.draws import plain
 from numpyro_regloss.io_arviz.labels import Labels
 from numpyro_regloss.two_step.result import TwoStepResult
@@ -66,9 +66,10 @@ def _numbers(path: str, info: Any) -> Iterator[tuple[str, Any]]:
         yield path, info.value
         yield f"{path}_error", info.error
         return
-    for name, value in fields_of(info).items():
-        yield from _numbers(f"{path}_{name}", value)
-    if isinstance(info, np.ndarray) and info.ndim and info.dtype != object:
+    if has_fields(info):
+        for name, value in fields_of(info).items():
+            yield from _numbers(f"{path}_{name}", value)
+    elif isinstance(info, np.ndarray) and info.ndim and info.dtype != object:
         yield path, info
 
 

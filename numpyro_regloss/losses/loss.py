@@ -304,18 +304,19 @@ class Loss:
         alone = self.is_evaluated_alone(arguments)
         return one_at_a_time(value, leaves) if alone else value(leaves)
 
-    def is_evaluated_alone(self, arguments: Partition) -> bool:
+    def is_evaluated_alone(self, arguments: Partition, num_calls: int = 1) -> bool:
         """Whether the loss is evaluated one draw at a time, since it factorizes matrices.
 
         Args:
             arguments: from `bind`.
+            num_calls: how many factorizations it takes.
 
         Returns:
             Whether it is.
         """
         leaves, structure = jax.tree.flatten((self.source, self.x0, arguments))
         shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in leaves)
-        return _factorizes(structure, shapes)
+        return _factorizes(structure, shapes, num_calls)
 
     def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
         """One minibatch of the arguments and the factor `rows / batch_size`; all of them without one.
@@ -415,11 +416,11 @@ def _raw_value(source: Any, x: Array, arguments: Partition) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _factorizes(structure: Any, shapes: tuple[Any, ...]) -> bool:
+def _factorizes(structure: Any, shapes: tuple[Any, ...], num_calls: int) -> bool:
     def value(leaves: list[Array]) -> Any:
         return _raw_value(*jax.tree.unflatten(structure, leaves))
 
-    return needs_one_at_a_time(value, shapes)
+    return needs_one_at_a_time(value, shapes, num_calls)
 
 
 def _checked(minibatch: Any) -> Minibatch | None:

@@ -12,6 +12,7 @@ twice.
 The price: such a loss runs on one core, one draw after the other.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,19 +27,23 @@ from numpyro_regloss.losses.factorizations import factorizations, one_matrix_at_
 __all__ = ["mapped", "needs_one_at_a_time", "one_at_a_time"]
 
 
-def needs_one_at_a_time(fn: Callable[[list[Array]], Any], leaves: Sequence[Any]) -> bool:
+def needs_one_at_a_time(
+    fn: Callable[[list[Array]], Any], leaves: Sequence[Any], num_calls: int = 1
+) -> bool:
     """Whether batches of a function can wait for themselves: it has LAPACK calls, on a CPU.
 
     Args:
         fn: the function, at one point.
         leaves: its arguments, or their shapes.
+        num_calls: how many it takes.
 
     Returns:
         Whether to evaluate it one draw at a time.
     """
     shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) for leaf in leaves]
     jaxpr = jax.make_jaxpr(fn)(shapes)
-    return any(factorizations(jaxpr.jaxpr)) and jax.default_backend() == "cpu"
+    found = itertools.islice(factorizations(jaxpr.jaxpr), num_calls)
+    return len(list(found)) == num_calls and jax.default_backend() == "cpu"
 
 
 def one_at_a_time(fn: Callable[[list[Array]], Scalar], leaves: list[Array]) -> Scalar:

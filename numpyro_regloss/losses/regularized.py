@@ -230,8 +230,9 @@ def _log_weight(target: RegularizedLoss, value: Array) -> Array:
 def _observed_source(target: RegularizedLoss) -> ModelSource | None:
     """The model whose observed sites stand for themselves, if there is one."""
     source = target.loss.source
-    # Of a loss that is evaluated one draw at a time there is the value alone.
-    alone = target.loss.is_evaluated_alone(target.arguments)
+    # Chains of NumPyro are few, and wait for each other only within several factorizations: of such a loss, which
+    # is evaluated one draw at a time, there is the value alone.
+    alone = target.loss.is_evaluated_alone(target.arguments, num_calls=2)
     return source if isinstance(source, ModelSource) and not alone else None
 
 

@@ -49,7 +49,7 @@ class Shift(Protocol):
 
     The state has the same shapes and types going in and out. The info has a scalar boolean `ok`, the
     counts `num_loss` and `num_grad` of evaluations spent, and the engine's own diagnostics; it is
-    never read back.
+    never read back by the driver.
 
     A class that inherits from this one needs `init` and `step` only.
 

@@ -201,7 +201,7 @@ class Kernel(Shift):
         Returns:
             The next state, the draws and the diagnostics. Draws are `(num_chains, num_samples, dim)`, with scores
             where the kernel has gradients; those of an ensemble are grouped by batches of time, since its
-            walkers depend on one another: `(stretch, draw, dim)`.
+            walkers depend on one another: `(batch, draw, dim)`.
 
         Raises:
             ValueError: if the kernel cannot be set up on the model.
@@ -409,13 +409,13 @@ def _named(value: Any) -> str:
 
 
 def batches(a: Float[Array, "walker draw *event"]) -> Float[Array, "batch member *event"]:
-    """Groups draws by time; the first ones, which would not fill a stretch, are dropped.
+    """Groups draws by time; the first ones, which would not fill a batch, are dropped.
 
     Args:
         a: of the walkers, `(walker, draw, ...)`.
 
     Returns:
-        `(stretch, draws of all walkers in it, ...)`, ten to nineteen batches, or one per draw of fewer.
+        `(batch, draws of all walkers in it, ...)`, ten to nineteen batches, or one per draw of fewer.
     """
     length = max(1, a.shape[1] // NUM_BATCHES)
     number = a.shape[1] // length
@@ -430,7 +430,7 @@ def ess_of_blocks(x: Float[Array, "batch member *event"]) -> Float[Array, "*even
         x: from `batches`.
 
     Returns:
-        One value per event coordinate, between one and the number of draws; one where there is one stretch or
+        One value per event coordinate, between one and the number of draws; one where there is one batch or
         draws are not finite.
     """
     number, size = x.shape[:2]

@@ -312,10 +312,10 @@ def row_of_history(optimizer: Any, state: TwoStepState, arguments: Partition) ->
 
 
 def next_draws(optimizer: Any, state: TwoStepState, arguments: Partition) -> Draws:
-    """The draws of the step that a run does next, up to rounding."""
+    """The draws of the step that a run does next, up to rounding; of a long loss by a whole step of it."""
     if not optimizer.loss.is_long or not is_concrete((optimizer, state, arguments)):
         return draw(optimizer, draw_key(state.rng_key, state.step), state, arguments)
-    # The program of the run is compiled already.
+    # After a run without a callback its program is there already; another one would hold the loss again.
     capacity = history_capacity(row_of_history(optimizer, state, arguments))
     draws = advance(optimizer, state, arguments, np.int32(1), capacity)[2]
     assert draws is not None

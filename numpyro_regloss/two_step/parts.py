@@ -3,7 +3,6 @@
 """Checks of what a scheme is made of."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -23,8 +22,8 @@ __all__ = ["check_groups", "check_parts", "followers"]
 class Verbs(Protocol):
     """What all engines have."""
 
-    init: Callable[..., Any]
-    step: Callable[..., Any]
+    def init(self, *args: Any) -> Any: ...  # noqa: D102
+    def step(self, *args: Any) -> Any: ...  # noqa: D102
 
 
 def check_parts(shift: Any, fit: Any, anchor: Any, what: str) -> None:
@@ -42,11 +41,8 @@ def check_parts(shift: Any, fit: Any, anchor: Any, what: str) -> None:
     for part, kind in ((shift, Shift), (fit, Fit), (anchor, Anchor)):
         name = kind.__name__.lower()
         others = {Shift, Fit, Anchor} - {kind}
-        if (
-            isinstance(part, type)
-            or not isinstance(part, Verbs)
-            or others & set(type(part).__mro__)
-        ):
+        has_verbs = isinstance(part, Verbs) and callable(part.init) and callable(part.step)
+        if isinstance(part, type) or not has_verbs or others & set(type(part).__mro__):
             raise TypeError(
                 f"{what}: expected {name} as an object with init and step, such as those of "
                 f"numpyro_regloss.{name}, got {part!r}.{_hint(part)}"

@@ -105,7 +105,7 @@ class ForwardKL(Fit):
         'auto'
     """
 
-    covariance: str = static_field(default="reference")
+    covariance: str = static_field(default="reference")  # ty: ignore[incompatible-attribute-override]
     control_variates: str = static_field(default="auto")
     rank: int | None = static_field(default=None)
     shrinkage: str = static_field(default="auto")

@@ -155,7 +155,7 @@ class ReverseKL(Fit):
         'sample_average'
     """
 
-    covariance: str = static_field(default="reference")
+    covariance: str = static_field(default="reference")  # ty: ignore[incompatible-attribute-override]
     method: str = static_field(default="sample_average")
     rank: int | None = static_field(default=None)
     num_steps: int | None = static_field(default=None)

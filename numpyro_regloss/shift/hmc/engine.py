@@ -18,7 +18,7 @@ from numpyro_regloss._core.types import Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
-from numpyro_regloss.shift.hmc import transitions as whitened
+from numpyro_regloss.shift.hmc import transitions
 from numpyro_regloss.shift.hmc.transitions import Settings, check_settings, remedy
 
 __all__ = ["HMC", "NUTS"]
@@ -78,14 +78,14 @@ class HMC(Shift):
             target_accept_prob=self.target_accept_prob,
         )
 
-    def init(self, rng_key: Key, target: RegularizedLoss) -> whitened.HMCState:
+    def init(self, rng_key: Key, target: RegularizedLoss) -> transitions.HMCState:
         """Chains at the centre; the first step warms them up."""
         del rng_key
-        return whitened.init(self.settings, target)
+        return transitions.init(self.settings, target)
 
     def step(
-        self, rng_key: Key, state: whitened.HMCState, target: RegularizedLoss
-    ) -> tuple[whitened.HMCState, StoredDraws, whitened.HMCInfo]:
+        self, rng_key: Key, state: transitions.HMCState, target: RegularizedLoss
+    ) -> tuple[transitions.HMCState, StoredDraws, transitions.HMCInfo]:
         """Draws from q.
 
         Args:
@@ -96,13 +96,15 @@ class HMC(Shift):
         Returns:
             The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
         """
-        return whitened.step(self.settings, rng_key, state, target)
+        return transitions.step(self.settings, rng_key, state, target)
 
-    def after_rejection(self, old: whitened.HMCState, new: whitened.HMCState) -> whitened.HMCState:
+    def after_rejection(
+        self, old: transitions.HMCState, new: transitions.HMCState
+    ) -> transitions.HMCState:
         """Positions go back, and the next step warms up again."""
-        return whitened.after_rejection(old, new)
+        return transitions.after_rejection(old, new)
 
-    def remedy(self, info: whitened.HMCInfo, ok: Any) -> str:
+    def remedy(self, info: transitions.HMCInfo, ok: Any) -> str:
         """What to use where walls or steepness stopped the chains."""
         return remedy(self.settings, info, ok)
 
@@ -158,14 +160,14 @@ class NUTS(Shift):
             target_accept_prob=self.target_accept_prob,
         )
 
-    def init(self, rng_key: Key, target: RegularizedLoss) -> whitened.HMCState:
+    def init(self, rng_key: Key, target: RegularizedLoss) -> transitions.HMCState:
         """Chains at the centre; the first step warms them up."""
         del rng_key
-        return whitened.init(self.settings, target)
+        return transitions.init(self.settings, target)
 
     def step(
-        self, rng_key: Key, state: whitened.HMCState, target: RegularizedLoss
-    ) -> tuple[whitened.HMCState, StoredDraws, whitened.HMCInfo]:
+        self, rng_key: Key, state: transitions.HMCState, target: RegularizedLoss
+    ) -> tuple[transitions.HMCState, StoredDraws, transitions.HMCInfo]:
         """Draws from q.
 
         Args:
@@ -176,12 +178,14 @@ class NUTS(Shift):
         Returns:
             The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
         """
-        return whitened.step(self.settings, rng_key, state, target)
+        return transitions.step(self.settings, rng_key, state, target)
 
-    def after_rejection(self, old: whitened.HMCState, new: whitened.HMCState) -> whitened.HMCState:
+    def after_rejection(
+        self, old: transitions.HMCState, new: transitions.HMCState
+    ) -> transitions.HMCState:
         """Positions go back, and the next step warms up again."""
-        return whitened.after_rejection(old, new)
+        return transitions.after_rejection(old, new)
 
-    def remedy(self, info: whitened.HMCInfo, ok: Any) -> str:
+    def remedy(self, info: transitions.HMCInfo, ok: Any) -> str:
         """What to use where walls or steepness stopped the chains."""
         return remedy(self.settings, info, ok)

@@ -70,6 +70,7 @@ def is_wider(offset: Array, log_weight: Array, unit: Array) -> Array:
     # Without the other members of the pairs: second moments about the center are the same.
     contrast = weight - 1.0 / half
 
+    # Two halves at once, of a matrix that is shifted so that its largest eigenvalue is the one looked for.
     def iterate(_: Array, direction: Array) -> Array:
         along = jnp.einsum("hij,hj->hi", z, direction)
         # The plain second moment is the identity, so that no eigenvalue is negative but by noise.

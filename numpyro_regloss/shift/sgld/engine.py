@@ -180,7 +180,7 @@ class SGLD(Shift):
         return remedy(info, ok)
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> SGLDState:
-        """LangevinChains at the centre, and a random direction.
+        """Chains at the centre, and a random direction.
 
         Args:
             rng_key: a random key.
