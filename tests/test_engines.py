@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, HEAT_FITS, SHIFTS, SIGMAS, long
 from jax import lax, random
+from scipy.stats import norm
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, fit, problems, shift
 from numpyro_regloss.fit import ForwardKL
@@ -37,10 +38,7 @@ def wall(x):
     return jnp.where(x[0] > 0, jnp.where(x[1] > 0, 0.0, jnp.nan), jnp.inf)
 
 
-LOSSES = {name: problem.loss for name, problem in PROBLEMS.items()} | {
-    "wall": wall,
-    "steep": lambda x: 9.5 * jnp.sum(x),
-}
+LOSSES = {name: problem.loss for name, problem in PROBLEMS.items()} | {"wall": wall}
 
 
 def any_loss(x, which):
@@ -318,17 +316,19 @@ def test_walls_and_failures_of_the_loss():
     target = setup_named("wall", np.ones(2), 1.0, 1.0)
     _, info, fitted, fit_info = one_shift(SHIFTS["importance"](), target)
     assert info.ok
-    # A share of 0.29 of 4,000.
-    assert 1000 < info.num_rejected < 1300
+    # Where it is NaN, at one draw of eight.
+    inside = norm.cdf(1.0)
+    share = inside * (1.0 - inside)
+    assert abs(info.num_rejected / 4000 - share) < SIGMAS * np.sqrt(share / 4000)
     # N(1, 1) cut off at zero on both axes.
-    exact = 1.0 + jax.scipy.stats.norm.pdf(1.0) / jax.scipy.stats.norm.cdf(1.0)
+    exact = 1.0 + norm.pdf(1.0) / inside
     np.testing.assert_allclose(fitted.mean, [exact, exact], atol=0.05)
     assert np.all(np.abs(fitted.mean - exact) < SIGMAS * fit_info.mean_error)
 
 
 def test_importance_reports_degeneracy():
-    target = setup_named("steep", np.zeros(2), 1.0, 1.0)
-    _, info, _, fit_info = one_shift(SHIFTS["importance"](), target)
+    target = setup(problems.linear(np.full(20, 3.0)), np.zeros(20), 1.0, 1.0)
+    _, info, _, fit_info = one_shift(shift.Importance(1000), target)
     assert info.khat > 0.7
     assert info.ess < 20
     # sqrt(tau) = 1, and a mean over a handful of draws is known to a good part of it.

@@ -126,13 +126,16 @@ def test_errors_of_mean_and_evidence_are_calibrated():
     assert np.all((covered >= 0.9) & (covered <= 0.995)), covered
 
 
+rung = jax.jit(next_rung)
+
+
 def test_ladder_hits_the_effective_sample_size():
     energy = 50.0 * random.normal(random.key(0), (4, 500)) ** 2
     s = jnp.zeros(())
     total, rungs = jnp.zeros(4), []
     while s < 1:
         before = s
-        s, log_weight, increment = jax.jit(next_rung)(energy, s, 0.5)
+        s, log_weight, increment = rung(energy, s, 0.5)
         weight = np.exp(log_weight)
         rungs.append(weight.sum() ** 2 / (weight**2).sum() / weight.size)
         np.testing.assert_allclose(
@@ -145,17 +148,18 @@ def test_ladder_hits_the_effective_sample_size():
 
 
 def test_walls_leave_the_ladder_alone():
-    energy = jnp.where(jnp.arange(400) % 4 == 0, 1.0, jnp.inf).reshape(2, 200)
-    s, log_weight, increment = next_rung(energy, jnp.zeros(()), 0.5)
+    energy = jnp.where(jnp.arange(2000) % 4 == 0, 1.0, jnp.inf).reshape(4, 500)
+    s, log_weight, increment = rung(energy, jnp.zeros(()), 0.5)
     assert s == 1.0
     np.testing.assert_allclose(increment, np.log(0.25) - 1.0, rtol=1e-5)
     assert np.all(np.isneginf(log_weight) == np.isinf(energy))
 
 
 def test_systematic_resampling():
+    resample = jax.jit(systematic, static_argnums=2)
     weight = np.array([0.0, 0.5, 0.125, 0.0, 0.375, 0.0])
     for seed in range(5):
-        index = systematic(random.key(seed), jnp.log(weight), 16)
+        index = resample(random.key(seed), jnp.log(weight), 16)
         np.testing.assert_array_equal(np.bincount(index, minlength=6), 16 * weight)
         assert np.all(np.diff(index) >= 0)
     assert np.all(systematic(random.key(0), jnp.full(4, -jnp.inf), 4) == np.arange(4))
@@ -280,6 +284,7 @@ def test_several_starts_in_one_program_and_a_scheme():
     assert np.all(np.abs(states.reference.mean - np.array([1.0, -1.0])) < np.array([0.33, 0.13]))
 
 
+@pytest.mark.long
 def test_double_precision(x64):
     target = setup(random_quadratic(2), np.zeros(2), 0.5, 1.0)
     _, draws, info = jax.jit(SMALL.step)(random.key(0), (), target)
