@@ -34,8 +34,8 @@ def target_of(problem, x):
 
 
 @jax.jit
-def shift_and_fit(engine, rng_key, target):
-    _, draws, info = engine.step(rng_key, engine.init(rng_key, target), target)
+def step(engine, rng_key, state, target):
+    state, draws, info = engine.step(rng_key, state, target)
     _, fitted, fit_info = fit.ForwardKL(control_variates="none").step(rng_key, (), target, draws)
 
     def add(total, chunk):
@@ -43,7 +43,11 @@ def shift_and_fit(engine, rng_key, target):
 
     folded = draws.fold(add, jnp.zeros(target.dim))
     direct = jnp.einsum("cd,cdi->i", jnp.exp(draws.log_weight), draws.x)
-    return draws, info, fitted, fit_info, folded, direct
+    return state, (draws, info, fitted, fit_info, folded, direct)
+
+
+def shift_and_fit(engine, rng_key, target):
+    return step(engine, rng_key, engine.init(rng_key, target), target)[1]
 
 
 @pytest.mark.parametrize("name", with_long(ENGINES, {"nuts"}))
@@ -103,7 +107,7 @@ def test_all_rounds_share_one_batch():
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, TAU))
     engine = shift.Adaptive(shift.Importance(4), max_rounds=4)
     state = engine.init(random.key(1), target)
-    _, draws, info = engine.step(random.key(0), state, target)
+    _, draws, info = jax.jit(engine.step)(random.key(0), state, target)
     drawn = np.isfinite(draws.log_weight[0])
     assert drawn.sum() == 4 * info.num_rounds
     x, value = draws.x[0, drawn], draws.loss[0, drawn]
@@ -113,20 +117,18 @@ def test_all_rounds_share_one_batch():
 
 
 def test_a_step_begins_with_half_the_rounds_of_the_last():
-    engine = shift.Adaptive(shift.Importance(256), max_rounds=16)
+    engine = shift.Adaptive(ENGINES["importance"], max_rounds=8)
     target = target_of(PROBLEM, np.full(10, 1.3))
     state = engine.init(random.key(0), target)
     assert state.num_rounds == 1
-    step = jax.jit(engine.step)
-    after, _, info = step(random.key(0), state, target)
-    assert after.num_rounds == info.num_rounds < 8
-    _, _, info = step(random.key(0), state._replace(num_rounds=jnp.asarray(16)), target)
-    assert info.num_rounds == 8
-    assert info.significant
-    # Of a run with a higher cap.
-    _, _, info = step(random.key(0), state._replace(num_rounds=jnp.asarray(64)), target)
-    assert info.num_rounds == 8
-    assert info.significant
+    after, (_, info, *_) = step(engine, random.key(0), state, target)
+    assert after.num_rounds == info.num_rounds < 4
+    # The second one is of a run with a higher cap.
+    for num_rounds in (8, 64):
+        before = state._replace(num_rounds=jnp.asarray(num_rounds))
+        _, (_, info, *_) = step(engine, random.key(0), before, target)
+        assert info.num_rounds == 4
+        assert info.significant
 
 
 BAD = [

@@ -19,14 +19,14 @@ ROOT = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 
 
-# Those that compare with other libraries, or several engines, or start processes.
-LONG = ("acceleration", "gaussian_fit", "import_time", "outer_loop", "overhead", "sgld")
+# The quickest; others compare with other libraries, or several engines, or start processes.
+SHORT = ("global_optimization", "values")
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.long] if path.stem in LONG else [])
+        pytest.param(path, id=path.stem, marks=[] if path.stem in SHORT else pytest.mark.long)
         for path in SCRIPTS
     ],
 )

@@ -33,8 +33,6 @@ from numpyro_regloss import (
 )
 from numpyro_regloss.losses.environment import Environment
 
-pytestmark = pytest.mark.both
-
 OLD, NEW = jnp.array([-1.0, 0.0, 1.0]), jnp.array([48.0, 50.0, 52.0])
 DATA = {"y": OLD}
 SETTINGS = types.SimpleNamespace(y=OLD)
@@ -147,6 +145,7 @@ def compiled_value(loss):
     return loss.value(loss.x0)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_new_data_compile_nothing_and_are_used(source):
     first = Loss.from_function(source(OLD), 0.0)
@@ -166,6 +165,7 @@ def test_what_numpy_computed_is_another_program():
     assert found == [2.0, 49.0**2 + 52.0, 2.0]
 
 
+@pytest.mark.both
 def test_numpy_arrays_changed_in_place():
     data = np.zeros(3, np.float32)
     study = Study(data)
@@ -190,6 +190,7 @@ def test_arrays_of_equal_values_are_told_apart_later():
     assert compiled_value(Loss.from_function(fn, 1.0)) == 66.0
 
 
+@pytest.mark.both
 def test_rules_of_gradients_and_callbacks_read_new_data():
     def build(y):
         @jax.custom_vjp
@@ -308,6 +309,7 @@ def test_minibatches_of_rows_beside_captured_data():
     assert jax.jit(lambda loss: loss.evaluate(loss.x0, batch, scale))(again) == 20.0 + 40.0
 
 
+@pytest.mark.both
 def test_within_transformations_captured_tracers_are_leaves():
     def centre(y):
         loss = Loss.from_function(lambda x: squares(x, y), jnp.zeros(3))
@@ -317,6 +319,7 @@ def test_within_transformations_captured_tracers_are_leaves():
     np.testing.assert_allclose(jax.vmap(centre)(jnp.stack([OLD, NEW])), -2 * np.stack([OLD, NEW]))
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])  # noqa: S301
 def test_copies_keep_their_data(copied):
     loss = Loss.from_function(Frozen(OLD), 0.0)
@@ -324,6 +327,7 @@ def test_copies_keep_their_data(copied):
     assert compiled_value(again) == again.value(again.x0) == 2.0
 
 
+@pytest.mark.both
 def test_what_an_environment_sees():
     nested = {"a": [OLD, {"b": (np.zeros(2), "text")}]}
 

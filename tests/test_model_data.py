@@ -11,6 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from conftest import long
 from jax import random
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoDiagonalNormal
@@ -158,11 +159,16 @@ def batch_values(loss, x):
     return jax.jit(jax.vmap(value))(indices)
 
 
-CASES = [(name, "joint") for name in MODELS]
+# Sites that are read as those of another model are.
+LONG = {"nested plates", "columns first", "random effects", "decentered", "circular"}
+CASES = [long(name, "joint") if name in LONG else (name, "joint") for name in MODELS]
 CASES += [
-    (name, "likelihood") for name in ("prior that reads arguments", "several sites", "neural")
+    ("prior that reads arguments", "likelihood"),
+    long("several sites", "likelihood"),
+    long("neural", "likelihood"),
+    long("random effects", "map"),
+    ("masked and scaled", "map"),
 ]
-CASES += [(name, "map") for name in ("random effects", "masked and scaled")]
 
 
 @pytest.mark.parametrize(("name", "density"), CASES)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from conftest import long
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -25,6 +26,8 @@ NAMES = [
     "when_a_run_goes_wrong",
     "which_shift_engine",
 ]
+# Of the first two steps of a user, and of what no other one shows.
+SHORT, SHORTEST = {"first_steps", "when_a_run_goes_wrong"}, "a_network_without_gradients"
 MAX_BYTES = 150_000
 
 
@@ -41,8 +44,12 @@ def test_all_are_there():
     assert [path.stem for path in PATHS] == NAMES
 
 
-@pytest.mark.both
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem in SHORT else long(p) for p in PATHS if p.stem != SHORTEST]
+    + [pytest.param(p, marks=pytest.mark.both) for p in PATHS if p.stem == SHORTEST],
+    ids=lambda path: path.stem,
+)
 def test_runs(path, monkeypatch):
     monkeypatch.setenv("REGLOSS_FAST", "1")
     mpl.use("agg")

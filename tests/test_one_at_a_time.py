@@ -11,13 +11,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import FAMILIES, SHIFTS
+from conftest import FAMILIES, SHIFTS, long, with_long
 from jax import lax, random
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, shift
 from numpyro_regloss.losses.factorizations import factorizations, is_divided
-
-pytestmark = pytest.mark.both
 
 POINTS = jnp.linspace(0.0, 1.0, 5)
 
@@ -75,15 +73,20 @@ MATRICES = Loss.from_function(two_matrices, jnp.ones(3), DATA)
 PROCESSES = Loss.from_model(processes, jnp.ones((2, 5)))
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, jax.hessian], ids=[0, 1, 2])
 def test_values_and_derivatives_are_those_of_the_loss(derivative):
     x = random.normal(random.key(0), (4, 3))
     mapped = jax.jit(jax.vmap(derivative(MATRICES.value)))
-    plain = derivative(lambda p: two_matrices(p, DATA))
+    plain = jax.jit(derivative(lambda p: two_matrices(p, DATA)))
     # Rounding of other orders of summation.
     np.testing.assert_allclose(mapped(x), [plain(p) for p in x], rtol=2e-4, atol=1e-5)
+    assert batched_factorizations(jax.vmap(jax.vmap(derivative(MATRICES.value))), x[None]) == []
+
+
+def test_no_tracer_leaks():
     with jax.checking_leaks():
-        assert batched_factorizations(jax.vmap(jax.vmap(derivative(MATRICES.value))), x[None]) == []
+        jax.make_jaxpr(jax.vmap(jax.grad(MATRICES.value)))(jnp.ones((4, 3)))
 
 
 def test_gradients_for_data_are_those_of_the_loss():
@@ -92,6 +95,7 @@ def test_gradients_for_data_are_those_of_the_loss():
     np.testing.assert_allclose(slope, jax.grad(lambda y: two_matrices(x, y))(DATA), rtol=1e-5)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, jax.hessian], ids=[0, 1, 2])
 def test_one_factorization_is_not_batched(derivative):
     def loss(p):
@@ -102,7 +106,8 @@ def test_one_factorization_is_not_batched(derivative):
     assert batched_factorizations(jax.vmap(derivative(value)), jnp.ones((4, 3))) == []
 
 
-@pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, jax.hessian], ids=[0, 1, 2])
+@pytest.mark.both
+@pytest.mark.parametrize("derivative", [lambda f: f, jax.grad, long(jax.hessian)], ids=[0, 1, 2])
 def test_large_batches_of_a_loss_are_loops(derivative):
     def plain(p):
         return stacks(p, 20)
@@ -138,7 +143,7 @@ ENGINES["heat"] = (shift.Implicit, lambda: fit.RobbinsMonro(3))
 ENGINES["reverse"] = (shift.Implicit, fit.ReverseKL)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", with_long(ENGINES, {"kernel", "nuts"}))
 def test_no_engine_batches_several_factorizations(name):
     make_shift, make_fit = ENGINES[name]
     optimizer = TwoStep(PROCESSES, tau=1e-3, shift=make_shift(), fit=make_fit())
@@ -200,6 +205,7 @@ CASES = [
 ]
 
 
+@pytest.mark.both
 @pytest.mark.parametrize(("points", "kernels", "stage"), CASES)
 def test_it_ends(points, kernels, stage):
     code = PREPARE.format(points=points, kernels=kernels) + STAGES[stage] + "\nprint('done')"

@@ -14,7 +14,7 @@ from numpyro_regloss import Loss, forward_kl
 NUM_SAMPLES = {"eight_schools-eight_schools_noncentered": 2000}
 
 
-SHORT = ("sblrc-blr", "eight_schools-eight_schools_noncentered")
+SHORT = ("eight_schools-eight_schools_noncentered",)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def check_coverage(method, target, exact, least=0.88):
     ("name", "method"),
     [
         long("double_well", RobbinsMonro(200)),
-        ("double_well_20", RobbinsMonro(200)),
+        long("double_well_20", RobbinsMonro(200)),
         long("absolute_5", RobbinsMonro(200)),
         ("absolute_5", RobbinsMonro(200, antithetic=False)),
         long("rosenbrock", RobbinsMonro(200, averaging=False)),
@@ -108,7 +108,7 @@ def test_errors_with_minibatches_cover(method):
     check_coverage(method, *minibatch_target(5))
 
 
-@pytest.mark.parametrize(("scale", "num_steps"), [(0.1, 20), (10.0, 200), (0.1, 2000)])
+@pytest.mark.parametrize(("scale", "num_steps"), [(0.1, 20), long(10.0, 200), (0.1, 2000)])
 def test_errors_of_quadratics_are_the_bias_that_is_left(scale, num_steps):
     problem = problems.quadratic(np.array([[2.0, 0.5], [0.5, 1.0]]) * scale, center=np.ones(2))
     target, exact = setup(problem, 0.0, 0.5, 1.0)
@@ -152,7 +152,7 @@ def test_one_pair_is_the_stream_of_old():
     np.testing.assert_allclose(fitted.mean, target.reference.unwhiten(average), rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", [RobbinsMonro, Score])
+@pytest.mark.parametrize("method", [RobbinsMonro, long(Score)])
 def test_tolerance_stops_when_the_error_is_small(method):
     target, exact = setup(*CASES["double_well"])
     scale = CASES["double_well"][2] ** 0.5
@@ -183,10 +183,10 @@ def test_a_tolerance_out_of_reach_changes_nothing():
 @pytest.mark.parametrize(
     "method",
     [
-        RobbinsMonro(7),
+        long(RobbinsMonro(7)),
         RobbinsMonro(500, tolerance=0.1),
         Score(7, step_size=0.1, antithetic=False, num_pairs=3),
-        Score(500, tolerance=0.1, num_pairs=2),
+        long(Score(500, tolerance=0.1, num_pairs=2)),
     ],
 )
 def test_evaluations_are_counted(method):
@@ -218,7 +218,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(("method", "dim"), [*zip(METHODS.values(), (2, 40, 40), strict=True)])
+@pytest.mark.parametrize(
+    ("method", "dim"),
+    [(METHODS["gradients"], 2), long(METHODS["values"], 40), long(METHODS["last"], 40)],
+)
 def test_states_keep_their_types(method, dim):
     target, _ = setup(problems.double_well(dim), 0.6, 0.05, 0.1)
     state = method.init(random.key(0), target)
@@ -228,7 +231,7 @@ def test_states_keep_their_types(method, dim):
         assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
 
 
-@pytest.mark.parametrize("form", ["reparametrized", "score"])
+@pytest.mark.parametrize("form", ["reparametrized", long("score")])
 def test_one_trace_then_none(form):
     counter = Counter(problems.double_well(2).loss)
     loss = Loss.from_function(counter, np.zeros(2))
@@ -257,7 +260,9 @@ def test_vmap_over_keys_is_a_loop(method):
         np.testing.assert_allclose(info.mean_error, infos.mean_error[i], rtol=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(
+    "method", [METHODS["gradients"], long(METHODS["values"]), long(METHODS["last"])]
+)
 def test_nan_losses_are_reported(method):
     loss = Loss.from_function(lambda x: jnp.where(x[0] > 0.4, jnp.nan, jnp.sum(x**2)), np.zeros(2))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))

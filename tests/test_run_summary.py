@@ -117,7 +117,7 @@ GOOD = {
 
 @pytest.mark.parametrize(
     "name",
-    with_long(GOOD, {"kernel", "svi", "keep_covariance", "adaptive"}),
+    with_long(GOOD, {"kernel", "smc", "svi", "keep_covariance", "adaptive"}),
 )
 def test_good_runs_have_no_findings(name):
     optimizer = GOOD[name]()
@@ -404,7 +404,12 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("name", with_long(PLACES, {"maximum", "minimum", "stairs"}))
+@pytest.mark.parametrize(
+    "name",
+    with_long(
+        PLACES, {"maximum", "minimum", "stairs", "one direction of thirty", "valley", "ripples"}
+    ),
+)
 def test_a_look_around_the_centre(name):
     expected, function, point, tau = PLACES[name]
     optimizer = schemes.heat(Loss.from_function(function, point), tau)

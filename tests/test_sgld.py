@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import OPTIMIZED, SIGMAS, Counter
+from conftest import OPTIMIZED, SIGMAS, Counter, long
 from jax import random
 from scipy.linalg import solve_discrete_lyapunov
 
@@ -81,7 +81,7 @@ def check_law(draws, mean, covariance):
         assert np.all(error < 0.045 * unit)
 
 
-@pytest.mark.parametrize("noise", ["normal", "two_point"])
+@pytest.mark.parametrize("noise", ["normal", long("two_point")])
 def test_full_batches_have_the_exact_stationary_moments(noise):
     # One program for every step size, temperature, center and preconditioner.
     counter = Counter(bowl)
@@ -289,7 +289,7 @@ def test_rmsprop_lets_a_stiff_direction_and_a_flat_one_move_together():
     assert not one_shift(plain, random.key(1), plain.init(random.key(0), target), target)[2].ok
 
 
-@pytest.mark.parametrize("times", [1.05, 1.5])
+@pytest.mark.parametrize("times", [1.05, long(1.5)])
 def test_an_unstable_step_size_is_reported_with_the_limit(times):
     # Just above the limit chains are finite after 200 steps, further above they overflow.
     target = target_at(np.zeros(3), 0.5)

@@ -20,7 +20,7 @@ REFUSED = {("parallel_chains", "context")}
 
 @pytest.mark.both
 @pytest.mark.parametrize(
-    ("group", "least"), [("few", 6), long("engines", 30), long("values_and_fits", 15)]
+    ("group", "least"), [("few", 4), long("engines", 30), long("values_and_fits", 15)]
 )
 def test_several_devices_give_the_numbers_of_one(group, least):
     done = subprocess.run(
@@ -34,7 +34,8 @@ def test_several_devices_give_the_numbers_of_one(group, least):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     names = list(dict.fromkeys(name for name, _, _ in lines))
-    assert [(name, kind) for name, kind, _ in lines] == [(n, k) for n in names for k in KINDS]
+    kinds = [kind for kind in KINDS if group != "few" or kind != "auto"]
+    assert [(name, kind) for name, kind, _ in lines] == [(n, k) for n in names for k in kinds]
     assert len(names) >= least
     wrong = [
         (name, kind, found)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, long
 from jax import random
 from scipy import stats
 
@@ -17,7 +17,6 @@ from numpyro_regloss import Loss, Minibatch, RejectedError, TwoStep, fit, scheme
 CHAIN = {"num_warmup": 30, "num_samples": 20, "num_chains": 2}
 ENGINES = {
     "importance": (shift.Importance(200), fit.ForwardKL()),
-    "importance_dense": (shift.Importance(200), fit.ForwardKL("dense")),
     "nuts": (shift.NUTS(**CHAIN), fit.ForwardKL()),
     "hmc": (shift.HMC(**CHAIN), fit.ForwardKL()),
     "sgld": (shift.SGLD(0.05, 40), fit.ForwardKL()),
@@ -35,8 +34,15 @@ def make(engine="importance", tau=0.1, scale=1.0):
     return TwoStep(loss, tau, *ENGINES[engine])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize(
+    ("engine", "bad"),
+    [
+        ("importance", np.nan),
+        ("hmc", -np.inf),
+        ("robbins_monro", np.nan),
+        *(long(name, np.nan) for name in ("nuts", "sgld", "reverse_kl")),
+    ],
+)
 def test_a_loss_that_fails_for_one_step(engine, bad):
     optimizer = make(engine)
     before = optimizer.run(random.key(0), 3, progress_bar=False)
@@ -68,7 +74,7 @@ def test_a_loss_that_fails_for_good_after_some_steps():
     assert -1.0 < result.params[0] < -0.5
 
 
-@pytest.mark.parametrize("engine", ["nuts", "hmc"])
+@pytest.mark.parametrize("engine", [long("nuts"), "hmc"])
 def test_divergent_chains_are_rejected_and_warm_up_again(engine):
     optimizer = make(engine)
     state = optimizer.run(random.key(0), 3, progress_bar=False).state
@@ -88,7 +94,7 @@ def behind_walls(x, num_walls):
     return jnp.where(inside, jnp.sum((x + 1.0) ** 2), jnp.inf)
 
 
-@pytest.mark.parametrize("dim", [2, 12])
+@pytest.mark.parametrize("dim", [2, long(12)])
 def test_chains_that_a_wall_stops_are_taken_where_they_agree(dim):
     tau, temperature, start = 0.3, 0.06, 1.5
     loss = Loss.from_function(behind_walls, np.full(dim, start), 1)
@@ -106,7 +112,7 @@ def test_chains_that_a_wall_stops_are_taken_where_they_agree(dim):
     assert np.all(error < SIGMAS * history.fit.mean_error[0] + 1e-4)
 
 
-@pytest.mark.parametrize("engine", ["nuts", "hmc"])
+@pytest.mark.parametrize("engine", [long("nuts"), "hmc"])
 def test_chains_that_walls_hold_are_rejected_and_others_named(engine):
     # One draw of a pair of coordinates in hundreds is behind no wall where the reference is.
     loss = Loss.from_function(behind_walls, np.full(8, 0.01), 8)
@@ -138,12 +144,12 @@ def test_a_degenerate_cloud_is_rejected_and_a_smaller_tau_helps():
 
 
 def test_a_schedule_that_turns_bad_under_way_leaves_a_finite_scale():
-    for bad in (np.nan, np.inf, -1.0):
-        optimizer = make(tau=lambda t, bad=bad: jnp.where((t == 2) | (t == 3), bad, 0.1))
-        state, history = optimizer.scan(optimizer.init(random.key(0)), 5)
-        assert history.ok.tolist() == [True, True, False, False, True]
-        np.testing.assert_array_equal(history.reference.scale, np.full(5, np.sqrt(np.float32(0.1))))
-        assert np.isfinite(state.reference.mean).all()
+    taus = jnp.array([0.1, 0.1, np.nan, np.inf, -1.0, 0.1])
+    optimizer = make(tau=lambda t: taus[t])
+    state, history = optimizer.scan(optimizer.init(random.key(0)), 6)
+    assert history.ok.tolist() == [True, True, False, False, False, True]
+    np.testing.assert_array_equal(history.reference.scale, np.full(6, np.sqrt(np.float32(0.1))))
+    assert np.isfinite(state.reference.mean).all()
 
 
 def test_a_residual_that_cannot_be_computed_is_infinite():
