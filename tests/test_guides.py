@@ -443,7 +443,7 @@ def test_densities_of_the_emitted_sites():
     np.testing.assert_allclose(draws.log_density, gaussian.log_prob(draws.x), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("structure", with_long(STRUCTURES, {"isotropic", "diagonal"}))
+@pytest.mark.parametrize("structure", with_long(STRUCTURES, {"isotropic", "diagonal", "low_rank"}))
 def test_first_elbo(structure):
     gaussian = gaussians(DIM)[structure]
     svi = SVI(mixed, to_guide(gaussian, MIXED), numpyro.optim.Adam(0.01), Trace_ELBO(1000))

@@ -32,8 +32,13 @@ def average(draws, values, ess):
     return mean, np.sqrt(weight @ (values - mean) ** 2 / float(ess))
 
 
+FIRST = np.array([0.4, -0.2, 0.1])
+
+
 def quadratic_case(temperature):
-    x, tau = np.array([0.4, -0.2, 0.1]), 0.5
+    # Distances in proportion to sqrt(T), so that weights are as even at each temperature.
+    start = QUADRATIC.minimizer + np.sqrt(temperature) * (FIRST - QUADRATIC.minimizer)
+    x, tau = start, 0.5 * temperature
     exact = Gaussian(
         jnp.asarray(QUADRATIC.shift_mean(x, tau, temperature), jnp.float32),
         jnp.asarray(
@@ -59,8 +64,9 @@ def test_gap_identity(temperature):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("problem", [QUADRATIC, WELL], ids=lambda p: p.name)
 def test_decrease_identity(problem, temperature):
+    # tau in proportion to T², for weights that are as even at each temperature.
     # F(x_k) - F(x_{k+1}) = T [ |step|² / (2 tau) + KL(q_k || q_{k+1}) ], and so F never rises.
-    x, tau = np.full(problem.dim, 0.4), 0.3 * temperature
+    x, tau = np.full(problem.dim, 0.4), 0.3 * temperature**2
     following = problem.shift_mean(x, tau, temperature)
     decrease = problem.local_entropy(x, tau, temperature) - problem.local_entropy(
         following, tau, temperature
@@ -80,8 +86,7 @@ def test_decrease_identity(problem, temperature):
 @pytest.mark.parametrize("problem", [QUADRATIC, WELL], ids=lambda p: p.name)
 def test_two_forms_of_the_gradient(problem, temperature):
     # grad F = T (x - E_q x') / tau = E_q grad loss.
-    # With tau in proportion to T the double well's other mode is out of reach.
-    x, tau = np.full(problem.dim, 0.4), 0.3 * temperature
+    x, tau = np.full(problem.dim, 0.4), 0.3 * temperature**2
     target = setup(problem, x, tau, temperature)
     draws, info, fitted, fit_info = one_shift(CLOUD, target)
     h = 1e-4

@@ -583,7 +583,7 @@ PLAIN_ENGINES = {
 }
 
 
-@pytest.mark.parametrize("name", ["dense", "natural", long("svi"), long("low_rank")])
+@pytest.mark.parametrize("name", with_long(PLAIN_ENGINES, PLAIN_ENGINES.keys() - {"dense"}))
 def test_a_target_that_has_no_gaussian_is_told(name):
     family, settings = PLAIN_ENGINES[name]
     for code, which in enumerate(IMPROPER):
