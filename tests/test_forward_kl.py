@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import pytest
 from conftest import OPTIMIZED, SIGMAS, long, with_long
 from jax import random
-from numpyro.infer import HMC, MCMC, NUTS, BarkerMH, DiscreteHMCGibbs
+from numpyro.infer import HMC, MCMC, NUTS, DiscreteHMCGibbs
 from scipy.stats import norm
 
 import numpyro_regloss as regloss
@@ -383,9 +383,8 @@ def model(y=None):
 
 @pytest.fixture(scope="module")
 def run_mcmc():
-    # Any kernel has samples of sites by name; this one compiles fastest.
     mcmc = MCMC(
-        BarkerMH(model),
+        NUTS(model),
         num_warmup=300,
         num_samples=300,
         num_chains=2,

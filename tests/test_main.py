@@ -47,8 +47,9 @@ def test_quick(options, problems, tmp_path):
     for row in rows[: problems.count("digits")]:
         assert float(row["outcome"].split()[-2]) > 90.0  # per cent of test digits, 10 by chance
     assert (rows[0]["num_grad"] == 0) == (problems[0] == "digits")
-    for word in ("local entropy", "heat", "seconds", "mu"):
+    for word in ("local entropy", "heat", "seconds"):
         assert word in done.stdout
+    assert ("mu" in done.stdout) == (SCHOOLS[0] in problems)
     assert ("test accuracy" in done.stdout) == ("digits" in problems)
 
 
