@@ -32,7 +32,7 @@ def local_entropy(target, method, seed=0, num_samples=10_000):
 
 
 @pytest.mark.parametrize("name", ["sharp", "bimodal"])
-@pytest.mark.parametrize("dim", [long(10), 50])
+@pytest.mark.parametrize("dim", [10, long(50)])
 def test_right_where_plain_importance_is_not(dim, name):
     target, exact = build(name, dim)
     assert plain_ess(random.key(0), target) < 5
@@ -87,7 +87,7 @@ def test_integers_are_tempered_without_gradients():
     below = float(jax.scipy.stats.norm.cdf(-0.5))
     exact = -temperature * dim * np.log(below + (1 - below) * np.exp(-1 / temperature))
     assert plain_ess(random.key(0), target) < 5
-    estimate = local_entropy(target, "auto", num_samples=4000)
+    estimate = local_entropy(target, "auto", num_samples=NUM_SAMPLES)
     assert estimate.method in ("gaussian", "smc")
     assert abs(estimate.value - exact) < SIGMAS * estimate.error
     assert estimate.error < 0.2
@@ -95,7 +95,7 @@ def test_integers_are_tempered_without_gradients():
 
 def test_the_way_is_the_type():
     target, _ = build("near", 3)
-    estimate = values.local_entropy(random.key(0), target, num_samples=1000)
+    estimate = values.local_entropy(random.key(0), target, num_samples=NUM_SAMPLES)
     assert isinstance(estimate, values.Estimate)
     value, error, ess, khat = estimate
     assert estimate.method == "importance"
@@ -133,7 +133,7 @@ def exact_mean_and_scale(y, mean_sd, scale_sd, tau):
     return -logsumexp(log_density) - 2.0 * np.log(grid[1] - grid[0])
 
 
-@pytest.mark.parametrize("method", ["smc", "auto", long("gaussian"), long("bridge")])
+@pytest.mark.parametrize("method", ["smc", long("auto"), long("gaussian"), long("bridge")])
 def test_a_scale_parameter_whose_paths_run_off(method):
     # Paths of moves reach scales at which the density is 0 / 0; draws from the reference do not.
     settings = (np.asarray(MEASURED, np.float32), 8.0, 3.0)
@@ -173,9 +173,10 @@ def test_auto_has_no_value_for_a_loss_that_fails():
     loss = Loss.from_function(lambda x: jnp.log(x[0]), np.ones(1))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
     for method in ("auto", "smc"):
-        estimate = local_entropy(target, method, num_samples=1000)
+        estimate = local_entropy(target, method, num_samples=NUM_SAMPLES)
         assert np.isnan(estimate.value)
         assert estimate.error == np.inf
+        assert not np.isnan(estimate.ess)
 
 
 def normal_ratio(x, sd):

@@ -8,16 +8,19 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import Counter
+from conftest import Counter, long, with_long
 from harness import count_compiles
 from jax import random
 
 from numpyro_regloss import Loss, Minibatch, schemes, shift, to_arviz
 from numpyro_regloss._core.pytree import replace_fields
+from numpyro_regloss.losses import fence, long_losses
 from numpyro_regloss.losses.factorizations import equations
 from numpyro_regloss.two_step import outer_step
 
-NUM_SITES = 45
+# Here a loss is long from a fifth of the operations on: nothing else depends on the number, and programs compile
+# sooner.
+NUM_SITES, LESS = 9, 5
 Y = jnp.linspace(-1.0, 1.0, NUM_SITES)
 KEY = random.key(0)
 ENGINES = {
@@ -30,7 +33,7 @@ ENGINES = {
 
 def model(y):
     total = 0.0
-    for i in range(NUM_SITES):
+    for i in range(len(y)):
         prior = dist.HalfNormal(1.0) if i % 2 else dist.Normal(0.0, 1.0)
         m = numpyro.sample(f"m{i}", prior)
         numpyro.sample(f"y{i}", dist.Normal(m, 1.0), obs=y[i])
@@ -41,6 +44,20 @@ def model(y):
 
 def optimizer(loss, engine=ENGINES["pairs"], tau=0.1):
     return schemes.local_entropy(loss, tau, engine)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_operations_are_many():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (long_losses, fence):
+            patch.setattr(module, "MANY_OPERATIONS", module.MANY_OPERATIONS // LESS)
+        yield
+
+
+def test_which_losses_are_long(monkeypatch):
+    monkeypatch.setattr(long_losses, "MANY_OPERATIONS", LESS * long_losses.MANY_OPERATIONS)
+    assert Loss.from_model(model, jnp.linspace(-1.0, 1.0, LESS * NUM_SITES)).is_long
+    assert not Loss.from_model(model, Y).is_long
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +93,7 @@ def test_python_runs_a_long_model_a_few_times_and_draws_compile_it_no_more():
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", with_long(ENGINES, {"Sobol", "four chunks"}))
 def test_a_step_holds_a_long_loss_once(loss, engine):
     some = optimizer(loss, ENGINES[engine])
     arguments = loss.bind()
@@ -89,17 +106,16 @@ def test_a_step_holds_a_long_loss_once(loss, engine):
     assert copies(outer_step.step.trace(short, state, arguments).jaxpr) == 2
 
 
-@pytest.mark.both
 def test_small_chunks_leave_the_center_out(loss):
     some = optimizer(loss, shift.Importance(400, chunk_size=20))
     assert copies(outer_step.step.trace(some, some.init(KEY), loss.bind()).jaxpr) == 2
 
 
-@pytest.mark.parametrize("engine", ["pairs", "many chunks, odd", "Sobol"])
+@pytest.mark.parametrize("engine", ["many chunks, odd", long("pairs"), long("Sobol")])
 def test_a_long_loss_has_the_numbers_of_a_short_one(loss, engine):
-    long = optimizer(loss, ENGINES[engine])
+    whole = optimizer(loss, ENGINES[engine])
     short = optimizer(replace_fields(loss, is_long=False, fenced=False), ENGINES[engine])
-    a, b = (some.run(KEY, 3, progress_bar=False) for some in (long, short))
+    a, b = (some.run(KEY, 3, progress_bar=False) for some in (whole, short))
     for name in ("loss", "reference", "fitted"):
         for x, y in zip(*(jax.tree.leaves(getattr(r.history, name)) for r in (a, b)), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
@@ -110,7 +126,7 @@ def test_a_long_loss_has_the_numbers_of_a_short_one(loss, engine):
     assert (chunks >= 1).all()
     assert (chunks <= 4).all()
     key = outer_step.draw_key(a.state.rng_key, a.state.step)
-    x, y = long.draw(None, a.state), long.draw(key, a.state)
+    x, y = whole.draw(None, a.state), whole.draw(key, a.state)
     np.testing.assert_allclose(x.x, y.x, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(x.loss, y.loss, rtol=1e-5)
 
@@ -145,12 +161,13 @@ def test_a_start_without_a_finite_loss_is_refused_before_any_callback(loss):
 
 
 def test_gradients_of_a_long_loss(loss):
+    # It also reads its data one by one, which `test_arviz.py` sees in the program.
+    assert loss.fenced
     x = 0.1 * jnp.arange(loss.dim) / loss.dim
     short = replace_fields(loss, is_long=False, fenced=False)
-    for derive in (jax.grad, lambda f: jax.jit(jax.grad(f))):
-        np.testing.assert_allclose(
-            derive(loss.value)(x), derive(short.value)(x), rtol=1e-4, atol=1e-5
-        )
+    wanted = jax.jit(jax.grad(short.value))(x)
+    for derived in (jax.grad(loss.value), jax.jit(jax.grad(loss.value))):
+        np.testing.assert_allclose(derived(x), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_of_minibatches_the_center_has_its_own():

@@ -140,6 +140,7 @@ NETWORK = Loss.from_function(
 )
 
 
+@pytest.mark.long
 def test_entropy_sgd_trains_a_network_by_minibatches():
     # T / gamma = 1e-8 / 1e-3.
     optimizer = schemes.entropy_sgd(NETWORK, Scoping(1e-5, 1e-3, 1e-12), step_size=0.2)

@@ -24,8 +24,10 @@ def optimizer_of(problem, x, **settings):
 @pytest.mark.parametrize("dim", [2, long(30), long(100)])
 @pytest.mark.parametrize(
     "engine",
-    [shift.NUTS(100, 50), shift.Importance(2000, antithetic=False)],
-    ids=["nuts", "importance"],
+    [
+        pytest.param(shift.NUTS(100, 50), id="nuts", marks=pytest.mark.long),
+        pytest.param(shift.Importance(2000, antithetic=False), id="importance"),
+    ],
 )
 def test_no_verdict_at_a_fixed_point(engine, dim):
     # Near flat, so that a cloud keeps its weight in 100 dimensions; pairs would find the centre of symmetry
@@ -103,7 +105,7 @@ def test_values_are_exact_and_come_at_their_interval(temperature):
 def test_heat_steps_are_judged_by_the_heat():
     problem = problems.double_well(4)
     loss = Loss.from_function(problem.loss, np.full(4, 1.5))
-    optimizer = schemes.heat(loss, TAU, fit.ReverseKL(), record=Record(num_samples=500))
+    optimizer = schemes.heat(loss, TAU, fit.RobbinsMonro(500), record=Record(num_samples=500))
     history = optimizer.run(random.key(2), 4, progress_bar=False).history
     assert history.record.verdict[0] == 1
     for step in range(3):

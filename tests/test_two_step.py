@@ -3,7 +3,6 @@
 """The driver: steps, scans, chunks, continuation, trouble."""
 
 import dataclasses
-import pickle
 import warnings
 
 import jax
@@ -13,7 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from conftest import Counter, on_both, with_long
+from conftest import Counter, long
 from harness import count_compiles
 from jax import random
 from test_engines import random_quadratic
@@ -57,7 +56,12 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", on_both(ENGINES, {"importance"}))
+# The driver is the subject: with an engine that has a state as well, where there is time.
+CASES = ["importance", long("nuts")]
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("engine", CASES)
 def test_a_chunked_run_equals_a_whole_one_bit_for_bit(engine):
     optimizer = make(ENGINES[engine])
     whole = optimizer.run(random.key(0), 12, progress_bar=False)
@@ -84,16 +88,7 @@ def test_scan_and_step_do_the_same():
 
 
 @pytest.mark.both
-def test_the_state_survives_pickling():
-    optimizer = make()
-    state = optimizer.run(random.key(0), 3, progress_bar=False).state
-    again = pickle.loads(pickle.dumps(state))  # noqa: S301
-    a = optimizer.run(random.key(0), 3, init_state=state, progress_bar=False)
-    b = optimizer.run(random.key(0), 3, init_state=again, progress_bar=False)
-    assert same(a.state, b.state)
-
-
-@pytest.mark.parametrize("engine", on_both(ENGINES, {"nuts"}))
+@pytest.mark.parametrize("engine", CASES)
 def test_new_values_trace_nothing_and_compile_nothing(engine):
     counter = Counter(lambda x, data, weight: weight * jnp.mean((x - data) ** 2))
 
@@ -116,7 +111,6 @@ def test_new_values_trace_nothing_and_compile_nothing(engine):
     assert compiled == []
 
 
-@pytest.mark.both
 def test_new_data_of_a_model_trace_nothing():
     counter = Counter(eight_schools)
 
@@ -141,7 +135,6 @@ def test_new_data_of_a_model_trace_nothing():
     assert result.params["tau"] > 0
 
 
-@pytest.mark.both
 def test_vmap_over_keys_tau_and_temperature():
     optimizer = make()
 
@@ -186,7 +179,6 @@ def test_tau_per_group_of_parameters():
     np.testing.assert_allclose(state.reference.scale**2, [1.0, 0.1] + [0.5] * 8, rtol=1e-6)
 
 
-@pytest.mark.both
 def test_callback_sees_every_step_and_stops():
     seen = []
 
@@ -199,7 +191,6 @@ def test_callback_sees_every_step_and_stops():
     np.testing.assert_allclose(result.history.loss, [loss for _, loss in seen], rtol=1e-6)
 
 
-@pytest.mark.both
 def test_ctrl_c_returns_what_there_is():
     def interrupt(state, info):
         del info
@@ -212,7 +203,6 @@ def test_ctrl_c_returns_what_there_is():
     assert int(result.state.step) == 3
 
 
-@pytest.mark.both
 def test_progress_bar(capsys):
     make().run(random.key(0), 5)
     shown = capsys.readouterr().err
@@ -221,10 +211,10 @@ def test_progress_bar(capsys):
 
 
 def test_draw_and_get_params():
-    optimizer = make(ENGINES["nuts"])
+    optimizer = make()
     result = optimizer.run(random.key(0), 5, progress_bar=False)
     draws = optimizer.draw(random.key(1), result.state)
-    assert draws.x.shape == (2, 20, 3)
+    assert draws.x.shape == (1, 400, 3)
     np.testing.assert_allclose(optimizer.get_params(result.state), result.params)
 
 
@@ -241,10 +231,7 @@ def nan_beyond(limit):
     return lambda x: jnp.where(jnp.sum(x**2) > limit, jnp.nan, jnp.sum((x - 1.0) ** 2))
 
 
-FAILING = with_long(ENGINES, {"nuts"})
-
-
-@pytest.mark.parametrize("engine", FAILING)
+@pytest.mark.parametrize("engine", CASES)
 def test_nan_for_good_keeps_the_reference_and_raises(engine):
     # Finite at the start only: no cloud and no path ever finds another finite value.
     loss = Loss.from_function(lambda x: jnp.where(jnp.all(x == 0), 0.0, jnp.nan), np.zeros(3))
@@ -256,7 +243,7 @@ def test_nan_for_good_keeps_the_reference_and_raises(engine):
     np.testing.assert_array_equal(result.params, np.zeros(3))
 
 
-@pytest.mark.parametrize("engine", FAILING)
+@pytest.mark.parametrize("engine", CASES)
 def test_a_nan_region_is_survived(engine):
     loss = Loss.from_function(nan_beyond(9.0), np.zeros(3))
     optimizer = TwoStep(loss, 0.1, shift=ENGINES[engine], fit=fit.ForwardKL())
@@ -267,7 +254,7 @@ def test_a_nan_region_is_survived(engine):
     assert np.all(np.abs(result.params - 1.0) < 0.4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", CASES)
 def test_a_bad_batch_is_rejected_and_the_run_recovers(engine):
     # Row 0 of the data is NaN: batches that hold it fail, the others go on.
     data = np.ones((8, 3))
@@ -302,7 +289,6 @@ def test_minibatches_of_heat_steps():
     assert np.all(np.abs(result.params - rows.mean(0)) < 0.12)
 
 
-@pytest.mark.both
 def test_minimize_in_one_call():
     rosenbrock = problems.rosenbrock()
     result = schemes.minimize(

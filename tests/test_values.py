@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, long, with_long
 from jax import random
 from test_engines import setup
 
@@ -22,7 +22,9 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name", with_long(PROBLEMS, {"quadratic", "absolute", "relu", "rastrigin"})
+)
 def test_values_are_exact_within_their_errors(name):
     problem = PROBLEMS[name]
     x, tau = np.full(problem.dim, 0.2), 0.3
@@ -45,7 +47,7 @@ def test_zero_one_loss_has_an_exact_heat():
     assert abs(estimate.value - problem.heat(x, 0.2)) < SIGMAS * estimate.error
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("temperature", [1.0, long(0.1)])
 def test_errors_are_calibrated(temperature):
     problem = PROBLEMS["double_well"]
     x, tau, num = np.full(2, 0.6), 0.3 * temperature, 400
@@ -107,7 +109,7 @@ def heavy():
     return lambda s: jax.device_get(program(random.split(random.key(0), 300), s))
 
 
-@pytest.mark.parametrize("s", [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
+@pytest.mark.parametrize("s", [0.5, 1.0, 2.0, 3.0, long(1.5), long(2.5), long(4.0)])
 def test_heavy_tails_have_wide_errors_or_none(heavy, s):
     heat, entropy = heavy(s)
     for estimate, exact in ((heat, np.exp(s**2 / 2)), (entropy, -(s**2) / 2)):
@@ -124,27 +126,27 @@ def test_heavy_tails_have_wide_errors_or_none(heavy, s):
 
 
 LIGHT = {
-    "normal": lambda key, n: random.normal(key, (n,)),
-    "chi-squared": lambda key, n: random.normal(key, (n,)) ** 2,
-    "exponential": lambda key, n: random.exponential(key, (n,)),
-    "bounded": lambda key, n: random.uniform(key, (n,)),
-    "counts": lambda key, n: random.poisson(key, 1.0, (n,)).astype(float),
-    "zero or one": lambda key, n: random.bernoulli(key, 0.3, (n,)).astype(float),
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "chi-squared": lambda rng, shape: rng.normal(size=shape) ** 2,
+    "exponential": lambda rng, shape: rng.exponential(size=shape),
+    "bounded": lambda rng, shape: rng.uniform(size=shape),
+    "counts": lambda rng, shape: rng.poisson(1.0, shape),
+    "zero or one": lambda rng, shape: rng.binomial(1, 0.3, shape),
 }
 
 
 @pytest.mark.parametrize("count", [20, 100, 2000])
 def test_light_tails_keep_their_errors(count):
-    def judge(draw):
-        def one(key):
-            terms = draw(key, count)
-            error = mean_with_error(terms, jnp.max(jnp.abs(terms)))[1]
-            return error * jnp.sqrt(count) / jnp.std(terms, ddof=1)
+    @jax.jit
+    @jax.vmap
+    def judge(terms):
+        error = mean_with_error(terms, jnp.max(jnp.abs(terms)))[1]
+        return error * jnp.sqrt(count) / jnp.std(terms, ddof=1)
 
-        return jax.vmap(one)(random.split(random.key(count), 200))
-
-    judged = jax.device_get(jax.jit(lambda: {name: judge(LIGHT[name]) for name in LIGHT})())
-    for name, ratio in judged.items():
+    for name, draw in LIGHT.items():
+        # Seeds without a sample of equal terms: they have no spread to compare with.
+        terms = draw(np.random.default_rng(count + 1), (200, count)).astype(np.float32)
+        ratio = judge(terms)
         # Chance refuses a sample of a hundred in 50 at most, and widens errors of few terms a little.
         assert np.mean(ratio == np.inf) <= (0.03 if count < 1000 else 0.0), name
         assert np.median(ratio) < {20: 1.15, 100: 1.3, 2000: 1.02}[count], name
@@ -181,11 +183,11 @@ def test_full_data_whatever_the_minibatch():
 def test_nan_losses_have_no_value():
     loss = Loss.from_function(lambda x: jnp.log(x[0]), np.ones(1))
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
-    for value in (values.local_entropy, values.heat):
-        estimate = value(random.key(0), target)
-        assert jnp.isnan(estimate.value)
-        assert jnp.isposinf(estimate.error)
-        assert not jnp.isnan(estimate.ess)
+    # Of the local entropy `test_evidence.py` has it.
+    estimate = values.heat(random.key(0), target)
+    assert jnp.isnan(estimate.value)
+    assert jnp.isposinf(estimate.error)
+    assert not jnp.isnan(estimate.ess)
 
 
 def test_infinite_losses():
