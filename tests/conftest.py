@@ -47,11 +47,13 @@ class Row(NamedTuple):
         make: builds it.
         fit: of an anchor, the fit that goes with it.
         exempt: rules of `test_conformance.py` that it does not follow, with the reason.
+        long: whether it is tried with `--everything` alone: a variant that shares its code with another row.
     """
 
     make: Callable[[], Any]
     fit: Callable[[], Any] = fit.ForwardKL
     exempt: dict[str, str] = {}  # noqa: RUF012
+    long: bool = False
 
 
 # All engines: a new one is one new line here, and every rule runs over it.
@@ -83,6 +85,16 @@ ENGINES = {
     "robbins_monro_single": Row(lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False)),
     "robbins_monro_score": Row(lambda: fit.RobbinsMonro(2000, gradient="score", num_pairs=8)),
     "reverse_kl": Row(fit.ReverseKL),
+    "reverse_kl_natural": Row(lambda: fit.ReverseKL(method="natural"), long=True),
+    "reverse_kl_dense": Row(lambda: fit.ReverseKL("dense"), long=True),
+    "forward_kl_diagonal": Row(lambda: fit.ForwardKL("diagonal"), long=True),
+    "forward_kl_low_rank": Row(lambda: fit.ForwardKL("low_rank", rank=1), long=True),
+    "sgld_batch_means": Row(
+        lambda: shift.SGLD(0.02, 4000, num_warmup=400, num_chains=4, keep="batch_means"), long=True
+    ),
+    "adaptive_hmc": Row(
+        lambda: shift.Adaptive(shift.HMC(100, 50, num_chains=4), max_rounds=4), long=True
+    ),
     "forward_kl_dense": Row(lambda: fit.ForwardKL("dense")),
     "proximal": Row(anchor.Proximal),
     "newton": Row(anchor.Newton),
@@ -98,12 +110,15 @@ MADE = {name: row.make() for name, row in ENGINES.items()}
 SHIFTS = {
     name: ENGINES[name].make
     for name, engine in MADE.items()
-    if isinstance(engine, shift.Shift) and name != "adaptive"
+    # Tables of the other tests are the plain engines.
+    if isinstance(engine, shift.Shift)
+    and not isinstance(engine, shift.Adaptive)
+    and not ENGINES[name].long
 }
 HEAT_FITS = {
     name: ENGINES[name].make
     for name, engine in MADE.items()
-    if isinstance(engine, fit.Fit) and not engine.uses_draws
+    if isinstance(engine, fit.Fit) and not engine.uses_draws and not ENGINES[name].long
 }
 ANCHORS = {
     name: ENGINES[name]

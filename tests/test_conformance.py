@@ -36,7 +36,7 @@ def rows(rule, chosen=MOST):
         marks = []
         if rule in row.exempt:
             marks.append(pytest.mark.skip(reason=row.exempt[rule]))
-        if name not in chosen:
+        if row.long or name not in chosen:
             marks.append(pytest.mark.long)
         found.append(pytest.param(name, marks=marks))
     return found
