@@ -15,7 +15,6 @@ from numpyro_regloss import (
     Gaussian,
     Loss,
     RegularizedLoss,
-    diagnostics,
     forward_kl,
     kl_divergence,
     shift,
@@ -209,7 +208,7 @@ def test_one_verdict_and_estimates_that_respect_their_sign(name):
     fit = plain._replace(
         forward_kl=estimates[0], reverse_kl=estimates[1], reached=estimates[2], khat=khat
     )
-    found = diagnostics._findings(fit, None)
+    found = distance._findings(fit, None)
     for text, start in zip(found, lines, strict=False):
         assert text.startswith(start), (text, start)
     # Only the first sentence judges.
