@@ -20,7 +20,7 @@ from numpyro_regloss import (
     shift,
 )
 from numpyro_regloss._core.pareto import pareto_khat
-from numpyro_regloss.diagnostics.distance import gaussian_fit
+from numpyro_regloss.diagnostics import distance, gaussian_fit
 from numpyro_regloss.values.estimate import Estimate
 
 
