@@ -24,8 +24,49 @@ from numpyro_regloss.shift.hmc.transitions import Settings, check_settings, reme
 __all__ = ["HMC", "NUTS"]
 
 
+class _Hamiltonian(Shift):
+    """What the two have in common: all but their settings."""
+
+    uses_gradient: ClassVar[bool] = True
+
+    @property
+    def settings(self) -> Settings:
+        """The kernel's settings."""
+        raise NotImplementedError
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> transitions.HMCState:
+        """Chains at the centre; the first step warms them up."""
+        del rng_key
+        return transitions.init(self.settings, target)
+
+    def step(
+        self, rng_key: Key, state: transitions.HMCState, target: RegularizedLoss
+    ) -> tuple[transitions.HMCState, StoredDraws, transitions.HMCInfo]:
+        """Draws from q.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target.
+
+        Returns:
+            The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
+        """
+        return transitions.step(self.settings, rng_key, state, target)
+
+    def after_rejection(
+        self, old: transitions.HMCState, new: transitions.HMCState
+    ) -> transitions.HMCState:
+        """Positions go back, and the next step warms up again."""
+        return transitions.after_rejection(old, new)
+
+    def remedy(self, info: transitions.HMCInfo, ok: Any) -> str:
+        """What to use where walls or steepness stopped the chains."""
+        return remedy(self.settings, info, ok)
+
+
 @pytree_dataclass
-class HMC(Shift):
+class HMC(_Hamiltonian):
     """HMC in whitened coordinates, warmed up once.
 
     Cheaper per draw than NUTS where one path length suits the target, as it does in whitened
@@ -58,8 +99,6 @@ class HMC(Shift):
     step_size: Any = 0.5
     target_accept_prob: Any = 0.8
 
-    uses_gradient: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -78,39 +117,9 @@ class HMC(Shift):
             target_accept_prob=self.target_accept_prob,
         )
 
-    def init(self, rng_key: Key, target: RegularizedLoss) -> transitions.HMCState:
-        """Chains at the centre; the first step warms them up."""
-        del rng_key
-        return transitions.init(self.settings, target)
-
-    def step(
-        self, rng_key: Key, state: transitions.HMCState, target: RegularizedLoss
-    ) -> tuple[transitions.HMCState, StoredDraws, transitions.HMCInfo]:
-        """Draws from q.
-
-        Args:
-            rng_key: a random key.
-            state: from `init` or the last step.
-            target: the target.
-
-        Returns:
-            The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
-        """
-        return transitions.step(self.settings, rng_key, state, target)
-
-    def after_rejection(
-        self, old: transitions.HMCState, new: transitions.HMCState
-    ) -> transitions.HMCState:
-        """Positions go back, and the next step warms up again."""
-        return transitions.after_rejection(old, new)
-
-    def remedy(self, info: transitions.HMCInfo, ok: Any) -> str:
-        """What to use where walls or steepness stopped the chains."""
-        return remedy(self.settings, info, ok)
-
 
 @pytree_dataclass
-class NUTS(Shift):
+class NUTS(_Hamiltonian):
     """NUTS in whitened coordinates, warmed up once.
 
     Args:
@@ -139,8 +148,6 @@ class NUTS(Shift):
     step_size: Any = 0.5
     target_accept_prob: Any = 0.8
 
-    uses_gradient: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check_settings(self)
         check_count(self.max_tree_depth, "NUTS: max_tree_depth")
@@ -159,33 +166,3 @@ class NUTS(Shift):
             step_size=self.step_size,
             target_accept_prob=self.target_accept_prob,
         )
-
-    def init(self, rng_key: Key, target: RegularizedLoss) -> transitions.HMCState:
-        """Chains at the centre; the first step warms them up."""
-        del rng_key
-        return transitions.init(self.settings, target)
-
-    def step(
-        self, rng_key: Key, state: transitions.HMCState, target: RegularizedLoss
-    ) -> tuple[transitions.HMCState, StoredDraws, transitions.HMCInfo]:
-        """Draws from q.
-
-        Args:
-            rng_key: a random key.
-            state: from `init` or the last step.
-            target: the target.
-
-        Returns:
-            The next state, draws of shape `(num_chains, num_samples, dim)` with scores, diagnostics.
-        """
-        return transitions.step(self.settings, rng_key, state, target)
-
-    def after_rejection(
-        self, old: transitions.HMCState, new: transitions.HMCState
-    ) -> transitions.HMCState:
-        """Positions go back, and the next step warms up again."""
-        return transitions.after_rejection(old, new)
-
-    def remedy(self, info: transitions.HMCInfo, ok: Any) -> str:
-        """What to use where walls or steepness stopped the chains."""
-        return remedy(self.settings, info, ok)
