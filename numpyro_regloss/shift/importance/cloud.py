@@ -124,7 +124,7 @@ class Cloud:
         log_weight: `(1, draw)`, unnormalized.
         loss: `(1, draw)`.
         temperature: scalar, the one of the weights.
-        offset: of the draws (or pairs) from the center, `(1, chunk, row, dim)`, or None.
+        offset: of the draws (or pairs) from the center, `(chunk, row, dim)`, or None.
         layout: how draws lie in chunks.
         center_loss: at the reference's mean, if it was evaluated with the draws, else None.
     """
@@ -166,9 +166,8 @@ class Cloud:
             return fn(carry, Chunk(self.reference.mean, offset, weights, None)), None
 
         if self.offset is not None:
-            offsets = self.offset.reshape(-1, *self.offset.shape[-2:])
-            weights = log_weight.reshape(*offsets.shape[:2], layout.per_row)
-            return lax.scan(add, init, (offsets, weights))[0]
+            weights = log_weight.reshape(*self.offset.shape[:2], layout.per_row)
+            return lax.scan(add, init, (self.offset, weights))[0]
 
         def draw_and_add(carry: Carry, item: tuple[Array, Array]) -> tuple[Carry, None]:
             index, weights = item
@@ -211,12 +210,18 @@ def evaluate(
     def of_segment(index: Array) -> tuple[Array, Array | None]:
         offset = _offsets(rng_key, target.reference, layout, index)
         offset = offset.reshape(-1, layout.chunk_size // layout.per_row, target.dim)
+        # Fused with its readers, the noise would be computed once for each of them.
+        offset = lax.optimization_barrier(offset)
         return lax.map(of_chunk, offset), offset if layout.kept else None
 
-    loss, offset = lax.map(of_segment, jnp.arange(layout.num_segments))
+    if layout.kept:
+        loss, offset = of_segment(jnp.asarray(0))
+    else:
+        loss, offset = lax.map(of_segment, jnp.arange(layout.num_segments))
+        loss = loss.reshape(-1, loss.shape[-1])
     center, num_loss = None, loss.size
     if with_center:
-        loss, center = loss[..., :-1], loss[0, 0, -1]
+        loss, center = loss[:, :-1], loss[0, -1]
     return loss.reshape(-1)[: layout.num_samples], offset, center, num_loss
 
 
@@ -230,7 +235,7 @@ def _evaluate_at_once(
         x = jnp.concatenate([x, target.reference.mean[None]])
     loss = jax.vmap(target.value)(x)
     center = loss[-1] if with_center else None
-    kept = offset[None, None] if layout.kept else None
+    kept = offset[None] if layout.kept else None
     return loss[: layout.num_samples], kept, center, loss.size
 
 
@@ -259,7 +264,8 @@ def single_weights(
     pairs = jnp.pad(log_weight, padding, constant_values=-jnp.inf).reshape(-1, 2)
 
     def look() -> Array:
-        # Of a cloud that is not kept the first segment is enough.
+        # Of a cloud that is not kept the first segment is enough. Other shapes of what is kept would be fused with
+        # the noise, and compute it again: the look takes its part within its branch.
         first = offset
         if first is None:
             first = _offsets(rng_key, reference, layout, jnp.asarray(0))

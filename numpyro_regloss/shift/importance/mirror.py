@@ -23,9 +23,12 @@ __all__ = ["is_mirror", "is_wider"]
 ROUNDING, SAME_WEIGHT = 64.0, 0.01
 # Weight of the pairs that may differ.
 TOLERANCE = 0.01
-# A power iteration; and of standard errors, beyond which a direction is wider.
-NUM_ITERATIONS, SIGMAS = 8, 1.0
+# Squarings of the matrix of a power iteration; and of standard errors, beyond which a direction is wider.
+NUM_SQUARINGS, SIGMAS = 3, 1.0
 LEAST_PAIRS = 8
+# Above so many dimensions the matrix is not formed; and so many numbers, a megabyte, are looked at. In 1,000
+# dimensions that is 262 pairs of 2,000, which see no less: both see a direction in one cloud of ten.
+NARROW, MOST_ELEMENTS = 64, 1 << 18
 
 
 def is_mirror(loss: Array, log_weight: Array) -> Array:
@@ -52,14 +55,14 @@ def is_wider(offset: Array, log_weight: Array, unit: Array) -> Array:
     """Whether the weighted draws are wider than all draws along some direction.
 
     Args:
-        offset: of the pairs from their center, `(pair, dim)`.
+        offset: of the pairs from their center, `(pair, dim)`; of more than `MOST_ELEMENTS` numbers the first.
         log_weight: of the pairs, `(pair,)`.
         unit: standard deviations to compute in, `(dim,)`.
 
     Returns:
         A scalar; False for fewer than 16 draws.
     """
-    half = len(offset) // 2
+    half = min(len(offset), MOST_ELEMENTS // offset.shape[1]) // 2
     if half < LEAST_PAIRS // 2:
         return jnp.asarray(False)
     z = offset[: 2 * half].reshape(2, half, -1) / unit
@@ -69,19 +72,34 @@ def is_wider(offset: Array, log_weight: Array, unit: Array) -> Array:
     weight = weight / jnp.maximum(jnp.sum(weight, 1, keepdims=True), 1.0)
     # Without the other members of the pairs: second moments about the center are the same.
     contrast = weight - 1.0 / half
-
-    # Two halves at once, of a matrix that is shifted so that its largest eigenvalue is the one looked for.
-    def iterate(_: Array, direction: Array) -> Array:
-        along = jnp.einsum("hij,hj->hi", z, direction)
-        # The plain second moment is the identity, so that no eigenvalue is negative but by noise.
-        direction = direction + jnp.einsum("hi,hij->hj", contrast * along, z)
-        return direction / jnp.linalg.norm(direction, axis=1, keepdims=True)
-
     heaviest = jnp.argmax(log_weight, 1)
     direction = jnp.take_along_axis(z, heaviest[:, None, None], 1)[:, 0]
-    direction = lax.fori_loop(0, NUM_ITERATIONS, iterate, direction)
+    direction = _widest(direction, contrast, z)
     square = jnp.einsum("hij,hj->hi", z, direction[::-1]) ** 2
     excess = jnp.sum(contrast * square, 1)
     plain = jnp.mean(square, 1, keepdims=True)
     influence = weight * (square - plain - excess[:, None]) - (square - plain) / half
     return jnp.sum(excess) > SIGMAS * jnp.sqrt(jnp.sum(influence**2))
+
+
+def _widest(direction: Array, contrast: Array, z: Array) -> Array:
+    # Of two halves at once, of the weighted minus the plain second moments. Plus the identity, which is what the
+    # plain ones are but for noise: the largest eigenvalue is then the one of largest size.
+    dim = z.shape[-1]
+    if dim <= NARROW:
+        second = jnp.einsum("hij,hik->hjk", contrast[..., None] * z, z) + jnp.eye(
+            dim, dtype=z.dtype
+        )
+        for _ in range(NUM_SQUARINGS):
+            second = jnp.einsum("hij,hjk->hik", second, second)
+        return _unit(jnp.einsum("hij,hj->hi", second, direction))
+
+    def iterate(_: Array, direction: Array) -> Array:
+        along = jnp.einsum("hij,hj->hi", z, direction)
+        return _unit(direction + jnp.einsum("hi,hij->hj", contrast * along, z))
+
+    return lax.fori_loop(0, 2**NUM_SQUARINGS, iterate, direction)
+
+
+def _unit(direction: Array) -> Array:
+    return direction / jnp.linalg.norm(direction, axis=1, keepdims=True)
