@@ -80,6 +80,13 @@ ENGINES = {
     "smc": Row(lambda: shift.SMC(num_particles=300)),
     # Steps so small that the bias is a fraction of the error.
     "sgld": Row(lambda: shift.SGLD(0.02, num_samples=4000, num_warmup=400, num_chains=4)),
+    "adaptive_importance": Row(shift.AdaptiveImportance),
+    "adaptive_importance_diagonal": Row(
+        lambda: shift.AdaptiveImportance(covariance="diagonal"), long=True
+    ),
+    "adaptive_importance_values": Row(
+        lambda: shift.AdaptiveImportance(1024, gradient=False), long=True
+    ),
     "adaptive": Row(lambda: shift.Adaptive(shift.Importance(500), max_rounds=8)),
     "robbins_monro": Row(lambda: fit.RobbinsMonro(num_steps=2000)),
     "robbins_monro_single": Row(lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False)),

@@ -64,6 +64,7 @@ class Chains(NamedTuple):
         z: `(draw, dim)`, mean zero.
         score: `(draw, dim)` in the same units, or None.
         log_density: of every draw up to a constant, `(draw,)`, or None.
+        block_size: of draws that are independent from one block of consecutive ones to the next, or None.
     """
 
     num_chains: int
@@ -71,6 +72,7 @@ class Chains(NamedTuple):
     z: Array
     score: Any
     log_density: Any
+    block_size: int | None = None
 
 
 class Control(NamedTuple):
@@ -98,6 +100,8 @@ class Control(NamedTuple):
 
 def series_error(chains: Chains, values: Array) -> Array:
     """Standard error of the weighted mean of `values`, `(draw, k)` -> `(k,)`, from autocorrelations."""
+    if chains.block_size is not None:
+        return _error_of_blocks(chains, values, chains.block_size)
     # The influence of a draw on a ratio of sums; for equal weights the values themselves.
     influence = chains.weight.size * chains.weight[:, None] * (values - chains.weight @ values)
     series = influence.reshape(chains.num_chains, -1, values.shape[-1])
@@ -107,6 +111,17 @@ def series_error(chains: Chains, values: Array) -> Array:
     padded = jnp.pad(series, ((0, 0), (0, 0), (0, -values.shape[-1] % width)))
     parts = jnp.moveaxis(padded.reshape(*series.shape[:2], -1, width), 2, 0)
     return lax.map(monte_carlo_error, parts).reshape(-1)[: values.shape[-1]]
+
+
+def _error_of_blocks(chains: Chains, values: Array, size: int) -> Array:
+    # The delta method's, of a block that is left out, as in `moments.of_blocks`.
+    weight = jnp.pad(chains.weight, (0, -chains.weight.size % size))
+    influence = chains.weight[:, None] * (values - chains.weight @ values)
+    influence = jnp.pad(influence, ((0, -len(influence) % size), (0, 0)))
+    of_blocks = jnp.sum(influence.reshape(-1, size, values.shape[-1]), 1)
+    rest = 1.0 - jnp.sum(weight.reshape(-1, size), 1, keepdims=True)
+    least = jnp.finfo(rest.dtype).eps
+    return jnp.sqrt(jnp.sum((of_blocks / jnp.maximum(rest, least)) ** 2, 0))
 
 
 def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, list[Control]]:
@@ -178,7 +193,10 @@ def _pick(
     return Control(kind, compatible, *(jnp.stack(field)[kind] for field in fields), errors[kind])
 
 
-def _correlation_time(chains: Chains) -> Array:
+def _correlation_time(chains: Chains) -> Array | float:
+    if chains.block_size is not None:
+        # To a regression the second draw of a pair is a copy of the first.
+        return float(chains.block_size)
     # From the correlation of consecutive draws. A draw that is left out leaves its near copies in a regression, so
     # many that its leverage counts as often.
     z = chains.z.reshape(chains.num_chains, -1, chains.z.shape[-1])
@@ -191,7 +209,7 @@ def _correlation_time(chains: Chains) -> Array:
     return (1.0 + correlation) / (1.0 - correlation)
 
 
-def _diagonal(chains: Chains, mean: Array, time: Array) -> _Candidate:
+def _diagonal(chains: Chains, mean: Array, time: Array | float) -> _Candidate:
     centered = chains.score - mean
     second = chains.weight @ centered**2
     usable = second > 0
@@ -203,7 +221,9 @@ def _diagonal(chains: Chains, mean: Array, time: Array) -> _Candidate:
     return _Candidate(coefficient, coefficient * mean, residual, left_out)
 
 
-def _regressions(chains: Chains, time: Array, *, quadratic: bool) -> tuple[list[_Candidate], Array]:
+def _regressions(
+    chains: Chains, time: Array | float, *, quadratic: bool
+) -> tuple[list[_Candidate], Array]:
     # Of the draws on their scores, without and with quadratic controls; and of the scores on the draws.
     z, score, weight = chains.z, chains.score, chains.weight
     dim = z.shape[-1]

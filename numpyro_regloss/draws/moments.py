@@ -99,6 +99,7 @@ def of_draws(
         structure=structure,
         control=control,
         spread=draws.spread,
+        block_size=draws.block_size,
     )
 
 
@@ -131,8 +132,9 @@ def of_chains(
     structure: str | None,
     control: str,
     spread: Array | None = None,
+    block_size: int | None = None,
 ) -> Moments:
-    """Moments of Markov chains.
+    """Moments of draws in memory: of Markov chains, or of independent blocks that have scores.
 
     Args:
         x: `(chain, draw, dim)`.
@@ -143,6 +145,7 @@ def of_chains(
         control: `"auto"`, or one of `control_variates.CONTROLS`.
         spread: where `x` are means of draws, the variances within, like `x`; without scores, and not for a
             dense covariance.
+        block_size: see `Draws`; None for Markov chains.
 
     Returns:
         The moments.
@@ -160,7 +163,7 @@ def of_chains(
         # Copies of the heaviest draw, as its x and its density are: no jump is seen on the way to them.
         score = score.reshape(-1, dim)
         score = jnp.where(used[:, None], score, score[jnp.argmax(weight)]) * unit
-    chains = Chains(x.shape[0], weight, z, score, log_density)
+    chains = Chains(x.shape[0], weight, z, score, log_density, block_size)
     of_mean, of_variances = choose(chains, control, variances=structure is not None)
     mean = mean - unit * of_mean.shift
     alone = jnp.max(weight) > DOMINANT_WEIGHT

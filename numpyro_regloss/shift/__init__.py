@@ -3,6 +3,11 @@
 """Step 1: engines that draw from the shifted density q ∝ exp(-loss / T) N(reference)."""
 
 from numpyro_regloss.shift.adaptive import Adaptive, AdaptiveInfo, AdaptiveState
+from numpyro_regloss.shift.adaptive_importance import (
+    AdaptiveImportance,
+    AdaptiveImportanceInfo,
+    AdaptiveImportanceState,
+)
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.hmc import HMC, NUTS, HMCInfo, HMCState
 from numpyro_regloss.shift.implicit import Implicit, ImplicitInfo
@@ -14,6 +19,9 @@ from numpyro_regloss.shift.svi import SVI, SVIInfo, SVIState
 
 __all__ = [
     "Adaptive",
+    "AdaptiveImportance",
+    "AdaptiveImportanceInfo",
+    "AdaptiveImportanceState",
     "AdaptiveInfo",
     "AdaptiveState",
     "HMC",

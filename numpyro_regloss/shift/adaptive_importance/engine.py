@@ -1,0 +1,401 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Importance sampling from a Gaussian that the scores of its own draws adapt: a step in one batch.
+
+A round draws from the proposal, evaluates losses and gradients of all draws at once, and fits the next proposal to
+them, under weights tempered to an effective sample size of half the draws. Once the full weights are as even the
+draws are used. The proposal is carried from step to step, and moves with the reference, so that
+after the first step one round is mostly enough. It is a little wider than what was fitted, and a few draws come
+from the reference: q has no heavier tails than exp(-loss) times those, so that weights are bounded, and modes that
+the proposal does not reach are seen.
+
+References: Cornuet, Marin, Mira & Robert (2012), "Adaptive Multiple Importance Sampling"; Bugallo, Elvira,
+Martino, Luengo, Míguez & Djurić (2017), "Adaptive Importance Sampling: The Past, the Present, and the Future";
+Paananen, Piironen, Bürkner & Vehtari (2021), "Implicitly Adaptive Importance Sampling"; South, Riabiz, Teymur &
+Oates (2022), "Postprocessing of MCMC"; Owen & Zhou (2000), "Safe and Effective Importance Sampling".
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+
+from numpyro_regloss._core.checks import (
+    cast_fields,
+    check_choice,
+    check_count,
+    check_flag,
+    check_integers,
+    check_positive,
+)
+from numpyro_regloss._core.pareto import MAX_KHAT, pareto_smooth
+from numpyro_regloss._core.pytree import (
+    all_finite,
+    is_concrete,
+    pytree_dataclass,
+    static_field,
+    strip_weak_types,
+)
+from numpyro_regloss._core.stats import bisect, weight_ess
+from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.base import StoredDraws
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
+from numpyro_regloss.losses.regularized import RegularizedLoss
+from numpyro_regloss.shift.adaptive_importance.normalizer import controls_of, mean_weight
+from numpyro_regloss.shift.adaptive_importance.proposal import (
+    Proposal,
+    from_moments,
+    from_scores,
+    start,
+)
+from numpyro_regloss.shift.base import Shift
+
+__all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceState"]
+
+COVARIANCES = ("auto", "dense", "diagonal")
+# "auto" is dense up to so many dimensions, if there are so many draws for each.
+MOST_DENSE, DRAWS_PER_DIM = 500, 4
+# Below, k-hat has no tail to look at.
+LEAST_DRAWS = 32
+# Of the draws, to which weights are tempered.
+TEMPERED = 0.5
+NUM_BISECTIONS = 12
+
+
+class AdaptiveImportanceState(NamedTuple):
+    """What the next step starts from.
+
+    Attributes:
+        proposal: in coordinates where the reference is N(0, I).
+        reference: of these coordinates.
+    """
+
+    proposal: Proposal
+    reference: AnyGaussian
+
+
+class AdaptiveImportanceInfo(NamedTuple):
+    """Diagnostics of one shift.
+
+    Attributes:
+        ok: the weights are even enough, and have a mean, as far as k-hat can tell.
+        num_loss: loss evaluations without a gradient.
+        num_grad: evaluations of the loss and its gradient.
+        ess: effective sample size 1 / Σ w² of the weights, not smoothed.
+        khat: Pareto shape of the largest weights; above 0.7 the Gaussian is too far from q.
+        num_rounds: how often the proposal drew.
+        num_rejected: draws of the last round whose loss or gradient was not a number.
+        proposal_shift: largest change of the proposal's mean in the last round, in its standard deviations.
+        local_entropy: F_tau at the reference's mean, in the units of the loss; of a minibatch if there is one.
+        local_entropy_error: its standard error; infinite where the step is not ok.
+    """
+
+    ok: Array
+    num_loss: Array
+    num_grad: Array
+    ess: Array
+    khat: Array
+    num_rounds: Array
+    num_rejected: Array
+    proposal_shift: Array
+    local_entropy: Array
+    local_entropy_error: Array
+
+
+class _Batch(NamedTuple):
+    e: Array
+    loss: Array
+    gradient: Array
+    log_weight: Array
+    controls: Array
+    num_rejected: Array
+
+
+class _Round(NamedTuple):
+    count: Array
+    proposal: Proposal
+    batch: _Batch
+    smoothed: Array
+    khat: Array
+    ess: Array
+    shift: Array
+    ok: Array
+
+
+@pytree_dataclass
+class AdaptiveImportance(Shift):
+    """Importance sampling from a Gaussian that follows q, for a q that is nearly Gaussian.
+
+    Regularized targets mostly are. Where q is not (several modes, funnels, heavy skew), weights are uneven and the
+    step is rejected: use `NUTS` or `SMC` there. A mode that no draw of a round reaches is not seen: with several
+    modes some steps are rejected, and others hold one mode alone.
+
+    Args:
+        num_samples: draws of a round, an even number: antithetic pairs.
+        covariance: of the proposal: `"dense"`, `"diagonal"`, or `"auto"`: dense up to 500 dimensions where there
+            are four draws for each.
+        max_rounds: rounds of a step at most.
+        defensive: share of the draws that come from the reference, from 0 up to 0.5.
+        gradient: whether the proposal follows scores; without, it follows the draws' own moments, which takes more
+            draws.
+        ess: effective sample size of the weights, as a share of the draws, below which a step is rejected.
+
+    Raises:
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> from numpyro_regloss import Gaussian, Loss
+        >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.full(2, 4.0))
+        >>> target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau=1.0))
+        >>> engine = AdaptiveImportance(num_samples=64)
+        >>> state = engine.init(random.key(0), target)
+        >>> state, draws, info = engine.step(random.key(1), state, target)
+        >>> weight = jax.nn.softmax(draws.log_weight[0])
+        >>> bool(jnp.all(jnp.abs(weight @ draws.x[0] - 2.0) < 0.3))  # half way to the minimum
+        True
+    """
+
+    num_samples: int = static_field(default=256)
+    covariance: str = static_field(default="auto")
+    max_rounds: int = static_field(default=8)
+    defensive: float = static_field(default=0.0625)
+    gradient: bool = static_field(default=True)
+    ess: Any = 0.5
+
+    def __post_init__(self) -> None:
+        check_count(self.num_samples, "AdaptiveImportance: num_samples", LEAST_DRAWS)
+        if self.num_samples % 2:
+            raise ValueError(
+                "AdaptiveImportance: expected an even num_samples, since draws come in pairs, got "
+                f"{self.num_samples}."
+            )
+        check_choice(self.covariance, "AdaptiveImportance: covariance", COVARIANCES)
+        check_count(self.max_rounds, "AdaptiveImportance: max_rounds")
+        cast_fields(self, ("gradient",), check_flag)
+        share = self.defensive
+        if isinstance(share, bool) or not isinstance(share, int | float | np.number):
+            raise TypeError(
+                f"AdaptiveImportance: expected defensive as a number, got {type(share).__name__}."
+            )
+        if not 0.0 <= share <= 0.5:
+            raise ValueError(
+                f"AdaptiveImportance: expected defensive from 0 to 0.5, a share of the draws, got {share}."
+            )
+        object.__setattr__(self, "defensive", float(share))
+        object.__setattr__(self, "ess", check_positive(self.ess, "AdaptiveImportance: ess"))
+        if is_concrete(self.ess) and not self.ess < 1 - share:
+            raise ValueError(
+                "AdaptiveImportance: expected ess as a share of the draws, below what the defensive ones leave "
+                f"({1 - share:g}), got {self.ess}; 0.5 is common."
+            )
+
+    @property
+    def uses_gradient(self) -> bool:  # ty: ignore
+        """Whether the proposal follows scores."""
+        return self.gradient
+
+    def init(self, rng_key: Key, target: RegularizedLoss) -> AdaptiveImportanceState:
+        """The reference as the first proposal.
+
+        Args:
+            rng_key: unused.
+            target: the first target.
+
+        Returns:
+            The state.
+
+        Raises:
+            TypeError: if the loss returns integers and `gradient` is True.
+        """
+        del rng_key
+        if self.gradient:
+            check_integers(["AdaptiveImportance"], target.loss, "shift.AdaptiveImportance")
+        return strip_weak_types(self._fresh(target.reference))
+
+    def step(
+        self, rng_key: Key, state: AdaptiveImportanceState, target: RegularizedLoss
+    ) -> tuple[AdaptiveImportanceState, StoredDraws, AdaptiveImportanceInfo]:
+        """Rounds until the weights fit, and the draws of the last.
+
+        Args:
+            rng_key: a random key.
+            state: from `init` or the last step.
+            target: the target.
+
+        Returns:
+            The next state, draws of shape `(1, num_samples, dim)` with scores and weights, diagnostics.
+        """
+        key_batch, rng_key = random.split(rng_key)
+        # One batch for all draws: weights of different losses cannot be compared.
+        target = target.on_batch(key_batch)
+        fresh = self._fresh(target.reference)
+        proposal = state.proposal.moved(state.reference, target.reference)
+        usable = all_finite(proposal)
+        proposal = jax.tree.map(lambda a, b: jnp.where(usable, a, b), proposal, fresh.proposal)
+
+        def unfinished(now: _Round) -> Array:
+            return (now.count < self.max_rounds) & ~now.ok
+
+        def draw(now: _Round) -> _Round:
+            key = random.fold_in(rng_key, now.count)
+            batch = self._evaluate(key, now.proposal, target)
+            ess = weight_ess(batch.log_weight)
+            after = self._adapted(now.proposal, batch)
+            sd = jnp.sqrt(after.variance)
+            shift = jnp.max(jnp.abs(after.mean - now.proposal.mean) / sd)
+            smoothed, khat = pareto_smooth(batch.log_weight)
+            ok = (ess >= self.ess * self.num_samples) & (khat <= MAX_KHAT)
+            return strip_weak_types(
+                _Round(now.count + 1, after, batch, smoothed, khat, ess, shift, ok)
+            )
+
+        zero, no = jnp.zeros_like(target.reference.mean[0]), jnp.asarray(False)
+        like = jax.eval_shape(self._evaluate, rng_key, proposal, target)
+        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+        first = _Round(jnp.asarray(0), proposal, blank, blank.log_weight, zero, zero, zero, no)
+        last = lax.while_loop(unfinished, draw, strip_weak_types(first))
+        draws, info = self._result(last, target)
+        after = AdaptiveImportanceState(last.proposal, target.reference)
+        return strip_weak_types(after), draws, info
+
+    def after_rejection(
+        self, old: AdaptiveImportanceState, new: AdaptiveImportanceState
+    ) -> AdaptiveImportanceState:
+        """Goes on with the new proposal, if it is one: a far target may take more rounds than a step has."""
+        usable = all_finite(new)
+        return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)
+
+    def remedy(self, info: AdaptiveImportanceInfo, ok: Any) -> str:
+        """What to use where q is not nearly Gaussian.
+
+        Args:
+            info: of all steps, as NumPy arrays with a leading axis.
+            ok: which steps were taken.
+
+        Returns:
+            A sentence, or nothing.
+        """
+        bad = ~np.asarray(ok) & ~np.asarray(info.ok)
+        if not bad.any():
+            return ""
+        others = "shift.NUTS or shift.SMC" if self.gradient else "shift.SMC"
+        return (
+            f"AdaptiveImportance: in {bad.sum()} rejected steps no Gaussian was near enough to q: effective draws "
+            f"down to {np.min(np.asarray(info.ess)[bad]) / self.num_samples:.0%} of all, where "
+            f"{float(np.max(self.ess)):.0%} are asked for, k-hat up to {np.max(np.asarray(info.khat)[bad]):.2g}, "
+            f"where {MAX_KHAT} is allowed. Use {others}, which need no such Gaussian; or a smaller tau, under "
+            "which q is nearer to one."
+        )
+
+    @property
+    def _num_defensive(self) -> int:
+        # Pairs from the reference.
+        return round(self.defensive * self.num_samples / 2)
+
+    def _fresh(self, reference: AnyGaussian) -> AdaptiveImportanceState:
+        dim = reference.dim
+        dense = dim <= MOST_DENSE and DRAWS_PER_DIM * dim <= self.num_samples
+        if self.covariance != "auto":
+            dense = self.covariance == "dense"
+        proposal = start(reference, dense=dense)
+        return AdaptiveImportanceState(proposal, reference)
+
+    def _evaluate(self, rng_key: Key, proposal: Proposal, target: RegularizedLoss) -> _Batch:
+        num_defensive = self._num_defensive
+        share = 2 * num_defensive / self.num_samples
+        key, key_defensive = random.split(rng_key)
+        wide = proposal.widened()
+        e, square = wide.sample_pairs(key, self.num_samples // 2 - num_defensive)
+        if num_defensive:
+            reference = start(target.reference, dense=False)
+            others, _ = reference.sample_pairs(key_defensive, num_defensive)
+            e = jnp.concatenate([e, others])
+            square = jnp.concatenate([square, wide.square(others)])
+        gaussian = mixture = wide.log_density(square)
+        length = jnp.sum(e**2, -1)
+        if num_defensive:
+            # All draws by the mixture's density, whichever part they came from.
+            mixture = jnp.logaddexp(
+                math.log(1 - share) + gaussian, math.log(share) + reference.log_density(length)
+            )
+        controls = controls_of(gaussian - mixture, square, target.dim)
+        x = target.reference.unwhiten(e)
+        if self.gradient:
+            loss, slope = jax.vmap(jax.value_and_grad(target.value))(x)
+            gradient = e + target.reference.scaled_transpose(slope) / target.temperature
+            failed = ~jnp.all(jnp.isfinite(gradient), -1) & (loss < jnp.inf)
+        else:
+            loss, gradient = jax.vmap(target.value)(x), jnp.zeros((0, target.dim), x.dtype)
+            failed = jnp.zeros(loss.shape, bool)
+        # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
+        failed |= jnp.isnan(loss) | (loss == -jnp.inf)
+        log_weight = -0.5 * length - loss / target.temperature - mixture
+        log_weight = jnp.where(failed, -jnp.inf, log_weight)
+        if self.gradient:
+            gradient = jnp.where((log_weight > -jnp.inf)[:, None], gradient, 0.0)
+        return _Batch(e, loss, gradient, log_weight, controls, jnp.sum(failed))
+
+    def _adapted(self, proposal: Proposal, batch: _Batch) -> Proposal:
+        weight = _tempered(batch.log_weight, TEMPERED * self.num_samples)
+        if self.gradient:
+            after = from_scores(proposal, batch.e, batch.gradient, weight)
+        else:
+            after = from_moments(proposal, batch.e, weight)
+        usable = all_finite(after)
+        return jax.tree.map(lambda a, b: jnp.where(usable, a, b), after, proposal)
+
+    def _result(
+        self, last: _Round, target: RegularizedLoss
+    ) -> tuple[StoredDraws, AdaptiveImportanceInfo]:
+        batch = last.batch
+        log_weight = last.smoothed
+        score = None
+        if self.gradient:
+            score = -target.reference.unscale_transpose(batch.gradient)[None]
+        draws = StoredDraws(
+            target.reference.unwhiten(batch.e)[None],
+            log_weight[None],
+            batch.loss[None],
+            target.temperature,
+            score,
+            block_size=2,
+        )
+        peak = jnp.max(log_weight)
+        peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+        # The density of N(0, I) is in the weights: their mean is E exp(-loss / T) over the reference.
+        weight = jnp.exp(log_weight - peak)
+        mean, error = mean_weight(weight, batch.controls, self._num_defensive)
+        evaluations = last.count * self.num_samples
+        none = jnp.zeros_like(evaluations)
+        info = AdaptiveImportanceInfo(
+            ok=last.ok,
+            num_loss=none if self.gradient else evaluations,
+            num_grad=evaluations if self.gradient else none,
+            ess=last.ess,
+            khat=last.khat,
+            num_rounds=last.count,
+            num_rejected=batch.num_rejected,
+            proposal_shift=last.shift,
+            local_entropy=-target.temperature * (jnp.log(mean) + peak),
+            local_entropy_error=jnp.where(last.ok, target.temperature * error / mean, jnp.inf),
+        )
+        return draws, info
+
+
+def _tempered(log_weight: Array, enough: Array | float) -> Array:
+    """Weights to a power at most one, of so many effective draws; adding to one."""
+    peak = jnp.max(log_weight)
+    log_weight = jnp.where(log_weight > -jnp.inf, log_weight - peak, -jnp.inf)
+
+    def is_below(power: Array) -> Array:
+        return weight_ess(power * log_weight) > enough
+
+    one = jnp.ones_like(peak)
+    low, _ = bisect(is_below, 0.0 * one, one, NUM_BISECTIONS)
+    # A power of zero would turn weights of zero into numbers that are none.
+    power = jnp.where(is_below(one), one, jnp.maximum(low, jnp.finfo(peak.dtype).tiny))
+    return jax.nn.softmax(power * log_weight)

@@ -1,0 +1,234 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Importance sampling from a Gaussian that follows q: calibration against quadrature, adaptation, refusal."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OPTIMIZED, long
+from jax import lax, random
+
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    RegularizedLoss,
+    RejectedError,
+    TwoStep,
+    fit,
+    schedules,
+    shift,
+)
+from numpyro_regloss.shift import AdaptiveImportance
+from numpyro_regloss.shift.adaptive_importance.proposal import Proposal, from_scores, root_within
+
+DIM, TAU = 6, 0.5
+STIFF, QUARTIC, PLACE = np.linspace(0.5, 8, DIM), np.linspace(0, 1, DIM), np.linspace(-1, 1, DIM)
+CENTER = np.full(DIM, 0.7)
+REPETITIONS = 200
+
+
+def skewed(x):
+    # A sum over coordinates: quadrature in one dimension is exact. No coordinate of q is Gaussian.
+    x = jnp.asarray(x)
+    return jnp.sum(
+        0.5 * STIFF * (x - PLACE) ** 2 + QUARTIC * x**4 + 0.5 * jnp.log(jnp.cosh(3 * (x - 0.3)))
+    )
+
+
+def quadrature(temperature):
+    """Means of q, and F_tau at the centre."""
+    grid = np.linspace(-8.0, 8.0, 20_001)[:, None]
+    loss = (
+        0.5 * STIFF * (grid - PLACE) ** 2
+        + QUARTIC * grid**4
+        + 0.5 * np.log(np.cosh(3 * (grid - 0.3)))
+    )
+    log_density = -loss / temperature - 0.5 * (grid - CENTER) ** 2 / TAU
+    density = np.exp(log_density - log_density.max(0))
+    total = density.sum(0) * (grid[1] - grid[0])
+    value = np.log(total) + log_density.max(0) - 0.5 * np.log(2 * np.pi * TAU)
+    return (density * grid).sum(0) / density.sum(0), -temperature * value.sum()
+
+
+@cache
+def repeated(temperature, **settings):
+    """Mean, error, F_tau, its error, k-hat and rounds of many warm steps at one centre."""
+    engine, moments = AdaptiveImportance(**settings), fit.ForwardKL()
+    loss = Loss.from_function(skewed, CENTER)
+    reference = Gaussian.isotropic(jnp.asarray(CENTER, jnp.float32), TAU)
+    target = RegularizedLoss(loss, reference, temperature=temperature)
+
+    def warm(state, key):
+        return engine.step(key, state, target)[0], None
+
+    def one(state, key):
+        _, draws, info = engine.step(key, state, target)
+        _, fitted, of_fit = moments.step(key, (), target, draws)
+        found = (fitted.mean, of_fit.mean_error, info.local_entropy, info.local_entropy_error)
+        return *found, info.khat, info.num_rounds, info.ok
+
+    def run(key):
+        warm_key, key = random.split(key)
+        state = engine.init(key, target)
+        state, _ = lax.scan(warm, state, random.split(warm_key, 4))
+        return lax.map(lambda key: one(state, key), random.split(key, REPETITIONS))
+
+    compiled = jax.jit(run, compiler_options=OPTIMIZED)
+    return jax.tree.map(np.asarray, compiled(random.key(0)))
+
+
+CASES = [
+    (1.0, ()),
+    (0.1, ()),
+    long(1.0, (("covariance", "diagonal"), ("defensive", 0.0))),
+    long(0.1, (("covariance", "diagonal"),)),
+    long(1.0, (("num_samples", 128),)),
+    long(1.0, (("num_samples", 1024), ("gradient", False))),
+]
+
+
+@pytest.mark.parametrize(("temperature", "settings"), CASES)
+def test_intervals_of_the_mean_and_of_the_value_cover(temperature, settings):
+    mean, error, value, value_error, _, _, ok = repeated(temperature, **dict(settings))
+    exact_mean, exact_value = quadrature(temperature)
+    assert ok.all()
+    of_mean = np.mean(np.abs(mean - exact_mean) < 1.96 * error)
+    of_value = np.mean(np.abs(value - exact_value) < 1.96 * value_error)
+    # 90 to 99 % of 95 % intervals, less three standard errors of 200 repetitions for the single value.
+    assert 0.90 < of_mean < 0.99
+    assert 0.90 - 3 * np.sqrt(0.9 * 0.1 / REPETITIONS) < of_value <= 1.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_a_warm_step_is_one_round_and_its_weights_have_a_variance(temperature):
+    _, _, _, _, khat, rounds, _ = repeated(temperature)
+    assert np.mean(rounds) < 1.05
+    # Above 0.5 weights have no variance, and errors of means no meaning.
+    assert np.quantile(khat, 0.95) < 0.5
+
+
+def test_scores_of_a_gaussian_give_it_whatever_the_draws():
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(4, 4))
+    precision = np.eye(4) + root @ root.T
+    mean = np.array([1.0, -2.0, 0.5, 3.0])
+    e = jnp.asarray(rng.normal(size=(40, 4)) * [1.0, 0.3, 1.0, 0.1] + 1.0, jnp.float32)
+    weight = jnp.asarray(rng.dirichlet(np.ones(40)), jnp.float32)
+    gradient = (e - mean) @ precision
+    for scale in (jnp.eye(4), jnp.diag(jnp.array([0.1, 2.0, 1.0, 0.5]))):
+        found = from_scores(Proposal(jnp.zeros(4), scale), e, gradient, weight)
+        for _ in range(3):
+            found = from_scores(found, e, gradient, weight)
+        # A ridge of 1e-5, three times: what is left is rounding.
+        np.testing.assert_allclose(found.scale @ found.scale.T, np.linalg.inv(precision), atol=1e-4)
+        np.testing.assert_allclose(found.mean, mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", ["dense", "diagonal"])
+@pytest.mark.parametrize("tau", [0.4, 0.2])
+def test_the_proposal_moves_as_a_gaussian_q_does(shape, tau):
+    # q of a quadratic is known for every reference.
+    rng = np.random.default_rng(1)
+    root = rng.normal(size=(3, 3)) if shape == "dense" else np.diag([1.0, 2.0, 0.5])
+    curvature, place = root @ root.T, np.array([1.0, -1.0, 0.5])
+
+    def exact(center, tau):
+        precision = curvature + np.eye(3) / tau
+        mean = np.linalg.solve(precision, curvature @ place + center / tau)
+        scale = np.sqrt(tau)
+        return (mean - center) / scale, np.linalg.inv(precision) / tau
+
+    before, after = np.zeros(3), np.array([0.5, 2.0, -1.0])
+    mean, covariance = exact(before, 0.4)
+    diagonal = shape == "diagonal"
+    scale = np.sqrt(np.diag(covariance)) if diagonal else np.linalg.cholesky(covariance)
+    proposal = Proposal(jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32))
+    old = Gaussian.isotropic(jnp.asarray(before, jnp.float32), 0.4)
+    moved = proposal.moved(old, Gaussian.isotropic(jnp.asarray(after, jnp.float32), tau))
+    mean, covariance = exact(after, tau)
+    scale = np.asarray(moved.scale)
+    found = np.diag(scale**2) if diagonal else scale @ scale.T
+    np.testing.assert_allclose(moved.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(found, covariance, atol=1e-5)
+
+
+def test_a_matrix_that_is_no_covariance_becomes_the_nearest():
+    vector = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    matrix = jnp.asarray(vector @ np.diag([-1.0, 0.5, 100.0]) @ vector.T, jnp.float32)
+    lower = np.asarray(root_within(matrix))
+    values = np.linalg.eigvalsh(lower @ lower.T)
+    np.testing.assert_allclose(values, [16e-6, 0.5, 16.0], rtol=1e-2)
+    assert np.isnan(root_within(jnp.full((3, 3), jnp.nan))).all()
+
+
+def funnel(x):
+    return 0.5 * (x[0] / 3.0) ** 2 + 0.5 * jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) + 2.0 * x[0]
+
+
+def test_what_is_no_gaussian_is_refused_and_the_remedy_names_others():
+    optimizer = TwoStep(
+        Loss.from_function(funnel, np.zeros(5)), 25.0, AdaptiveImportance(), fit.ForwardKL()
+    )
+    with pytest.raises(RejectedError, match=r"shift\.NUTS or shift\.SMC") as caught:
+        optimizer.run(random.key(0), 4, progress_bar=False)
+    infos = caught.value.result.history.shift
+    assert not np.asarray(infos.ok).any()
+    np.testing.assert_array_equal(infos.num_rounds, 8)
+    assert np.isinf(infos.local_entropy_error).all()
+
+
+def test_losses_without_gradients_are_followed_by_moments():
+    def steps(x):
+        return jnp.sum(jnp.floor(40.0 * (x - 1.0) ** 2)) / 40.0
+
+    engine = AdaptiveImportance(1024, gradient=False)
+    optimizer = TwoStep(
+        Loss.from_function(steps, np.full(4, 3.0)), 0.2, shift=engine, fit=fit.ForwardKL()
+    )
+    result = optimizer.run(random.key(0), 30, progress_bar=False)
+    assert not engine.uses_gradient
+    assert np.asarray(result.history.ok).all()
+    assert np.asarray(result.history.num_grad).sum() == 0
+    np.testing.assert_allclose(result.params, 1.0, atol=0.1)
+
+
+def test_a_schedule_of_tau_costs_no_more_rounds():
+    optimizer = TwoStep(
+        Loss.from_function(skewed, CENTER),
+        schedules.Geometric(1.0, 0.1, 10),
+        shift=AdaptiveImportance(),
+        fit=fit.ForwardKL(),
+    )
+    result = optimizer.run(random.key(0), 10, progress_bar=False)
+    assert np.asarray(result.history.ok).all()
+    assert np.asarray(result.history.shift.num_rounds)[2:].max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"num_samples": 31}, ValueError, ">= 32"),
+        ({"num_samples": 101}, ValueError, "even num_samples"),
+        ({"covariance": "low"}, ValueError, "dense"),
+        ({"defensive": 0.6}, ValueError, "from 0 to 0.5"),
+        ({"defensive": "some"}, TypeError, "as a number"),
+        ({"gradient": 1}, TypeError, "gradient"),
+        ({"max_rounds": 0}, ValueError, "max_rounds"),
+        ({"ess": 0.95}, ValueError, "below what the defensive ones leave"),
+    ],
+)
+def test_bad_settings(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        AdaptiveImportance(**settings)
+
+
+def test_integers_are_refused_unless_it_follows_moments():
+    loss = Loss.from_function(lambda x: jnp.sum(x > 0), np.ones(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(jnp.ones(2), 1.0))
+    with pytest.raises(TypeError, match=r"shift\.AdaptiveImportance"):
+        AdaptiveImportance().init(random.key(0), target)
+    engine = shift.AdaptiveImportance(gradient=False)
+    assert engine.step(random.key(1), engine.init(random.key(0), target), target)[2].ok
