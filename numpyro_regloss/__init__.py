@@ -13,7 +13,6 @@ from numpyro_regloss import anchor, fit, schedules, schemes, shift, values
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.gaussians import Gaussian, LowRankGaussian, kl_divergence
-from numpyro_regloss.guides import from_guide, to_guide
 from numpyro_regloss.losses import Loss, Minibatch, RegularizedLoss, model
 from numpyro_regloss.two_step import (
     Record,
@@ -28,6 +27,7 @@ from numpyro_regloss.two_step import (
 if TYPE_CHECKING:
     __version__: str
     from numpyro_regloss import diagnostics, plots
+    from numpyro_regloss.guides import from_guide, to_guide
     from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
 
 __all__ = [
@@ -62,12 +62,14 @@ __all__ = [
     "values",
 ]
 
-# What looks at results, a fifth of all modules, is loaded at its first use.
+# What looks at results or deals with guides, a fifth of all modules, is loaded at its first use.
 _LATER = {
     "diagnostics": "diagnostics",
+    "from_guide": "guides",
     "gaussian_to_arviz": "io_arviz",
     "plots": "plots",
     "to_arviz": "io_arviz",
+    "to_guide": "guides",
 }
 
 

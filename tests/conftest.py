@@ -26,6 +26,7 @@ import optax
 import pytest
 from numpyro.infer import AIES, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal
+from page_engines import Damped, RandomWalk
 
 from numpyro_regloss import TwoStep, anchor, fit, shift
 
@@ -112,8 +113,12 @@ ENGINES = {
     ),
     "adapt_tau": Row(lambda: anchor.AdaptTau(anchor.Proximal())),
     "optax": Row(lambda: anchor.Optax(ADAM), exempt={"pickles": "as for svi"}),
+    # New engines as readers write them, and their lines.
+    "page_shift": Row(lambda: RandomWalk(num_samples=2000)),
+    "page_anchor": Row(Damped),
 }
-MADE = {name: row.make() for name, row in ENGINES.items()}
+# Tables of the other tests have the engines of the package.
+MADE = {name: row.make() for name, row in ENGINES.items() if not name.startswith("page_")}
 SHIFTS = {
     name: ENGINES[name].make
     for name, engine in MADE.items()

@@ -18,6 +18,7 @@ from test_engines import random_quadratic
 from numpyro_regloss import (
     Gaussian,
     Loss,
+    LowRankGaussian,
     RegularizedLoss,
     TwoStep,
     anchor,
@@ -459,3 +460,12 @@ def test_bad_input(case):
     call, kind, words = BAD[case]
     with pytest.raises(kind, match=words):
         call()
+
+
+@pytest.mark.parametrize("part", [anchor.KeepCovariance(), anchor.AdaptTau(anchor.Proximal())])
+def test_a_reference_of_low_rank_has_no_scale(part):
+    """Its second part is a diagonal of variances, which was taken for one."""
+    low_rank = LowRankGaussian(jnp.zeros(2), jnp.ones(2), jnp.ones((2, 1)))
+    target = RegularizedLoss(Loss.from_function(jnp.sum, jnp.zeros(2)), low_rank)
+    with pytest.raises(TypeError, match="expected a Gaussian as reference"):
+        part.after_rejection(part.init(target), low_rank)

@@ -23,6 +23,8 @@ STEPS = 3
 # The same code as another row, with another choice that test_engines.py checks against exact answers.
 REPEATED = {"importance_iid", "robbins_monro_single", "proximal"}
 MOST = ENGINES.keys() - REPEATED
+# A new engine has no tests of its own yet, and each rule is tried on it.
+NEW = "page_shift"
 
 
 def rows(rule, chosen=MOST):
@@ -36,7 +38,7 @@ def rows(rule, chosen=MOST):
         marks = []
         if rule in row.exempt:
             marks.append(pytest.mark.skip(reason=row.exempt[rule]))
-        if row.long or name not in chosen:
+        if row.long or name not in chosen | {NEW}:
             marks.append(pytest.mark.long)
         found.append(pytest.param(name, marks=marks))
     return found
@@ -214,3 +216,11 @@ def test_double_precision(name, x64):
     assert_exact(info)
     floats = [a for a in jax.tree.leaves((state, info)) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert {a.dtype for a in floats} == {jnp.dtype("float64")}
+
+
+def test_a_new_engine_is_one_line_and_meets_every_rule():
+    rules = [rule for rule in globals().values() if hasattr(rule, "pytestmark")]
+    assert rules
+    for rule in rules:
+        (table,) = (mark.args[1] for mark in rule.pytestmark if mark.args[0] == "name")
+        assert NEW in [row.values[0] for row in table if not row.marks], rule.__name__

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from numpyro_regloss._core.checks import cast_fields, check_positive, usable_range
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.anchor.base import Anchor, scale_of
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -219,11 +219,12 @@ class AdaptTau(Anchor):
         factor = jnp.clip(factor, self.least, self.most).astype(state.factor.dtype)
         # No variance may be rounded to zero.
         least, most = usable_range(factor.dtype)
-        variance = reference[1] ** 2 * (factor / state.factor)
+        scale = scale_of(reference, "AdaptTau")
+        variance = scale**2 * (factor / state.factor)
         usable = jnp.all((variance >= least) & (variance <= most))
         factor = jnp.where(usable, factor, state.factor)
-        scale = reference[1] * jnp.sqrt(factor / state.factor)
-        return state._replace(factor=factor), Gaussian(reference.mean, scale)
+        reference = Gaussian(reference.mean, scale * jnp.sqrt(factor / state.factor))
+        return state._replace(factor=factor), reference
 
 
 def _log_effective_share(draws: Draws) -> Array:

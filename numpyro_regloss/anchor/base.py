@@ -9,7 +9,7 @@ from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["Anchor", "AnchorInfo"]
+__all__ = ["Anchor", "AnchorInfo", "scale_of"]
 
 
 class AnchorInfo(NamedTuple):
@@ -115,3 +115,23 @@ class Anchor(Protocol):
         """
         del info, ok
         return ""
+
+
+def scale_of(reference: AnyGaussian, what: str) -> Array:
+    """The scale of a reference, for anchors that change it.
+
+    Args:
+        reference: the reference.
+        what: begins the error message.
+
+    Returns:
+        Its scale, `()`, `(dim,)` or `(dim, dim)`.
+
+    Raises:
+        TypeError: if it is of low rank, whose parts are no scale.
+    """
+    if not isinstance(reference, Gaussian):
+        raise TypeError(
+            f"{what}: expected a Gaussian as reference, got {type(reference).__name__}; use Gaussian.isotropic."
+        )
+    return reference.scale

@@ -19,7 +19,7 @@ from numpyro_regloss._core.checks import cast_fields, check_choice, check_positi
 from numpyro_regloss._core.linalg import after, lower_of_root
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.anchor.base import Anchor
+from numpyro_regloss.anchor.base import Anchor, scale_of
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
@@ -141,7 +141,7 @@ class KeepCovariance(Anchor):
 
     def init(self, target: RegularizedLoss) -> Array:
         """The first standard deviations, `()` or `(dim,)`."""
-        scale = target.reference[1]
+        scale = scale_of(target.reference, "KeepCovariance")
         return jnp.diagonal(scale) if scale.ndim == 2 else scale
 
     def step(
@@ -170,17 +170,18 @@ class KeepCovariance(Anchor):
             ValueError: if the fitted covariance has another structure.
         """
         del rng_key, draws
-        if fitted.structure != self.covariance:
+        if not isinstance(fitted, Gaussian) or fitted.structure != self.covariance:
             raise ValueError(
                 f"KeepCovariance: expected a fitted covariance of structure {self.covariance!r}, got "
                 f"{fitted.structure!r}."
             )
+        old = scale_of(target.reference, "KeepCovariance")
         # Singular values, of which a factor has the square roots of the eigenvalues.
         if self.covariance == "dense":
-            lower = after(fitted.mean[0], fitted[1]) / state[:, None]
+            lower = after(fitted.mean[0], fitted.scale) / state[:, None]
             vector, value, _ = jnp.linalg.svd(lower, full_matrices=False)
         else:
-            vector, value = None, fitted[1] / state
+            vector, value = None, fitted.scale / state
         value = jnp.sqrt(self.inflation) * value
         least, most = jnp.sqrt(self.floor), jnp.sqrt(self.ceiling)
         bounded = jnp.clip(value, least, most)
@@ -188,7 +189,7 @@ class KeepCovariance(Anchor):
         if vector is not None:
             scale = lower_of_root((vector * bounded).T * state)
         kept = jnp.isfinite(scale).all() & (_relative_error(fitted, fit_info) < MOST_ERROR)
-        reference = Gaussian(fitted.mean, jnp.where(kept, scale, target.reference[1]))
+        reference = Gaussian(fitted.mean, jnp.where(kept, scale, old))
         info = KeepCovarianceInfo(
             ok=jnp.asarray(True),
             num_loss=jnp.asarray(0),

@@ -262,11 +262,12 @@ def check_gaussian(gaussian: Any, dim: int, what: str, noun: str = "Gaussian") -
             "Gaussian.isotropic(mean, tau), or of a distribution Gaussian.from_distribution."
         )
     gaussian = type(gaussian)(*(jnp.asarray(part, float) for part in with_context_axes(gaussian)))
-    wanted = f"scale (), ({dim},) or ({dim}, {dim})"
-    fits = gaussian[1].shape in ((), (dim,), (dim, dim))
     if isinstance(gaussian, LowRankGaussian):
         wanted = f"diagonal ({dim},) and factor ({dim}, rank)"
         fits = gaussian.diagonal.shape == gaussian.factor.shape[:-1] == (dim,)
+    else:
+        wanted = f"scale (), ({dim},) or ({dim}, {dim})"
+        fits = gaussian.scale.shape in ((), (dim,), (dim, dim))
     if gaussian.mean.shape != (dim,) or not fits:
         got = ", ".join(f"{name} {part.shape}" for name, part in gaussian._asdict().items())
         raise ValueError(
