@@ -122,10 +122,13 @@ def blackjax_scan(loss, x0, data, num_steps, *, share_warmup, num_chains=1):
     return lambda seed: run(random.key(seed), start, *data)
 
 
-def ours(loss, x0, data, num_steps, *, engine, num_chains):
-    engine = engine(
+def chains(engine, num_chains):
+    return engine(
         num_warmup=NUM_WARMUP, num_samples=NUM_SAMPLES // num_chains, num_chains=num_chains
     )
+
+
+def ours(loss, x0, data, num_steps, *, engine):
     optimizer = schemes.local_entropy(Loss.from_function(loss, x0, *data), TAU, shift=engine)
 
     def run(seed):
@@ -146,9 +149,11 @@ CONTESTANTS = {
     "blackjax, cold adaptation": partial(blackjax_scan, share_warmup=False),
     "blackjax, shared warm-up": partial(blackjax_scan, share_warmup=True),
     "blackjax, shared warm-up, 4 x 50": partial(blackjax_scan, share_warmup=True, num_chains=4),
-    "ours, NUTS 1 x 200": partial(ours, engine=shift.NUTS, num_chains=1),
-    BASE: partial(ours, engine=shift.NUTS, num_chains=4),
-    "ours, HMC 4 x 50": partial(ours, engine=shift.HMC, num_chains=4),
+    "ours, NUTS 1 x 200": partial(ours, engine=chains(shift.NUTS, 1)),
+    BASE: partial(ours, engine=chains(shift.NUTS, 4)),
+    "ours, HMC 4 x 50": partial(ours, engine=chains(shift.HMC, 4)),
+    "ours, adaptive importance 128": partial(ours, engine=shift.AdaptiveImportance(128)),
+    "ours, adaptive importance 256": partial(ours, engine=shift.AdaptiveImportance(256)),
 }
 # One of each kind and one target, which tells whether everything runs.
 SMOKE = ("numpyro, one MCMC, jit_model_args", "blackjax, shared warm-up", BASE)
