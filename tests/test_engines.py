@@ -81,7 +81,10 @@ def plain_fit(target, draws):
 
 # A variant of an engine that is tried on every problem has one, with `--everything`. Kernels, guides and SMC have
 # such tests in their own files.
-BOTH, VARIANTS = ("importance_chunked", "nuts"), ("importance", "importance_iid", "importance_sobol")
+BOTH, VARIANTS = (
+    ("importance_chunked", "nuts"),
+    ("importance", "importance_iid", "importance_sobol"),
+)
 CASES = [
     pytest.param(
         engine, name, marks=[pytest.mark.both] if (engine in BOTH and name == "quadratic") else []
