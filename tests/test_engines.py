@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every engine against exact answers and against the rules that all engines follow."""
 
+import itertools
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, HEAT_FITS, SHIFTS, SIGMAS, long
+from conftest import FAMILIES, HEAT_FITS, SHIFTS, SIGMAS, long, with_long
 from jax import lax, random
 from scipy.stats import norm
 
@@ -79,19 +80,16 @@ def plain_fit(target, draws):
     return ForwardKL(control_variates="none").step(random.key(0), (), target, draws)[1:]
 
 
-# A variant of an engine that is tried on every problem has one, with `--everything`. Kernels, guides and SMC have
-# such tests in their own files.
-BOTH, VARIANTS = (
-    ("importance_chunked", "nuts"),
-    ("importance", "importance_iid", "importance_sobol"),
-)
+# Engines on every problem; HMC shares its code with NUTS, and its rows of `test_conformance.py` have it. Kernels,
+# guides and SMC have such tests in their own files.
+BOTH = (("importance_chunked", "quadratic"), ("nuts", "quadratic"))
 CASES = [
-    pytest.param(
-        engine, name, marks=[pytest.mark.both] if (engine in BOTH and name == "quadratic") else []
-    )
-    for engine in FAMILIES
-    for name in PROBLEMS
-] + [long(engine, "quadratic") for engine in VARIANTS]
+    pytest.param(*case, marks=[pytest.mark.both] if case in BOTH else [])
+    for case in itertools.product(FAMILIES, PROBLEMS)
+    if case[0] != "hmc"
+]
+CASES += [long("hmc", name) for name in PROBLEMS]
+CASES += [long(name, "quadratic") for name in ("importance", "importance_iid", "importance_sobol")]
 
 
 @pytest.mark.parametrize(("engine", "name"), CASES)
@@ -165,7 +163,7 @@ def test_stated_error_of_the_mean_is_calibrated(engine):
 dense_fit = jax.jit(ForwardKL("dense").step)
 
 
-@pytest.mark.parametrize("engine", ["importance_chunked", "nuts", "hmc"])
+@pytest.mark.parametrize("engine", ["importance_chunked", "nuts", long("hmc")])
 def test_dense_fit_matches_the_covariance(engine):
     problem = PROBLEMS["quadratic"]
     x, tau = np.zeros(problem.dim), 0.7
@@ -263,7 +261,7 @@ def test_reverse_kl_of_a_quadratic(covariance):
         assert info.bound > problem.local_entropy(x, tau, temperature)
 
 
-@pytest.mark.parametrize("engine", FAMILIES)
+@pytest.mark.parametrize("engine", with_long(FAMILIES, {"hmc"}))
 def test_scores_are_gradients_of_log_q(engine):
     target = setup_named("double_well", np.full(2, 0.2), 0.5, 0.5)
     draws, _, _, _ = one_shift(SHIFTS[engine](), target)
@@ -274,7 +272,7 @@ def test_scores_are_gradients_of_log_q(engine):
         np.testing.assert_allclose(draws.score[0, :5], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("engine", FAMILIES)
+@pytest.mark.parametrize("engine", with_long(FAMILIES, {"hmc"}))
 def test_fold_visits_every_draw_once(engine):
     target = setup_named("double_well", np.full(2, 0.2), 0.5, 1.0)
     draws, _, _, _ = one_shift(SHIFTS[engine](), target)
@@ -343,7 +341,7 @@ def test_importance_reports_degeneracy():
     assert np.median(fit_info.mean_error) > 0.2
 
 
-@pytest.mark.parametrize("engine", ["nuts", "hmc"])
+@pytest.mark.parametrize("engine", ["nuts", long("hmc")])
 def test_chains_at_a_moved_centre(engine):
     # The chains of the first target stand far out in the second: they must follow it.
     engine, problem = SHIFTS[engine](), PROBLEMS["quadratic"]
