@@ -20,12 +20,13 @@ from numpyro_regloss.two_step import outer_step
 CURVATURE = np.array([[2.0, 0.3], [0.3, 0.8]])
 CENTER, START, TAU, TEMPERATURE = np.array([0.7, -0.4]), np.zeros(2), 0.3, 0.8
 STEPS = 3
-# The same code as another row, with another choice that test_engines.py, or that of the anchors, checks against
-# exact answers.
+# The same code as another row, with another choice that test_engines.py, or the file of kernels or anchors, checks
+# against exact answers.
 REPEATED = {
     "importance",
     "importance_iid",
     "nuts",
+    "kernel_ensemble",
     "robbins_monro_single",
     "proximal",
     "newton_diagonal",
@@ -180,7 +181,7 @@ def test_engines_and_states_pickle(name):
     assert_equal(optimizer.step(back), optimizer.step(state))
 
 
-@pytest.mark.parametrize("name", rows("no leaks", MOST - {"nuts_dense", "kernel_ensemble"}))
+@pytest.mark.parametrize("name", rows("no leaks", MOST - {"nuts_dense"}))
 def test_no_tracer_leaks(name):
     optimizer, _, _, state, _ = known(name)
     with jax.checking_leaks():

@@ -480,14 +480,13 @@ def autoregressive(seed, shape, correlation):
 
 
 def test_chains_that_agree_give_no_warning():
-    # Four chains of 200 with some fifty effective draws each, one of them alone, and very few draws.
+    # Four chains of 200 with some fifty effective draws each, and very few draws of one of them.
     for seed in range(5):
         x = autoregressive(seed, (4, 200, 5), 0.6)
         info = forward_kl(x, "diagonal").info
         rhat = jax.jit(split_rhat)(jnp.asarray(x, jnp.float32))
         np.testing.assert_allclose(info.rhat, rhat, rtol=1e-4)
         assert np.all(info.rhat < 1.1)
-        forward_kl(x[0], "diagonal")
         assert forward_kl(x[0, ::10], "diagonal").info.rhat.shape == (5,)
     x = x[:, :, 0]
     weight = np.where(x > 0, 0.1, 0.0)
