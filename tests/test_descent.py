@@ -131,6 +131,8 @@ def test_no_decrease_is_seen_at_a_fixed_point(dim, scores):
         assert np.mean(naive.value > 1.96 * naive.error) > 0.9
 
 
+# Of a run, `test_record.py` has it.
+@pytest.mark.long
 def test_a_true_decrease_is_seen():
     problem = problems.quadratic(np.linspace(0.5, 3.0, 30), center=np.full(30, 0.3))
     target = target_of(problem, np.zeros(30))
