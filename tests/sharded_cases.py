@@ -237,7 +237,7 @@ def of_draws(fitted, report):
     return Rough(fitted.gaussian.mean, fitted.info.mean_error), Rough(kl.value, kl.error)
 
 
-def parallel_chains(put):
+def run_of_parallel_chains(put):
     # Chains that run in parallel divide their draws among the devices, on a mesh of NumPyro's own.
     mcmc = MCMC(
         # The default path of 2 π is a full period of a whitened Gaussian.
@@ -249,7 +249,16 @@ def parallel_chains(put):
         progress_bar=False,
     )
     mcmc.run(KEY, INPUTS, OUTPUTS)
-    loss = model_loss(put)
+    return mcmc
+
+
+def fit_of_parallel_chains(put):
+    fitted = forward_kl(run_of_parallel_chains(put))
+    return Rough(fitted.gaussian.mean, fitted.info.mean_error)
+
+
+def parallel_chains(put):
+    mcmc, loss = run_of_parallel_chains(put), model_loss(put)
     fitted = forward_kl(mcmc, loss=loss)
     report = diagnostics.gaussian_fit(mcmc, fitted.gaussian, RegularizedLoss(loss), rng_key=KEY)
     assert report.findings
@@ -363,6 +372,7 @@ VALUES_AND_FITS = {
     "gradients": gradients,
     "fits_of_arrays": fits_of_arrays,
     "fits_of_sites": fits_of_sites,
+    "fit_of_parallel_chains": fit_of_parallel_chains,
     "parallel_chains": parallel_chains,
     "draws_of_numpyro": draws_of_numpyro,
     "views_of_a_run": views_of_a_run,
@@ -375,7 +385,7 @@ VALUES_AND_FITS = {
 }
 CASES = ENGINES | VALUES_AND_FITS
 GROUPS = {
-    "few": ["importance_batches", "robbins_monro", "parallel_chains", "smoothed_weights"],
+    "few": ["importance_batches", "robbins_monro", "fit_of_parallel_chains", "smoothed_weights"],
     "engines": [*ENGINES],
     "values_and_fits": [*VALUES_AND_FITS],
 }

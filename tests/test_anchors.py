@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ANCHORS, SIGMAS, Counter, with_long
+from conftest import ANCHORS, SIGMAS, Counter, long, with_long
 from harness import count_compiles
 from jax import lax, random
 from targets import breast_cancer
@@ -88,7 +88,7 @@ def one_step(step, target, rng_key):
     return reference, info
 
 
-@pytest.mark.parametrize("scale", with_long(SCALES, {"diagonal"}))
+@pytest.mark.parametrize("scale", with_long(SCALES, {"isotropic", "diagonal"}))
 def test_newton_ends_on_a_quadratic_in_one_step(scale):
     # The flattest direction has an eigenvalue of I - C / tau of 0.003.
     newton = anchor.Newton(floor=1e-3, max_step=1e3)
@@ -331,7 +331,7 @@ def test_halves_of_halves():
 
 
 # Types, traces and what runs side by side: test_conformance.py.
-@pytest.mark.parametrize("name", ["newton", "anderson", "adapt_tau"])
+@pytest.mark.parametrize("name", ["newton", long("anderson"), "adapt_tau"])
 def test_a_rejected_step_keeps_the_state(name):
     optimizer = make(name)
     state = optimizer.init(KEY)

@@ -20,13 +20,13 @@ SCRIPTS = sorted(path for path in ROOT.glob("*.py") if "__main__" in path.read_t
 
 
 # The quickest; others compare with other libraries, or several engines, or start processes.
-SHORT = ("global_optimization", "values")
+SHORT = "global_optimization"
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(path, id=path.stem, marks=[] if path.stem in SHORT else pytest.mark.long)
+        pytest.param(path, id=path.stem, marks=[] if path.stem == SHORT else pytest.mark.long)
         for path in SCRIPTS
     ],
 )

@@ -83,10 +83,10 @@ def test_decrease_is_the_exact_one_and_its_error_is_calibrated(scores, temperatu
 def test_clouds_agree_with_their_draws_in_memory():
     problem = problems.double_well(2)
     target = target_of(problem, [0.3, -0.2])
-    _, cloud, _ = Importance(4000, chunk_size=500).step(random.key(0), (), target)
+    cloud = jax.jit(Importance(4000, chunk_size=500).step)(random.key(0), (), target)[1]
     stored = StoredDraws(cloud.x, cloud.log_weight, cloud.loss, cloud.temperature, block_size=2)
     mean = jnp.array([0.5, -0.4])
-    streamed, whole = decrease(target, cloud, mean), decrease(target, stored, mean)
+    streamed, whole = (jax.jit(decrease)(target, draws, mean) for draws in (cloud, stored))
     exact = problem.local_entropy(target.reference.mean, TAU) - problem.local_entropy(mean, TAU)
     np.testing.assert_allclose(streamed, whole, rtol=1e-3)
     assert abs(streamed.value - exact) < SIGMAS * streamed.error
@@ -131,6 +131,8 @@ def test_no_decrease_is_seen_at_a_fixed_point(dim, scores):
         assert np.mean(naive.value > 1.96 * naive.error) > 0.9
 
 
+# Of a run, `test_record.py` has it.
+@pytest.mark.long
 def test_a_true_decrease_is_seen():
     problem = problems.quadratic(np.linspace(0.5, 3.0, 30), center=np.full(30, 0.3))
     target = target_of(problem, np.zeros(30))
@@ -154,7 +156,7 @@ def test_one_draw_knows_no_error():
     target = target_of(problem, np.zeros(2))
     zero = jnp.array([[0.0, -jnp.inf, -jnp.inf, -jnp.inf]])
     draws = StoredDraws(jnp.ones((1, 4, 2)), zero, zero, jnp.asarray(1.0), block_size=2)
-    change = decrease(target, draws, jnp.ones(2))
+    change = jax.jit(decrease)(target, draws, jnp.ones(2))
     assert np.isfinite(change.value)
     assert change.error == np.inf
 

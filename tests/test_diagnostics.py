@@ -45,7 +45,12 @@ def exact_divergences(gaussian):
 @pytest.fixture(scope="module")
 def draws():
     engine = shift.HMC(num_warmup=300, num_samples=1500, num_chains=2)
-    return jax.jit(engine.step)(random.key(1), engine.init(random.key(0), TARGET), TARGET)[1]
+
+    @jax.jit
+    def draw(key_init, key):
+        return engine.step(key, engine.init(key_init, TARGET), TARGET)[1]
+
+    return draw(random.key(0), random.key(1))
 
 
 @pytest.mark.parametrize("width", [0.6, 1.4])

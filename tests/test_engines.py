@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every engine against exact answers and against the rules that all engines follow."""
 
+import itertools
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, HEAT_FITS, SHIFTS, SIGMAS, long
+from conftest import FAMILIES, HEAT_FITS, SHIFTS, SIGMAS, long, with_long
 from jax import lax, random
 from scipy.stats import norm
 
@@ -79,17 +80,17 @@ def plain_fit(target, draws):
     return ForwardKL(control_variates="none").step(random.key(0), (), target, draws)[1:]
 
 
-# A variant of an engine that is tried on every problem has one. Kernels, guides and SMC have such tests in their
-# own files.
-BOTH = ("importance", "nuts")
+# Engines on every problem; HMC shares its code with NUTS, and its rows of `test_conformance.py` have it. Kernels,
+# guides and SMC have such tests in their own files.
+# NUTS is on the second stack in the main job.
+BOTH = ("importance_chunked", "quadratic")
 CASES = [
-    pytest.param(
-        engine, name, marks=[pytest.mark.both] if (engine in BOTH and name == "quadratic") else []
-    )
-    for engine in ("importance", "importance_iid", "importance_sobol", *FAMILIES)
-    for name in PROBLEMS
-    if engine in FAMILIES or name == "quadratic"
+    pytest.param(*case, marks=[pytest.mark.both] if case == BOTH else [])
+    for case in itertools.product(FAMILIES, PROBLEMS)
+    if case[0] != "hmc"
 ]
+CASES += [long("hmc", name) for name in PROBLEMS]
+CASES += [long(name, "quadratic") for name in ("importance", "importance_iid", "importance_sobol")]
 
 
 @pytest.mark.parametrize(("engine", "name"), CASES)
@@ -131,7 +132,8 @@ def test_fifty_dimensions(engine):
     assert np.all(error < SIGMAS)
 
 
-@pytest.mark.parametrize("engine", ["importance", "importance_iid", long("nuts"), "hmc"])
+# Of clouds, `test_forward_kl.py` checks coverage.
+@pytest.mark.parametrize("engine", [*map(long, ("importance", "importance_iid", "nuts")), "hmc"])
 def test_stated_error_of_the_mean_is_calibrated(engine):
     # 200 repetitions at once: standardized errors must have standard deviation one. The bounds are the
     # 0.01 % quantiles of a chi distribution with 200 degrees of freedom, widened below since antithetic
@@ -159,13 +161,16 @@ def test_stated_error_of_the_mean_is_calibrated(engine):
     assert jnp.all((spread > 0.75) & (spread < 1.25)), spread
 
 
-@pytest.mark.parametrize("engine", ["importance", "nuts", "hmc"])
+dense_fit = jax.jit(ForwardKL("dense").step)
+
+
+@pytest.mark.parametrize("engine", ["importance_chunked", "nuts", long("hmc")])
 def test_dense_fit_matches_the_covariance(engine):
     problem = PROBLEMS["quadratic"]
     x, tau = np.zeros(problem.dim), 0.7
     target = setup_named("quadratic", x, tau, 0.5)
     draws, info, _, _ = one_shift(SHIFTS[engine](), target)
-    fitted = jax.jit(ForwardKL("dense").step)(random.key(0), (), target, draws)[1]
+    fitted = dense_fit(random.key(0), (), target, draws)[1]
     exact = problem.shift_covariance(x, tau, 0.5)
     sd = np.sqrt(np.diag(exact))
     # Entries of a sample covariance have standard error at most sqrt(2 / n) in units of sd_i sd_j.
@@ -236,7 +241,9 @@ def test_natural_steps_are_the_papers():
     np.testing.assert_allclose(fitted.mean, -0.5 / 0.25 * jnp.array([1.0, -2.0]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("covariance", [long("reference"), "dense"])
+# Quadratics without `--everything`: `test_reverse_kl.py`.
+@pytest.mark.long
+@pytest.mark.parametrize("covariance", ["reference", "dense"])
 def test_reverse_kl_of_a_quadratic(covariance):
     problem = random_quadratic(5, seed=6)
     x, tau, temperature = np.full(5, 0.5), 0.6, 0.5
@@ -255,7 +262,7 @@ def test_reverse_kl_of_a_quadratic(covariance):
         assert info.bound > problem.local_entropy(x, tau, temperature)
 
 
-@pytest.mark.parametrize("engine", FAMILIES)
+@pytest.mark.parametrize("engine", with_long(FAMILIES, {"hmc"}))
 def test_scores_are_gradients_of_log_q(engine):
     target = setup_named("double_well", np.full(2, 0.2), 0.5, 0.5)
     draws, _, _, _ = one_shift(SHIFTS[engine](), target)
@@ -266,7 +273,7 @@ def test_scores_are_gradients_of_log_q(engine):
         np.testing.assert_allclose(draws.score[0, :5], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("engine", FAMILIES)
+@pytest.mark.parametrize("engine", with_long(FAMILIES, {"hmc"}))
 def test_fold_visits_every_draw_once(engine):
     target = setup_named("double_well", np.full(2, 0.2), 0.5, 1.0)
     draws, _, _, _ = one_shift(SHIFTS[engine](), target)
@@ -314,12 +321,12 @@ def test_antithetic_pairs_stay_together():
 
 def test_walls_and_failures_of_the_loss():
     target = setup_named("wall", np.ones(2), 1.0, 1.0)
-    _, info, fitted, fit_info = one_shift(SHIFTS["importance"](), target)
+    _, info, fitted, fit_info = one_shift(SHIFTS["importance_chunked"](), target)
     assert info.ok
     # Where it is NaN, at one draw of eight.
     inside = norm.cdf(1.0)
     share = inside * (1.0 - inside)
-    assert abs(info.num_rejected / 4000 - share) < SIGMAS * np.sqrt(share / 4000)
+    assert abs(info.num_rejected / 3999 - share) < SIGMAS * np.sqrt(share / 3999)
     # N(1, 1) cut off at zero on both axes.
     exact = 1.0 + norm.pdf(1.0) / inside
     np.testing.assert_allclose(fitted.mean, [exact, exact], atol=0.05)
@@ -335,7 +342,7 @@ def test_importance_reports_degeneracy():
     assert np.median(fit_info.mean_error) > 0.2
 
 
-@pytest.mark.parametrize("engine", ["nuts", "hmc"])
+@pytest.mark.parametrize("engine", ["nuts", long("hmc")])
 def test_chains_at_a_moved_centre(engine):
     # The chains of the first target stand far out in the second: they must follow it.
     engine, problem = SHIFTS[engine](), PROBLEMS["quadratic"]
@@ -376,7 +383,10 @@ def test_engine_potential_of_a_model_is_the_models():
 
     loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
-    draws, info, _, _ = one_shift(shift.HMC(num_warmup=100, num_samples=50, num_chains=2), target)
+    engine = shift.HMC(num_warmup=100, num_samples=50, num_chains=2)
+    _, draws, info = jax.jit(lambda key: engine.step(key, engine.init(key, target), target))(
+        random.key(0)
+    )
     assert info.ok
     potential = lax.map(target.whitened_potential, jax.vmap(target.reference.whiten)(draws.x[0]))
     noise = jax.vmap(target.reference.whiten)(draws.x[0])

@@ -480,14 +480,13 @@ def autoregressive(seed, shape, correlation):
 
 
 def test_chains_that_agree_give_no_warning():
-    # Four chains of 200 with some fifty effective draws each, one of them alone, and very few draws.
+    # Four chains of 200 with some fifty effective draws each, and very few draws of one of them.
     for seed in range(5):
         x = autoregressive(seed, (4, 200, 5), 0.6)
         info = forward_kl(x, "diagonal").info
         rhat = jax.jit(split_rhat)(jnp.asarray(x, jnp.float32))
         np.testing.assert_allclose(info.rhat, rhat, rtol=1e-4)
         assert np.all(info.rhat < 1.1)
-        forward_kl(x[0], "diagonal")
         assert forward_kl(x[0, ::10], "diagonal").info.rhat.shape == (5,)
     x = x[:, :, 0]
     weight = np.where(x > 0, 0.1, 0.0)
@@ -559,7 +558,7 @@ def test_draws_of_an_engine():
     assert np.all(np.diag(info.covariance_error) > 0)
 
 
-@pytest.mark.parametrize("family", with_long(FAMILIES, {"isotropic", "diagonal"}))
+@pytest.mark.parametrize("family", with_long(FAMILIES, FAMILIES.keys() - {"low_rank"}))
 def test_clouds_and_arrays_agree(family):
     draws = independent_cloud()
     method = ForwardKL(family, rank=FAMILIES[family])
@@ -638,7 +637,7 @@ def test_bad_input(call, error, words):
 
 
 def test_a_constant_coordinate_is_told():
-    x = np.random.default_rng(0).normal(size=(500, 3))
+    x = np.random.default_rng(0).normal(size=(200, 2))
     x[:, 1] = 7.0
     for family in ("dense", "diagonal"):
         with pytest.warns(UserWarning, match=r"singular.*coordinate 1"):
@@ -649,22 +648,22 @@ def test_a_constant_coordinate_is_told():
 
 
 def test_infinite_weights_of_useless_draws_are_passed_over():
-    x = np.random.default_rng(0).normal(size=(300, 2))
-    log_weight = np.where(np.arange(300) < 200, 0.0, -np.inf)
+    x = np.random.default_rng(0).normal(size=(201, 2))
+    log_weight = np.where(np.arange(201) < 100, 0.0, -np.inf)
     gaussian, _ = forward_kl(x, log_weight=log_weight)
-    np.testing.assert_allclose(gaussian.mean, x[:200].mean(0), atol=1e-5)
+    np.testing.assert_allclose(gaussian.mean, x[:100].mean(0), atol=1e-5)
 
 
 def test_repeated_coordinates_give_a_warning_not_nan():
-    x = np.random.default_rng(0).normal(size=(500, 2))
+    x = np.random.default_rng(0).normal(size=(200, 1))
     with pytest.warns(UserWarning, match="singular"):
         gaussian, _ = forward_kl(np.concatenate([x, x], 1))
     assert np.isfinite(gaussian.scale).all()
 
 
 def test_units_do_not_matter():
-    x, _, _ = samples_of(3, 400)
-    unit = np.array([1e-6, 1.0, 1e6])
+    x, _, _ = samples_of(2, 200)
+    unit = np.array([1e-6, 1e6])
     gaussian, info = forward_kl(x)
     scaled, scaled_info = forward_kl(x * unit)
     np.testing.assert_allclose(scaled.mean / unit, gaussian.mean, rtol=1e-4, atol=1e-5)
@@ -724,11 +723,11 @@ PLAIN = Loss.from_function(lambda x: jnp.sum(x**2), np.zeros(4))
 
 
 def test_what_has_no_weight_may_be_anything():
-    x = np.random.default_rng(0).normal(size=(200, 2))
+    x = np.random.default_rng(0).normal(size=(201, 2))
     expected, _ = forward_kl(x[1:])
     for value in (1e3, 1e10, 1e30):
         x[0] = value
-        log_weight = np.where(np.arange(200) < 1, -np.inf, 0.0)
+        log_weight = np.where(np.arange(201) < 1, -np.inf, 0.0)
         gaussian, info = forward_kl(x, log_weight=log_weight, score=-x)
         plain, _ = forward_kl(x, log_weight=log_weight)
         np.testing.assert_allclose(plain.mean, expected.mean, atol=1e-5)

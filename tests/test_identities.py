@@ -136,7 +136,7 @@ def test_kl_identity_of_heat(temperature):
 
 @pytest.mark.parametrize(
     ("problem", "temperature"),
-    [(QUADRATIC, 1.0), (WELL, 1.0), long(QUADRATIC, 0.1), long(WELL, 0.1)],
+    [(WELL, 1.0), *(long(*c) for c in ((QUADRATIC, 1.0), (QUADRATIC, 0.1), (WELL, 0.1)))],
 )
 def test_jensen_gap(problem, temperature):
     # H - F = T KL(phi || q) >= 0, from the package's own estimates.

@@ -149,9 +149,9 @@ class Simulator:
 @pytest.mark.parametrize(
     "options",
     [
-        dict(),
+        long(dict()),
         dict(num_samples=33),
-        dict(num_samples=33, antithetic=False, ess=0.4),
+        long(dict(num_samples=33, antithetic=False, ess=0.4)),
         dict(num_samples=100, noise="sobol", num_scrambles=8, chunk_size=1000),
     ],
     ids=["pairs", "odd", "ess", "sobol"],

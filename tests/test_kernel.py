@@ -66,9 +66,8 @@ def step(engine, rng_key, state, target):
     "name",
     [
         pytest.param("barker", marks=pytest.mark.both),
-        "hmc",
         "aies",
-        *map(long, ("nuts", "ess", "sa")),
+        *map(long, ("nuts", "hmc", "ess", "sa")),
     ],
 )
 def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):

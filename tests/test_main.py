@@ -19,18 +19,15 @@ def run(*arguments, **kwargs):
 
 
 DIGITS, SCHOOLS = ["digits", "digits"], ["eight schools"]
-# One problem for each stack; both together with `--everything`.
-SECOND = sys.version_info >= (3, 13)
-FIRST_STACK = pytest.mark.skipif(SECOND, reason="for the first stack")
-SECOND_STACK = [pytest.mark.both, pytest.mark.skipif(not SECOND, reason="for the second stack")]
 
 
+# The digits take most of the time; `notebooks/a_network_without_gradients.ipynb` trains a network likewise.
+@pytest.mark.both
 @pytest.mark.parametrize(
     ("options", "problems"),
     [
         pytest.param([], DIGITS + SCHOOLS, id="all", marks=pytest.mark.long),
-        pytest.param(["--problem", "digits"], DIGITS, id="digits", marks=FIRST_STACK),
-        pytest.param(["--problem", "eight-schools"], SCHOOLS, id="schools", marks=SECOND_STACK),
+        pytest.param(["--problem", "eight-schools"], SCHOOLS, id="schools"),
     ],
 )
 def test_quick(options, problems, tmp_path):
@@ -79,7 +76,7 @@ def test_unknown_problem_is_refused(capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_of_a_large_cloud(tmp_path):
-    # 5,000 draws in 20,000 dimensions would take 0.37 GiB if they were stored.
+    # 2,000 draws in 20,000 dimensions would take 0.15 GiB if they were stored.
     code = """
 import resource, numpy as np, jax, jax.numpy as jnp
 from numpyro_regloss import Loss, TwoStep, fit, shift
@@ -89,9 +86,9 @@ def build(num_samples):
     return TwoStep(loss, 1e-3, shift=shift.Importance(num_samples), fit=fit.ForwardKL(), temperature=0.1)
 build(200).run(jax.random.key(0), 1, progress_bar=False)
 before = peak()
-result = build(5_000).run(jax.random.key(0), 1, progress_bar=False)
+result = build(2_000).run(jax.random.key(0), 1, progress_bar=False)
 assert np.isfinite(result.params).all()
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.25, f"{done.stdout} GiB above the baseline"
+    assert float(done.stdout) < 0.1, f"{done.stdout} GiB above the baseline"

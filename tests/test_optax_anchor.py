@@ -244,6 +244,8 @@ def test_new_numbers_do_not_recompile():
     assert counts[1] == counts[0]
 
 
+# Of `schemes.minimize`, `test_two_step.py`.
+@pytest.mark.long
 def test_minimize_by_entropy_sgd():
     result = schemes.minimize(
         random.key(0), bowl, np.zeros(2), num_steps=30, tau=1e-6, scheme=schemes.entropy_sgd

@@ -67,7 +67,7 @@ def check_coverage(method, target, exact, least=0.88):
         long("absolute_5", RobbinsMonro(200)),
         ("absolute_5", RobbinsMonro(200, antithetic=False)),
         long("rosenbrock", RobbinsMonro(200, averaging=False)),
-        ("double_well_20", Score(200)),
+        long("double_well_20", Score(200)),
         long("absolute", Score(200)),
         ("zero_one", Score(200, num_pairs=8)),
         long("zero_one", Score(200, antithetic=False)),
@@ -108,7 +108,7 @@ def test_errors_with_minibatches_cover(method):
     check_coverage(method, *minibatch_target(5))
 
 
-@pytest.mark.parametrize(("scale", "num_steps"), [(0.1, 20), long(10.0, 200), (0.1, 2000)])
+@pytest.mark.parametrize(("scale", "num_steps"), [(0.1, 20), long(10.0, 200), long(0.1, 2000)])
 def test_errors_of_quadratics_are_the_bias_that_is_left(scale, num_steps):
     problem = problems.quadratic(np.array([[2.0, 0.5], [0.5, 1.0]]) * scale, center=np.ones(2))
     target, exact = setup(problem, 0.0, 0.5, 1.0)

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "sharded_cases.py"
 # A mesh of Explicit axes ends in the same program as one of Auto axes.
 KINDS = ["plain", "auto", "explicit", "context"]
 # Chains in parallel are on a mesh of NumPyro's own, which it cannot make within another one.
-REFUSED = {("parallel_chains", "context")}
+REFUSED = {("fit_of_parallel_chains", "context"), ("parallel_chains", "context")}
 
 
 @pytest.mark.both

@@ -222,6 +222,11 @@ def test_history_counts_evaluations():
     history = make().run(random.key(0), 3, progress_bar=False).history
     assert history.num_loss.tolist() == [401, 401, 401]
     assert history.num_grad.tolist() == [0, 0, 0]
+
+
+# Of chains, `test_hostile.py` has the least and the most.
+@pytest.mark.long
+def test_history_counts_gradients_of_a_warm_up():
     nuts = make(ENGINES["nuts"]).run(random.key(0), 3, progress_bar=False).history
     # 40 transitions of at least one leapfrog step, two chains and the centre; warm-up comes on top once.
     assert nuts.num_grad[0] > nuts.num_grad[1] >= 43

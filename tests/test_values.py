@@ -135,7 +135,7 @@ LIGHT = {
 }
 
 
-@pytest.mark.parametrize("count", [20, 100, 2000])
+@pytest.mark.parametrize("count", [20, long(100), 2000])
 def test_light_tails_keep_their_errors(count):
     @jax.jit
     @jax.vmap
@@ -206,7 +206,7 @@ def test_infinite_losses():
     ] == (np.inf, np.inf)
 
 
-@pytest.mark.parametrize("method", ["auto", "importance", "smc"])
+@pytest.mark.parametrize("method", [long("auto"), "importance", "smc"])
 def test_a_wall_that_few_draws_pass(method):
     loss = Loss.from_function(lambda x: jnp.where(x[0] > 3, 0.0, jnp.inf), np.array([3.5]))
     target = RegularizedLoss(loss, Gaussian.isotropic(jnp.zeros(1), 1.0))

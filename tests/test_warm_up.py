@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import long
 from jax import lax, random
 from numpyro.infer.hmc import IntegratorState
 from numpyro.infer.hmc_util import build_adaptation_schedule, warmup_adapter
@@ -59,7 +60,7 @@ def test_mass_matrix_of_all_chains():
     np.testing.assert_allclose(tuning.mass_matrix_sqrt, expected**-0.5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_warmup", [20, 25])
+@pytest.mark.parametrize("num_warmup", [20, long(25)])
 def test_no_warm_up_is_too_short(num_warmup):
     # Stan's windows shrink with the warm-up, from 20 iterations on: two are left behind the mass matrix then.
     engine = shift.NUTS(num_warmup=num_warmup, num_samples=10, num_chains=2, max_tree_depth=6)
