@@ -27,6 +27,8 @@ __all__ = ["Proposal", "from_moments", "from_scores", "start"]
 NARROWEST, WIDEST = 1e-12, 16.0
 # Of eigenvalues over the largest, where a covariance was not positive.
 LEAST_RATIO = 1e-6
+# A step of the mean, in lengths of a draw's noise, sqrt(dim).
+FARTHEST = 2.0
 # Of the draws over the fitted covariance, in units of dim^(-1/2).
 WIDER = 0.4
 # Of the mean second moment of the scores: keeps directions as they were that the scores say nothing of.
@@ -144,7 +146,7 @@ def start(reference: AnyGaussian, *, dense: bool) -> Proposal:
 
 
 def from_scores(old: Proposal, e: Array, gradient: Array, weight: Array) -> Proposal:
-    """The Gaussian whose scores fit those of the draws best, near the old one where they say nothing.
+    """The Gaussian whose scores fit those of the draws best, as the old one is where they say nothing.
 
     Args:
         old: the proposal before.
@@ -162,7 +164,7 @@ def from_scores(old: Proposal, e: Array, gradient: Array, weight: Array) -> Prop
         ridge = RIDGE * jnp.mean(second) + jnp.finfo(second.dtype).tiny
         cross = weight @ (centered * offset) + ridge * old.scale**2
         variance = jnp.clip(cross / (second + ridge), NARROWEST, WIDEST)
-        return Proposal(mean - variance * slope, jnp.sqrt(variance))
+        return _near(old, Proposal(mean - variance * slope, jnp.sqrt(variance)))
     before = old.scale @ old.scale.T
     weighted = weight[:, None] * centered
     gram = weighted.T @ centered
@@ -170,7 +172,7 @@ def from_scores(old: Proposal, e: Array, gradient: Array, weight: Array) -> Prop
     rest = weighted.T @ (offset - centered @ before)
     change = _inverse(gram + ridge * jnp.eye(mean.size, dtype=gram.dtype)) @ rest
     scale = root_within(before + 0.5 * (change + change.T))
-    return Proposal(mean - scale @ (scale.T @ slope), scale)
+    return _near(old, Proposal(mean - scale @ (scale.T @ slope), scale))
 
 
 def from_moments(old: Proposal, e: Array, weight: Array) -> Proposal:
@@ -218,6 +220,14 @@ def root_within(covariance: Array) -> Array:
         return lower_of_root(jnp.sqrt(value)[:, None] * vector.T)
 
     return jnp.where(finite, lax.cond(within, lambda: lower, clipped), jnp.nan)
+
+
+def _near(old: Proposal, new: Proposal) -> Proposal:
+    # Where the loss is steep and straight, a step by the curvature at the draws leads far beyond the minimum.
+    length = jnp.sqrt(old.square(new.mean[None])[0])
+    most = FARTHEST * math.sqrt(new.mean.size)
+    part = jnp.minimum(1.0, most / jnp.maximum(length, most))
+    return new._replace(mean=old.mean + part * (new.mean - old.mean))
 
 
 def _inverse(matrix: Array) -> Array:
