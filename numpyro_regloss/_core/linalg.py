@@ -13,7 +13,14 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_regloss._core.ranks import promotes_ranks
 
-__all__ = ["PowerIteration", "lower_of_root", "power_iteration", "after", "cholesky_with_floor"]
+__all__ = [
+    "PowerIteration",
+    "after",
+    "cholesky_with_floor",
+    "inverse_root",
+    "lower_of_root",
+    "power_iteration",
+]
 
 
 def after(first: Float[Array, ""], value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -85,6 +92,20 @@ def cholesky_with_floor(
 
     lower = lax.cond(enough, lambda: plain, raise_eigenvalues)
     return jnp.where(finite, lower, jnp.nan), ~enough
+
+
+def inverse_root(matrix: Array) -> Array:
+    """A lower triangle R with Rᵀ R the inverse of a positive definite matrix.
+
+    Args:
+        matrix: `(dim, dim)`.
+
+    Returns:
+        `(dim, dim)`; its leading blocks are those of the leading blocks of the matrix.
+    """
+    lower = jnp.linalg.cholesky(matrix)
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
 def lower_of_root(root: Array) -> Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import ndtri
 
-from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.linalg import after, inverse_root
 from numpyro_regloss._core.stats import monte_carlo_error
 from numpyro_regloss._core.types import Array
 
@@ -258,11 +258,9 @@ def _without(leverage: Array) -> Array:
 
 
 def _inverse_root(moments: Array) -> Array:
-    # Lower triangular R with Rᵀ R the inverse.
     identity = jnp.eye(moments.shape[-1], dtype=moments.dtype)
     ridge = RIDGE * jnp.trace(moments) / len(moments) + jnp.finfo(moments.dtype).tiny
-    lower = jnp.linalg.cholesky(moments + ridge * identity)
-    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return inverse_root(moments + ridge * identity)
 
 
 def _average_to_zero(mean: Array, error: Array) -> Array:

@@ -293,8 +293,8 @@ class AdaptiveImportance(Shift):
 
     @property
     def _num_defensive(self) -> int:
-        # Pairs from the reference.
-        return round(self.defensive * self.num_samples / 2)
+        # Pairs from the reference: of a single one the variance would not be known.
+        return max(2, round(self.defensive * self.num_samples / 2)) if self.defensive else 0
 
     def _fresh(self, reference: AnyGaussian) -> AdaptiveImportanceState:
         dim = reference.dim

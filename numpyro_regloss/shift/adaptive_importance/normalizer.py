@@ -43,7 +43,7 @@ def mean_weight(weight: Array, controls: Array, num_defensive: int) -> tuple[Arr
     Args:
         weight: of antithetic pairs, one after the other, `(draw,)`.
         controls: from `controls_of`.
-        num_defensive: pairs from the reference, the last ones.
+        num_defensive: pairs from the reference, the last ones; none, or two at least.
 
     Returns:
         Two scalars.
@@ -52,7 +52,7 @@ def mean_weight(weight: Array, controls: Array, num_defensive: int) -> tuple[Arr
     known = jnp.mean(controls.reshape(len(pairs), 2, -1), 1)
     place = len(pairs) - num_defensive
     # In two strata: so many pairs come from the reference in every round.
-    strata = [part for part in (slice(None, place), slice(place, None)) if len(pairs[part]) > 1]
+    strata = [part for part in (slice(None, place), slice(place, None)) if len(pairs[part])]
 
     def centered(values: Array) -> Array:
         return jnp.concatenate([values[part] - jnp.mean(values[part], 0) for part in strata])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_regloss._core.linalg import after, lower_of_root
+from numpyro_regloss._core.linalg import after, inverse_root, lower_of_root
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 
@@ -231,9 +231,7 @@ def _near(old: Proposal, new: Proposal) -> Proposal:
 
 
 def _inverse(matrix: Array) -> Array:
-    lower = jnp.linalg.cholesky(matrix)
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    root = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    root = inverse_root(matrix)
     return root.T @ root
 
 

@@ -26,8 +26,8 @@ TOLERANCE = 0.01
 # Squarings of the matrix of a power iteration; and of standard errors, beyond which a direction is wider.
 NUM_SQUARINGS, SIGMAS = 3, 1.0
 LEAST_PAIRS = 8
-# Above so many dimensions the matrix is not formed; and so many numbers, a megabyte, are looked at. In 1,000
-# dimensions that is 262 pairs of 2,000, which see no less: both see a direction in one cloud of ten.
+# Above so many dimensions the matrix is not formed; and so many numbers, a megabyte, are looked at. That
+# leaves pairs out where there are so many dimensions that noise hides a direction from all of them as well.
 NARROW, MOST_ELEMENTS = 64, 1 << 18
 
 
