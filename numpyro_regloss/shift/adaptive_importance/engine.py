@@ -58,6 +58,7 @@ __all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceSt
 COVARIANCES = ("auto", "dense", "diagonal")
 # "auto" is dense up to so many dimensions, if there are so many draws for each.
 MOST_DENSE, DRAWS_PER_DIM = 500, 4
+NUM_SAMPLES = 256
 # Below, k-hat has no tail to look at.
 LEAST_DRAWS = 32
 # Of the draws, to which weights are tempered.
@@ -159,7 +160,7 @@ class AdaptiveImportance(Shift):
         True
     """
 
-    num_samples: int = static_field(default=256)
+    num_samples: int = static_field(default=NUM_SAMPLES)
     covariance: str = static_field(default="auto")
     max_rounds: int = static_field(default=8)
     defensive: float = static_field(default=0.0625)
@@ -192,6 +193,19 @@ class AdaptiveImportance(Shift):
                 "AdaptiveImportance: expected ess as a share of the draws, below what the defensive ones leave "
                 f"({1 - share:g}), got {self.ess}; 0.5 is common."
             )
+
+    @classmethod
+    def for_dimension(cls, dim: int) -> "AdaptiveImportance":
+        """The engine with so many draws that its proposal can be dense.
+
+        Args:
+            dim: of the parameters.
+
+        Returns:
+            One with 256 draws, or four per dimension from 65 up to 500.
+        """
+        wanted = DRAWS_PER_DIM * dim if dim <= MOST_DENSE else 0
+        return cls(max(NUM_SAMPLES, wanted))
 
     @property
     def uses_gradient(self) -> bool:  # ty: ignore
