@@ -15,6 +15,7 @@ from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.gaussians import Gaussian, LowRankGaussian, kl_divergence
 from numpyro_regloss.losses import Loss, Minibatch, RegularizedLoss, model
 from numpyro_regloss.two_step import (
+    Arrived,
     Record,
     RecordInfo,
     RejectedError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
 
 __all__ = [
+    "Arrived",
     "Gaussian",
     "Loss",
     "LowRankGaussian",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import OPTIMIZED, long
 from jax import lax, random
+from reference_posteriors import POSTERIORS
 
 from numpyro_regloss import (
     Gaussian,
@@ -304,3 +305,27 @@ def test_a_mode_that_no_draw_reached_is_found_before_a_step_is_believed(second):
     assert wrong.mean() < 0.02
     # A second mode with a sixth of the mass is too much for one Gaussian; one with a fortieth is weighted.
     assert ok.mean() < 0.1 if second == 0.5 else ok.mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "tau"),
+    [("sblrc-blr", 0.01), long("sblrc-blr", 1.0), long("nes2000-nes", 0.01)],
+)
+def test_a_far_start_of_a_steep_posterior_takes_a_few_steps(name, tau):
+    # The loss falls by a factor of a thousand on the way, and q is up to 10^4 times narrower than the reference.
+    posterior = POSTERIORS[name]
+    loss = Loss.from_model(posterior.model, *posterior.args, **posterior.kwargs)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau))
+    engine = AdaptiveImportance()
+    step = jax.jit(engine.step)
+    state = engine.init(random.key(0), target)
+    for count in range(5):
+        state, draws, info = step(random.key(count), state, target)
+        if info.ok:
+            break
+    assert info.ok
+    assert info.ess > 0.5 * 256
+    # There the gradient of -log q averages to zero, by as much as its noise.
+    weight = jax.nn.softmax(draws.log_weight[0])
+    score = draws.score[0] * jnp.sqrt(state.proposal.variance * tau)
+    assert np.abs(weight @ score).max() < 6 * np.sqrt(np.max(weight @ score**2) / info.ess)

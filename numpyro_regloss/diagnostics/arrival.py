@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss.diagnostics.columns import Motion
+from numpyro_regloss.two_step.until import NEGLIGIBLE
 
 __all__ = ["LEAST_STEPS", "SIGMAS", "Finding", "Run", "arrival", "window"]
 
@@ -19,8 +20,6 @@ SIGMAS = 3.0
 MARGIN = 2.0
 # Without errors: a walk of w independent steps has |sum|^2 = sum |step|^2 on average, a straight one w times that.
 STRAIGHT = 3.0
-# Less is gained at the end of the run, in units of T, than any use of the loss notices.
-NEGLIGIBLE = 1e-3
 # Steps that shrink by less from the first to the second half of the end of a run will not end soon.
 STEADY, TREND = 0.9, 10
 
@@ -76,6 +75,8 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
     Returns:
         The answer, None where it cannot be told, and a sentence.
     """
+    if motion.stopped:
+        return True, f"Arrived: the run stopped by itself, after {len(motion.step)} steps."
     count = window(len(motion.step))
     if count < LEAST_STEPS:
         return None, f"Arrived? Fewer than {LEAST_STEPS} steps were taken: too few to tell."

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss._core.pytree import fields_of
-from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.two_step.result import TwoStepResult
+from numpyro_regloss.two_step.until import pulls
 
 __all__ = ["COLUMNS", "Motion", "run_columns", "run_motion"]
 
@@ -55,11 +55,13 @@ class Motion(NamedTuple):
         pull: from the centre to the fitted mean; with `Proximal` that is the step.
         error: standard errors of the fitted mean, or None where the fit has none.
         step: from one centre to the next.
+        stopped: whether the run ended because it had arrived.
     """
 
     pull: np.ndarray
     error: np.ndarray | None
     step: np.ndarray
+    stopped: bool = False
 
 
 def run_motion(result: TwoStepResult) -> Motion:
@@ -71,15 +73,9 @@ def run_motion(result: TwoStepResult) -> Motion:
     Returns:
         The motion, rejected steps left out.
     """
-    history, ok = result.history, result.history.ok
-    sd = np.sqrt(np.asarray(history.reference.variance))
-    mean = np.asarray(history.reference.mean)
-    error = FitInfo.of(history.fit).mean_error
-    return Motion(
-        pull=((np.asarray(history.fitted.mean) - mean) / sd)[ok],
-        error=None if error is None else (np.asarray(error) / sd)[ok],
-        step=(np.diff(result.centers, axis=0) / sd)[ok],
-    )
+    sd = np.sqrt(np.asarray(result.history.reference.variance))
+    step = (np.diff(result.centers, axis=0) / sd)[result.history.ok]
+    return Motion(*pulls(result.history), step, stopped=result.stopped == "arrived")
 
 
 def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:

@@ -122,7 +122,7 @@ class Auto(Shift):
 
     importance: Any = None
     sampler: Any = NUTS()  # noqa: RUF009
-    patience: int = static_field(default=3)
+    patience: int = static_field(default=5)
     begin: str = static_field(default="importance")
 
     uses_gradient: ClassVar[bool] = True

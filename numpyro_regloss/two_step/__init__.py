@@ -6,8 +6,10 @@ from numpyro_regloss.two_step.optimizer import TwoStep
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.record import Record, RecordInfo
 from numpyro_regloss.two_step.result import RejectedError, TwoStepResult
+from numpyro_regloss.two_step.until import Arrived
 
 __all__ = [
+    "Arrived",
     "Record",
     "RecordInfo",
     "RejectedError",

@@ -41,7 +41,9 @@ def run_in_chunks(
     headline: Callable[[Any], dict[str, str]],
     *,
     progress_bar: bool,
-) -> tuple[Any, Any, np.ndarray, BaseException | None]:
+    until: Callable[[Any, int], bool] | None,
+    patience: int,
+) -> tuple[Any, Any, np.ndarray, BaseException | str | None]:
     """Advances a state chunk by chunk and collects the history on the host.
 
     Args:
@@ -53,21 +55,26 @@ def run_in_chunks(
         callback: called after every chunk with the state and the info of its last step; true stops.
         headline: what the bar shows of an info.
         progress_bar: whether there is a bar.
+        until: called after every `patience` steps with their infos and the number of such calls; true stops.
+        patience: see there.
 
     Returns:
         The last state, the infos stacked as NumPy arrays, the wall seconds of each step (of its chunk over the
-        steps in it; compilation counts to the first), and what was raised on the way, or None: Ctrl-C or an
-        exception of the loss or the callback.
+        steps in it; compilation counts to the first), and why it stopped before its time: `"arrived"`,
+        `"callback"`, what was raised on the way (Ctrl-C or an exception of the loss or the callback), or None.
 
     Raises:
         KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
     """
-    chunk, past, trouble = 1, (state, None, 0), None
+    chunk, past, cause = 1, (state, None, 0), None
     with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
         try:
             while past[2] < num_steps:
                 before, rows, done = past
                 count = min(chunk, num_steps - done)
+                if until is not None:
+                    # Where a run stops must not depend on how it was chunked.
+                    count = min(count, patience - done % patience)
                 start = time.perf_counter()
                 after, buffers, count = advance(before, count)
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
@@ -81,14 +88,21 @@ def run_in_chunks(
                 bar.set_postfix(headline(last), refresh=False)
                 bar.update(count)
                 if callback is not None and callback(after, last):
+                    cause = "callback"
                     break
+                looks, rest = divmod(done + count, patience)
+                if until is not None and not rest:
+                    place = slice(done + count - patience, done + count)
+                    if until(jax.tree.map(lambda a, p=place: a[p], rows[0]), looks):
+                        cause = "arrived"
+                        break
         except (KeyboardInterrupt, Exception) as error:
             if past[1] is None:
                 raise
-            trouble = error
+            cause = error
     state, rows, done = past
     infos, seconds = jax.tree.map(lambda a: a if len(a) == done else a[:done].copy(), rows)
-    return state, infos, seconds, trouble
+    return state, infos, seconds, cause
 
 
 def _append(rows: Any, infos: Any, done: int, num_steps: int) -> Any:

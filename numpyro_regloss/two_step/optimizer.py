@@ -42,6 +42,7 @@ from numpyro_regloss.two_step.result import (
     report_interruption,
     report_trouble,
 )
+from numpyro_regloss.two_step.until import Arrived
 
 __all__ = ["RejectedError", "TwoStep", "TwoStepInfo", "TwoStepResult", "TwoStepState"]
 
@@ -197,19 +198,21 @@ class TwoStep:
         init_state: TwoStepState | None = None,
         progress_bar: bool = True,
         callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None = None,
+        until: Arrived | None = None,
         **kwargs: Any,
     ) -> TwoStepResult:
         """Runs the scheme in compiled chunks, which equal one whole run bit for bit.
 
         Args:
             rng_key: a random key; unused with `init_state`, which has its own.
-            num_steps: number of steps to do now; a new number does not recompile.
+            num_steps: number of steps to do now, at most; a new number does not recompile.
             *args: arguments of the loss in place of the bound ones.
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
             progress_bar: show steps, loss, tau and ESS or acceptance.
             callback: called after every step as `callback(state, info)`; returning True stops the run.
                 Each step is then dispatched alone.
+            until: an `Arrived`, to stop where the centre has arrived; `result.stopped` says whether it did.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
@@ -231,6 +234,11 @@ class TwoStep:
             raise TypeError(
                 f"TwoStep.run: expected progress_bar as True or False, got {progress_bar!r}; bind an argument of "
                 "the loss of that name in Loss.from_function or Loss.from_model."
+            )
+        if until is not None and not isinstance(until, Arrived):
+            raise TypeError(
+                f"TwoStep.run: expected until as a numpyro_regloss.Arrived or None, got {until!r}; bind an "
+                "argument of the loss of that name in Loss.from_function or Loss.from_model."
             )
         if not is_concrete((self, rng_key, args, kwargs, init_state)):
             raise TypeError(
@@ -269,12 +277,21 @@ class TwoStep:
                 _check_start(rows.loss[0])
             return state, rows, int(state.step) - before
 
-        state, history, seconds, trouble = run_in_chunks(
-            advance, state, num_steps, capacity, callback, headline, progress_bar=progress_bar
+        state, history, seconds, cause = run_in_chunks(
+            advance,
+            state,
+            num_steps,
+            capacity,
+            callback,
+            headline,
+            progress_bar=progress_bar,
+            until=None if until is None else until.holds,
+            patience=1 if until is None else until.patience,
         )
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
-        result = TwoStepResult(params, state, history, seconds)
-        report_interruption(trouble, result, num_steps)
+        stopped = "interrupted" if isinstance(cause, BaseException) else cause
+        result = TwoStepResult(params, state, history, seconds, stopped)
+        report_interruption(cause, result, num_steps)
         report_trouble(result, self)
         return result
 

@@ -30,12 +30,14 @@ class TwoStepResult(NamedTuple):
         history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
         seconds: wall time of each step, `(step,)`: that of its chunk over the steps in it; the first step has that
             of compiling. No part of the history, which depends on the key alone. None unless `run` made it.
+        stopped: why the run ended before its number of steps: `"arrived"`, `"callback"`, `"interrupted"`; or None.
     """
 
     params: Any
     state: TwoStepState
     history: TwoStepInfo
     seconds: Any = None
+    stopped: str | None = None
 
     @property
     def centers(self) -> np.ndarray:
@@ -66,26 +68,26 @@ def headline(info: TwoStepInfo) -> dict[str, str]:
 
 
 def report_interruption(
-    trouble: BaseException | None, result: TwoStepResult, num_steps: int
+    cause: BaseException | str | None, result: TwoStepResult, num_steps: int
 ) -> None:
     """Warns of Ctrl-C, and raises anything else again with the result so far as its attribute.
 
     Args:
-        trouble: what was raised on the way, or None.
+        cause: what was raised on the way, or another reason.
         result: what was computed before.
         num_steps: steps that were asked for.
     """
-    if trouble is None:
+    if not isinstance(cause, BaseException):
         return
     message = f"TwoStep.run: interrupted after {len(result.history.ok)} of {num_steps} steps"
-    if isinstance(trouble, KeyboardInterrupt):
+    if isinstance(cause, KeyboardInterrupt):
         warnings.warn(f"{message}.", stacklevel=3)
         return
     # Another run's result, of a run within the callback, stays.
-    if not hasattr(trouble, "result"):
-        vars(trouble)["result"] = result
-        trouble.add_note(f"{message}; the exception's attribute `result` holds what they computed.")
-    raise trouble
+    if not hasattr(cause, "result"):
+        vars(cause)["result"] = result
+        cause.add_note(f"{message}; the exception's attribute `result` holds what they computed.")
+    raise cause
 
 
 def rejections(history: TwoStepInfo) -> str:

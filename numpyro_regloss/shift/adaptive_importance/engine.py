@@ -46,6 +46,7 @@ from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.adaptive_importance.mixture import draw
 from numpyro_regloss.shift.adaptive_importance.normalizer import mean_weight
 from numpyro_regloss.shift.adaptive_importance.proposal import (
+    NEAREST,
     Proposal,
     from_moments,
     from_scores,
@@ -66,7 +67,9 @@ FIRST_ROUNDS = 8
 LEAST_DRAWS = 32
 # Of the draws, to which weights are tempered.
 TEMPERED = 0.5
-NUM_BISECTIONS = 12
+# Steps of the mean, one after another.
+LONGER = 2.0
+NUM_BISECTIONS, LEAST_LOG_POWER = 12, -40.0
 
 
 class AdaptiveImportanceState(NamedTuple):
@@ -75,11 +78,13 @@ class AdaptiveImportanceState(NamedTuple):
     Attributes:
         proposal: in coordinates where the reference is N(0, I).
         scouts: in the same coordinates; None without defensive draws.
+        reach: longest step of the proposal's mean, in lengths of a draw's noise.
         reference: of these coordinates.
     """
 
     proposal: Proposal
     scouts: Scouts | None
+    reach: Array
     reference: AnyGaussian
 
 
@@ -125,6 +130,8 @@ class _Round(NamedTuple):
     count: Array
     proposal: Proposal
     scouts: Scouts | None
+    reach: Array
+    depth: Array
     batch: _Batch
     smoothed: Array
     khat: Array
@@ -271,25 +278,59 @@ class AdaptiveImportance(Shift):
             key = random.fold_in(rng_key, now.count)
             batch = self._evaluate(key, now.proposal, now.scouts, target)
             ess = weight_ess(batch.log_weight)
-            after = self._adapted(now.proposal, batch)
+            depth = batch.potential[-1]
+            # Steps that lower -log q may be longer, and the first one is no longer than its draws.
+            longer = jnp.where(depth < now.depth, LONGER * now.reach, now.reach / LONGER)
+            reach = jnp.where(now.count == 0, now.reach, jnp.maximum(longer, NEAREST))
+            after = self._adapted(now.proposal, batch, reach)
             scouts = self._walked(now.scouts, now.proposal, after, batch)
+            if now.scouts is not None:
+                # Most of q is where a scout has come to: the proposal goes there as well.
+                about = jax.nn.softmax(batch.log_weight)[2 * sum(self._num_pairs[:2]) :]
+                leads = now.scouts.known & (jnp.sum(about) > 0.5)
+                width = jnp.minimum(now.scouts.width, 1.0)
+                there = Proposal(now.scouts.witness, width * now.proposal.scale)
+                after = jax.tree.map(lambda a, b: jnp.where(leads, a, b), there, after)
             sd = jnp.sqrt(after.variance)
             shift = jnp.max(jnp.abs(after.mean - now.proposal.mean) / sd)
             smoothed, khat = pareto_smooth(batch.log_weight)
             ok = (ess >= self.ess * self.num_samples) & (khat <= MAX_KHAT)
             return strip_weak_types(
-                _Round(now.count + 1, after, scouts, batch, smoothed, khat, ess, shift, ok)
+                _Round(
+                    now.count + 1,
+                    after,
+                    scouts,
+                    reach,
+                    depth,
+                    batch,
+                    smoothed,
+                    khat,
+                    ess,
+                    shift,
+                    ok,
+                )
             )
 
         zero, no = jnp.zeros_like(target.reference.mean[0]), jnp.asarray(False)
         like = jax.eval_shape(self._evaluate, rng_key, proposal, scouts, target)
         blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
         first = _Round(
-            jnp.asarray(0), proposal, scouts, blank, blank.log_weight, zero, zero, zero, no
+            jnp.asarray(0),
+            proposal,
+            scouts,
+            state.reach,
+            zero,
+            blank,
+            blank.log_weight,
+            zero,
+            zero,
+            zero,
+            no,
         )
         last = lax.while_loop(unfinished, one_more, strip_weak_types(first))
         draws, info = self._result(last, target)
-        after = AdaptiveImportanceState(last.proposal, last.scouts, target.reference)
+        reach = jnp.where(last.ok, NEAREST, last.reach)
+        after = AdaptiveImportanceState(last.proposal, last.scouts, reach, target.reference)
         return strip_weak_types(after), draws, info
 
     def after_rejection(
@@ -338,17 +379,19 @@ class AdaptiveImportance(Shift):
         if self.defensive:
             num_scouts = min(MOST_SCOUTS, 2 * self._num_pairs[1])
             scouts = send(num_scouts, jnp.zeros_like(reference.mean))
-        return AdaptiveImportanceState(start(reference, dense=dense), scouts, reference)
+        reach = jnp.full_like(reference.mean[0], NEAREST)
+        return AdaptiveImportanceState(start(reference, dense=dense), scouts, reach, reference)
 
     def _evaluate(
         self, rng_key: Key, proposal: Proposal, scouts: Scouts | None, target: RegularizedLoss
     ) -> _Batch:
-        drawn, more = draw(rng_key, proposal.widened(), self._num_pairs), []
+        drawn = draw(rng_key, proposal.widened(), self._num_pairs)
+        more = [proposal.mean[None]]
         if scouts is not None:
             witness = jnp.where(scouts.known, scouts.witness, proposal.mean)
             about = (witness, scouts.width)
             drawn = draw(rng_key, proposal.widened(), self._num_pairs, *about)
-            more = [scouts.next_place, proposal.mean[None]]
+            more = [scouts.next_place, *more]
         e = jnp.concatenate([drawn.e, *more])
         x = target.reference.unwhiten(e)
         if self.gradient:
@@ -387,11 +430,13 @@ class AdaptiveImportance(Shift):
         rise = (batch.potential[about] - scouts.depth) / expected
         return walked(scouts, proposal, batch.potential[-1], here, fresh, rise)
 
-    def _adapted(self, proposal: Proposal, batch: _Batch) -> Proposal:
-        weight = _tempered(batch.log_weight, TEMPERED * self.num_samples)
-        e, gradient = batch.e[: self.num_samples], batch.gradient[: self.num_samples]
+    def _adapted(self, proposal: Proposal, batch: _Batch, reach: Array) -> Proposal:
+        # Of its own draws: others are far where the proposal is narrow, and would decide alone.
+        own = slice(None, 2 * self._num_pairs[0])
+        e, gradient, log_weight = batch.e[own], batch.gradient[own], batch.log_weight[own]
+        weight = _tempered(log_weight, TEMPERED * len(e))
         after = (
-            from_scores(proposal, e, gradient, weight)
+            from_scores(proposal, e, gradient, weight, reach)
             if self.gradient
             else from_moments(proposal, e, weight)
         )
@@ -444,8 +489,10 @@ def _tempered(log_weight: Array, enough: Array | float) -> Array:
     def is_below(power: Array) -> Array:
         return weight_ess(power * log_weight) > enough
 
-    one = jnp.ones_like(peak)
-    low, _ = bisect(is_below, 0.0 * one, one, NUM_BISECTIONS)
-    # A power of zero would turn weights of zero into numbers that are none.
-    power = jnp.where(is_below(one), one, jnp.maximum(low, jnp.finfo(peak.dtype).tiny))
+    # By its logarithm: far from q the weights of a steep loss differ by millions of units.
+    zero = jnp.zeros_like(peak)
+    low, _ = bisect(
+        lambda log: is_below(jnp.exp(log)), zero + LEAST_LOG_POWER, zero, NUM_BISECTIONS
+    )
+    power = jnp.where(is_below(1.0 + zero), 1.0, jnp.exp(low))
     return jax.nn.softmax(power * log_weight)

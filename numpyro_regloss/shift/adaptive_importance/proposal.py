@@ -12,6 +12,7 @@ it corrects.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,17 +22,17 @@ from numpyro_regloss._core.linalg import after, inverse_root, lower_of_root
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 
-__all__ = ["Proposal", "from_moments", "from_scores", "start"]
+__all__ = ["NEAREST", "Proposal", "from_moments", "from_scores", "start"]
 
 # Of the covariance over the reference's. Wider than the reference is q only where the loss is concave.
 NARROWEST, WIDEST = 1e-12, 16.0
 # Of eigenvalues over the largest, where a covariance was not positive.
 LEAST_RATIO = 1e-6
-# A step of the mean, in lengths of a draw's noise, sqrt(dim).
-FARTHEST = 2.0
+# A step of the mean, in lengths of a draw's noise, sqrt(dim), where nothing speaks for a longer one.
+NEAREST = 2.0
 # Of the draws over the fitted covariance, in units of dim^(-1/2).
 WIDER = 0.4
-# Of the mean second moment of the scores: keeps directions as they were that the scores say nothing of.
+# Of the second moments of the scores: keeps directions as they were that the scores say nothing of.
 RIDGE = 1e-5
 
 
@@ -138,7 +139,9 @@ def start(reference: AnyGaussian, *, dense: bool) -> Proposal:
     return Proposal(jnp.zeros_like(one), jnp.diag(one) if dense else one)
 
 
-def from_scores(old: Proposal, e: Array, gradient: Array, weight: Array) -> Proposal:
+def from_scores(
+    old: Proposal, e: Array, gradient: Array, weight: Array, reach: Array | float = NEAREST
+) -> Proposal:
     """The Gaussian whose scores fit those of the draws best, as the old one is where they say nothing.
 
     Args:
@@ -146,26 +149,30 @@ def from_scores(old: Proposal, e: Array, gradient: Array, weight: Array) -> Prop
         e: draws, `(draw, dim)`.
         gradient: of -log q, like `e`.
         weight: adding to one, `(draw,)`.
+        reach: longest step of the mean, in lengths of a draw's noise, sqrt(dim).
 
     Returns:
         The next proposal.
     """
-    mean, slope = weight @ e, weight @ gradient
-    centered, offset = gradient - slope, e - mean
+    # In units of the old one: precisions of q may differ by more than single precision has digits.
+    noise = old.whitened(e)
+    gradient = gradient @ old.scale if old.scale.ndim == 2 else gradient * old.scale
+    mean, slope = weight @ noise, weight @ gradient
+    centered, offset = gradient - slope, noise - mean
     if old.scale.ndim == 1:
-        second = weight @ centered**2
-        ridge = RIDGE * jnp.mean(second) + jnp.finfo(second.dtype).tiny
-        cross = weight @ (centered * offset) + ridge * old.scale**2
-        variance = jnp.clip(cross / (second + ridge), NARROWEST, WIDEST)
-        return _near(old, Proposal(mean - variance * slope, jnp.sqrt(variance)))
-    before = old.scale @ old.scale.T
-    weighted = weight[:, None] * centered
-    gram = weighted.T @ centered
-    ridge = RIDGE * jnp.trace(gram) / mean.size + jnp.finfo(gram.dtype).tiny
-    rest = weighted.T @ (offset - centered @ before)
-    change = _inverse(gram + ridge * jnp.eye(mean.size, dtype=gram.dtype)) @ rest
-    scale = root_within(before + 0.5 * (change + change.T))
-    return _near(old, Proposal(mean - scale @ (scale.T @ slope), scale))
+        second = weight @ centered**2 + jnp.finfo(mean.dtype).tiny
+        ratio = weight @ (centered * offset) / second
+        ratio = jnp.clip(ratio, LEAST_RATIO, WIDEST)
+        return _next(old, mean - ratio * slope, jnp.sqrt(ratio), reach)
+    # Scores of one size in every coordinate: one that is still far too narrow has hardly a score.
+    size = jnp.sqrt(weight @ centered**2) + jnp.finfo(mean.dtype).tiny
+    weighted = weight[:, None] * (centered / size)
+    identity = jnp.eye(mean.size, dtype=mean.dtype)
+    gram = weighted.T @ (centered / size) + RIDGE * identity
+    change = (_inverse(gram) @ (weighted.T @ (offset - centered))) / size[:, None]
+    ratio = identity + 0.5 * (change + change.T)
+    root = _root_of_scores(ratio, size[:, None] * gram * size)
+    return _next(old, mean - root @ (root.T @ slope), root, reach)
 
 
 def from_moments(old: Proposal, e: Array, weight: Array) -> Proposal:
@@ -199,28 +206,49 @@ def root_within(covariance: Array) -> Array:
     Returns:
         `(dim, dim)`; NaN where the matrix is not finite.
     """
-    identity = jnp.eye(len(covariance), dtype=covariance.dtype)
-    finite = jnp.all(jnp.isfinite(covariance))
-    matrix = jnp.where(finite, covariance, identity)
-    lower = jnp.linalg.cholesky(matrix)
-    upper = jnp.linalg.cholesky(after(lower[0, 0], WIDEST * identity - matrix))
-    within = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(upper))
 
-    def clipped() -> Array:
-        value, vector = jnp.linalg.eigh(jnp.where(within, identity, matrix))
+    def nearest(matrix: Array) -> Array:
+        value, vector = jnp.linalg.eigh(matrix)
         value = jnp.clip(value, None, WIDEST)
         value = jnp.maximum(value, jnp.maximum(LEAST_RATIO * jnp.max(value), NARROWEST))
         return lower_of_root(jnp.sqrt(value)[:, None] * vector.T)
 
-    return jnp.where(finite, lax.cond(within, lambda: lower, clipped), jnp.nan)
+    return _root_or(covariance, covariance, nearest)
 
 
-def _near(old: Proposal, new: Proposal) -> Proposal:
+def _root_of_scores(ratio: Array, second: Array) -> Array:
+    # Far from a Gaussian the regression may be no covariance, or as wide as chance has it. Then that of the
+    # Gaussian of least Fisher divergence, (E g gᵀ)^(-1/2) of standard normal draws, which always is one.
+    def divergence(matrix: Array) -> Array:
+        value, vector = jnp.linalg.eigh(matrix)
+        value = jnp.clip(value, WIDEST**-2, LEAST_RATIO**-2)
+        return lower_of_root(value[:, None] ** -0.25 * vector.T)
+
+    return _root_or(ratio, second, divergence)
+
+
+def _root_or(covariance: Array, other: Array, root: Callable[[Array], Array]) -> Array:
+    # The Cholesky factor of a covariance that is not wider than WIDEST, and a root of another matrix where not.
+    identity = jnp.eye(len(covariance), dtype=covariance.dtype)
+    finite = jnp.all(jnp.isfinite(covariance)) & jnp.all(jnp.isfinite(other))
+    matrix = jnp.where(finite, covariance, identity)
+    lower = jnp.linalg.cholesky(matrix)
+    upper = jnp.linalg.cholesky(after(lower[0, 0], WIDEST * identity - matrix))
+    within = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(upper))
+    usable = jnp.where(finite & ~within, other, identity)
+    return jnp.where(finite, lax.cond(within, lambda: lower, lambda: root(usable)), jnp.nan)
+
+
+def _next(old: Proposal, mean: Array, root: Array, reach: Array | float) -> Proposal:
     # Where the loss is steep and straight, a step by the curvature at the draws leads far beyond the minimum.
-    length = jnp.sqrt(old.square(new.mean[None])[0])
-    most = FARTHEST * math.sqrt(new.mean.size)
-    part = jnp.minimum(1.0, most / jnp.maximum(length, most))
-    return new._replace(mean=old.mean + part * (new.mean - old.mean))
+    most = reach * math.sqrt(mean.size)
+    part = jnp.minimum(1.0, most / jnp.maximum(jnp.sqrt(jnp.sum(mean**2)), most))
+    scale = old.scale @ root if root.ndim == 2 else old.scale * root
+    # A proposal that is much wider than the reference draws where q is nothing.
+    size = jnp.sqrt(Proposal(mean, scale).variance)
+    within = jnp.minimum(1.0, math.sqrt(WIDEST) / size)
+    scale *= within[:, None] if root.ndim == 2 else within
+    return Proposal(old.mean + old.scaled(part * mean), scale)
 
 
 def _inverse(matrix: Array) -> Array:

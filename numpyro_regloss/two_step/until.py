@@ -1,0 +1,124 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+r"""When a run may stop by itself: the centre has arrived, as far as its draws can tell.
+
+A step pulls the centre x to the fitted mean m(x) + noise. In a window of w steps the mean pull p̂ estimates the
+true one, p, with the variance s²/w, where s² = Σ s_i² is that of a step, in standard deviations of the
+reference. A run stops where p is surely no longer than s,
+
+    |p̂|² - s²/w + z (4 Σ s_i² p̂_i² / w + 2 Σ s_i⁴ / w²)^(1/2)  ≤  max(s², negligible),
+
+so that more steps of so many draws would only move it about, or where the loss does not notice such a pull. Looks
+are at disjoint windows, and the k-th has the chance (1 - confidence) / (k (k + 1)) of stopping too early: over all
+looks that adds up to 1 - confidence.
+
+Reference: Wellek (2010), "Testing Statistical Hypotheses of Equivalence and Noninferiority".
+"""
+
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from numpyro_regloss._core.checks import check_count, check_positive
+from numpyro_regloss._core.pytree import pytree_dataclass, static_field
+from numpyro_regloss.fit.base import FitInfo
+from numpyro_regloss.two_step.outer_step import TwoStepInfo
+
+__all__ = ["NEGLIGIBLE", "Arrived", "pulls"]
+
+# Squared length of a pull, in standard deviations of the reference, that no use of the loss notices: a step gains
+# about so much, in units of T.
+NEGLIGIBLE = 1e-3
+# Differences of neighbouring pulls have the variance of two steps; three times as much where q is narrow, and the
+# noise of one step is the pull of the next.
+SCATTER = 3.0
+
+
+def pulls(history: TwoStepInfo) -> tuple[np.ndarray, np.ndarray | None]:
+    """From the centres to the fitted means, and their standard errors, in standard deviations of the reference.
+
+    Args:
+        history: of a run, or a part of it.
+
+    Returns:
+        `(step, dim)` of the steps that were taken, and the same, or None where the fit has no errors.
+    """
+    ok = np.asarray(history.ok)
+    sd = np.sqrt(np.asarray(history.reference.variance))
+    pull = (np.asarray(history.fitted.mean) - np.asarray(history.reference.mean)) / sd
+    error = FitInfo.of(history.fit).mean_error
+    return pull[ok], None if error is None else (np.asarray(error) / sd)[ok]
+
+
+@pytree_dataclass
+class Arrived:
+    """Stops a run where the true pull of a step is surely no longer than its noise, or is negligible.
+
+    Args:
+        confidence: chance that no look stops too early, over a whole run.
+        patience: steps of a window; the run is looked at after every window.
+
+    Raises:
+        TypeError: if a setting is of the wrong kind.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_regloss import Loss, schemes
+        >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 4), jnp.full(3, 4.0))
+        >>> optimizer = schemes.local_entropy(loss, tau=0.1)
+        >>> result = optimizer.run(random.key(0), 1000, until=Arrived(), progress_bar=False)
+        >>> result.stopped, len(result.history.ok) < 200
+        ('arrived', True)
+    """
+
+    confidence: float = static_field(default=0.95)
+    patience: int = static_field(default=10)
+
+    def __post_init__(self) -> None:
+        confidence = float(check_positive(self.confidence, "Arrived: confidence"))
+        if confidence >= 1:
+            raise ValueError(
+                f"Arrived: expected confidence between 0 and 1, such as 0.95, got {confidence}."
+            )
+        object.__setattr__(self, "confidence", confidence)
+        check_count(self.patience, "Arrived: patience", 4)
+
+    def holds(self, window: TwoStepInfo, look: int) -> bool:
+        """Whether the centre has arrived.
+
+        Args:
+            window: the history of the last `patience` steps.
+            look: how many looks there were, with this one.
+
+        Returns:
+            Whether to stop.
+        """
+        pull, error = pulls(window)
+        pull = np.asarray(pull, float)
+        count = len(pull)
+        if 2 * count <= self.patience or not np.isfinite(pull).all():
+            return False
+        # Noise that the fit does not know, of minibatches, is in the scatter.
+        square = np.mean(np.diff(pull, axis=0) ** 2, 0) / (2 * SCATTER)
+        if error is not None and np.isfinite(error).all():
+            square = np.maximum(square, np.mean(np.asarray(error, float) ** 2, 0))
+        mean = pull.mean(0)
+        chance = (1 - self.confidence) / (look * (look + 1))
+        spread = 4 * np.sum(square * mean**2) / count + 2 * np.sum(square**2) / count**2
+        highest = (
+            np.sum(mean**2)
+            - np.sum(square) / count
+            + NormalDist().inv_cdf(1 - chance) * np.sqrt(spread)
+        )
+        return bool(highest <= max(np.sum(square), NEGLIGIBLE)) and not _is_steady(pull)
+
+
+def _is_steady(pull: Any) -> bool:
+    # A pull that is negligible, of always the same length in one direction, is a slow run and no end.
+    half = len(pull) // 2
+    early, late = (np.linalg.norm(part.sum(0)) for part in (pull[:half], pull[-half:]))
+    straight = np.linalg.norm(pull.sum(0)) > 0.5 * np.sum(np.linalg.norm(pull, axis=1))
+    return bool(straight and late > 0.9 * early)
