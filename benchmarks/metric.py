@@ -3,9 +3,9 @@
 """Gradients per effective draw of NUTS and HMC on the reference posteriors, by mass matrix.
 
 Each posterior is taken twice: times a regularizer about as wide as its parameters (tau = 1), and times one so wide
-that it does not matter. One shift from the posterior's mean, which warms up. Medians over seeds of the gradients of
-the draws per effective draw, of the mean and of the second moment of the coordinate that has fewest, and of all
-gradients, warm-up included. Counts, not seconds.
+that it does not matter. One shift from the posterior's mean, which warms up. Medians over seeds of the gradients
+of the draws per effective draw, of the mean and of the second moment of the coordinate that has fewest, and of
+all gradients, warm-up included. Counts, not seconds.
 """
 
 import statistics

@@ -6,7 +6,7 @@ A path of mass M in z is one of unit mass in y = F⁻¹ z, where F Fᵀ = M⁻¹
 
     F = D (I + Q (A - I) Qᵀ),
 
-D diagonal, Q orthonormal, `(dim, rank)`, or the identity, A `(rank, rank)`; a product takes some dim x rank numbers.
+D diagonal, Q orthonormal, `(dim, rank)`, or the identity, A `(rank, rank)`; products take some dim x rank numbers.
 
 Scores s = ∇ log q of a Gaussian are -P (z - mean): draws and scores tell its precision P as soon as there are more
 than parameters, converged or not. The inverse mass matrix is the geometric mean of the covariance of the draws and
@@ -21,6 +21,7 @@ References: Seyboldt, Carlson & Carpenter (2026), "Preconditioning Hamiltonian M
 Divergence"; Stan Development Team, "Stan Reference Manual", chapter on HMC algorithm parameters.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_regloss._core.linalg import after, lower_of_root
+from numpyro_regloss._core.pytree import all_finite
 from numpyro_regloss._core.types import Array
 
 __all__ = ["METRICS", "Coordinates", "Metric"]
@@ -39,9 +41,9 @@ SMALL = 64
 RANK = 32
 # More draws than these, of a longer window only the last, say little more of a metric.
 MOST_DRAWS = 512
-# Draws of the diagonal metric are added to the n of q, n min(1, (rank / n)^4) of them: too few to hide a correlation
-# where those of q span every direction several times, and enough where they hardly do that no direction is left to
-# draws or scores alone. At least this share, for the sake of rounding.
+# Draws of the diagonal metric are added to the n there are, n min(1, (rank / n)^4) of them: too few to hide a
+# correlation where draws span every direction several times, and enough where they hardly do that no direction is
+# left to draws or scores alone. At least this share, for the sake of rounding.
 LEAST_PRIOR = 1e-5
 # Stan's, of variances.
 STAN_DRAWS, STAN_VARIANCE = 5, 1e-3
@@ -136,19 +138,27 @@ class Metric(NamedTuple):
         Returns:
             The next one.
         """
-        count = jnp.sum(used)
-
-        def centered(rows: Array) -> Array:
-            rows = jnp.where(used[:, None], rows, 0)
-            return jnp.where(used[:, None], rows - jnp.sum(rows, 0) / count, 0)
-
-        z, score = centered(z), centered(score)
-        rank = self._rank(z.shape[1])
+        z, score = _centered(z, used), _centered(score, used)
         estimate = _from_scores if self.from_scores else _from_variance
-        new = estimate(z, score, count, rank)
-        usable = jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(new)]).all()
-        usable &= jnp.all(new.scale > 0)
-        return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)
+        new = estimate(z, score, jnp.sum(used), self._rank(z.shape[1]))
+        usable = all_finite(new) & jnp.all(new.scale > 0)
+        return jax.tree.map(partial(jnp.where, usable), new, old)
+
+    def first(self, z: Array, score: Array, used: Array) -> Coordinates:
+        """A diagonal metric from a few points, which need be no draws, in the coordinates of this one.
+
+        Args:
+            z: points near each other, `(point, dim)`.
+            score: gradients of the log density there.
+            used: which of them count, `(point,)`.
+
+        Returns:
+            Coordinates to start from.
+        """
+        scale = _diagonal(_centered(z, used), _centered(score, used))
+        usable = jnp.isfinite(scale) & (scale > 0)
+        unit = self.identity(z.shape[1], z.dtype)
+        return unit._replace(scale=jnp.where(usable, scale, unit.scale))
 
     def _rank(self, dim: int) -> int:
         if self.dense:
@@ -156,6 +166,12 @@ class Metric(NamedTuple):
         if self.kind != "low_rank":
             return 0
         return dim if dim <= SMALL else RANK
+
+
+def _centered(rows: Array, used: Array) -> Array:
+    used = used[:, None]
+    mean = jnp.sum(jnp.where(used, rows, 0), 0) / jnp.sum(used)
+    return jnp.where(used, rows - mean, 0)
 
 
 def _from_variance(z: Array, score: Array, count: Array, rank: int) -> Coordinates:
@@ -173,8 +189,7 @@ def _from_variance(z: Array, score: Array, count: Array, rank: int) -> Coordinat
 
 
 def _from_scores(z: Array, score: Array, count: Array, rank: int) -> Coordinates:
-    # Roots before the ratio: variances of scores in units of a wide reference can be beyond single precision.
-    scale = jnp.sqrt(jnp.linalg.norm(z, axis=0) / jnp.linalg.norm(score, axis=0))
+    scale = _diagonal(z, score)
     if not rank:
         return Coordinates(scale, None, None, None)
     z, score, basis = z / scale, score * scale, None
@@ -192,12 +207,16 @@ def _from_scores(z: Array, score: Array, count: Array, rank: int) -> Coordinates
         ratio = jnp.sqrt(rest / score_rest)
         scale, z, score = scale * ratio, z / ratio, score * ratio
     prior = size * jnp.eye(rank, dtype=z.dtype)
-    # Units of the scores are those of the inverse draws, in which both have about equal norms.
     lower = lower_of_root(jnp.concatenate([z, prior]))
     upper = jnp.linalg.qr(jnp.concatenate([score, after(lower[0, 0], prior)]), mode="r")
     left, values, right = jnp.linalg.svd(upper @ lower)
     roots = jnp.sqrt(values)
     return Coordinates(scale, basis, lower @ (right.T / roots), (left / roots).T @ upper)
+
+
+def _diagonal(z: Array, score: Array) -> Array:
+    # Roots before the ratio: squares of scores in units of a wide reference can be beyond single precision.
+    return jnp.sqrt(jnp.linalg.norm(z, axis=0) / jnp.linalg.norm(score, axis=0))
 
 
 def _leading(z: Array, score: Array, number: int) -> Array:

@@ -68,8 +68,8 @@ JITTER = 0.25
 # lower acceptance, or with a smaller step in units of the reference.
 LEAST_ACCEPTANCE = 0.02
 LEAST_STEP_SIZE = 1e-6
-# How far from the centre gradients are compared, in units of the reference: near enough for the curvature where q is
-# much narrower, and far enough for differences of rounded gradients.
+# How far from the centre gradients are compared, in units of the reference: near enough for the curvature where q
+# is much narrower, and far enough for differences of rounded gradients.
 PROBE = 1e-3
 # A larger share of divergent transitions needs chains that moved and agree.
 MOST_DIVERGENT = 0.5
@@ -354,9 +354,7 @@ def _start(
     to = state.coordinates
     if settings.metric.from_scores:
         # Before there are draws, changes of the gradient around the centre tell of its curvature.
-        unit = settings.metric.identity(target.dim, noise.dtype)
-        around = (points[number:], -gradient[number:], finite[number:])
-        near = settings.metric.estimate(unit, *around)
+        near = settings.metric.first(points[number:], -gradient[number:], finite[number:])
         to = jax.tree.map(partial(jnp.where, state.warm), to, near)
     places = Places(to.back(choose(points)), to.gradient_back(choose(gradient)))
     return choose(potential), places, strip_weak_types(Tuning(state.step_size, to))
