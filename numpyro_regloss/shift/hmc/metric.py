@@ -83,10 +83,12 @@ class Coordinates(NamedTuple):
     def _multiply(self, vector: Array, inner: Array | None) -> Array:
         if inner is None:
             return vector
+        # Accelerators round factors to fewer digits unless told: there and back would be another place.
+        times = partial(jnp.matmul, precision="highest")
         if self.basis is None:
-            return vector @ inner.T
-        part = vector @ self.basis
-        return vector + (part @ inner.T - part) @ self.basis.T
+            return times(vector, inner.T)
+        part = times(vector, self.basis)
+        return vector + times(times(part, inner.T) - part, self.basis.T)
 
 
 class Metric(NamedTuple):

@@ -393,7 +393,8 @@ def _report(
     accept_prob = tally.accept_prob / settings.num_samples
     finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()
     rhat = jnp.max(split_rhat(x))
-    changed = jnp.any(noise[:, 1:] != noise[:, :-1], -1)
+    # Not of noise, which is rounded anew.
+    changed = jnp.any(places.y[:, 1:] != places.y[:, :-1], -1)
     share = jnp.min(jnp.sum(changed, 1)) / max(settings.num_samples - 1, 1)
     mixed = (share >= LEAST_MOVED) & (rhat <= MOST_RHAT)
     moved = (
