@@ -42,10 +42,20 @@ def test_diagonal_of_a_few_points_off_the_target():
     rng = np.random.default_rng(0)
     sd = np.geomspace(1e-5, 1e3, 8)
     # Five points about another mean, and of other scales, than those of the Gaussian.
-    draws = 3.0 + rng.normal(size=(5, 8)) * np.geomspace(10.0, 0.1, 8) * sd
+    draws = (1.0 + rng.normal(size=(5, 8))) * rng.permutation(np.geomspace(10.0, 0.1, 8)) * sd
     coordinates = estimate(DIAGONAL, draws, -draws / sd**2)
-    # Single precision, after differences from means that are up to thousands of times larger.
-    np.testing.assert_allclose(coordinates.scale, sd, rtol=5e-2)
+    np.testing.assert_allclose(coordinates.scale, sd, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [DIAGONAL, LOW_RANK])
+def test_width_at_a_wall(metric):
+    rng, width = np.random.default_rng(7), np.geomspace(0.001, 0.1, 4)
+    # Exponential beyond walls, of which the score is a slope, but for a slight curvature.
+    draws = rng.exponential(size=(200, 4)) * width
+    coordinates = estimate(metric, draws, -1 / width - 0.01 * draws / width**2)
+    found = np.linalg.norm(coordinates.forth(jnp.eye(4)), axis=0)
+    # What is left out of the mean, three deviations of the score, and the few draws.
+    np.testing.assert_allclose(found, width, rtol=0.2)
 
 
 def test_dense_of_a_gaussian():

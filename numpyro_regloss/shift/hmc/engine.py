@@ -80,7 +80,7 @@ class HMC(_Hamiltonian):
         dense_mass: adapt a dense mass matrix, whatever the number of parameters.
         trajectory_length: mean path length in whitened units; each draw takes a path between 0.75 and
             1.25 times as long. A quarter period of the standard normal is pi / 2.
-        step_size: initial step size in whitened units.
+        step_size: initial step size in units of the mass matrix.
         target_accept_prob: acceptance that the step size is tuned to.
         metric: what the mass matrix is estimated from and, unless `dense_mass`, its form: "low_rank", from draws
             and their scores, dense up to 64 parameters and beyond diagonal but for 32 directions; "scores", a
@@ -134,7 +134,7 @@ class NUTS(_Hamiltonian):
         num_chains: chains, run side by side by `vmap`.
         dense_mass: adapt a dense mass matrix, whatever the number of parameters.
         max_tree_depth: at most `2**max_tree_depth` leapfrog steps per draw.
-        step_size: initial step size in whitened units.
+        step_size: initial step size in units of the mass matrix.
         target_accept_prob: acceptance that the step size is tuned to.
         metric: what the mass matrix is estimated from and, unless `dense_mass`, its form: "low_rank", from draws
             and their scores, dense up to 64 parameters and beyond diagonal but for 32 directions; "scores", a

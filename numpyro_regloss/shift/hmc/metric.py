@@ -17,6 +17,10 @@ the inverse of that of the scores,
 the minimizer of the Fisher divergence from the standard normal in y; for a diagonal one G = sd(z) / sd(s). With
 Cov(z) = L Lᵀ, Cov(s) = Rᵀ R and R L = U S Vᵀ, a root of G is F = L V S^-1/2, and S^-1/2 Uᵀ R is its inverse.
 
+Scores of q have mean zero, and that of draws that have not yet arrived is left out. Where a wall cuts q off, their
+mean is a slope of 1 / w for draws within a width w, of which the variance tells nothing. So what is beyond
+`MOST_MEAN` standard deviations counts as a variance of the coordinate.
+
 References: Seyboldt, Carlson & Carpenter (2026), "Preconditioning Hamiltonian Monte Carlo by Minimizing Fisher
 Divergence"; Stan Development Team, "Stan Reference Manual", chapter on HMC algorithm parameters.
 """
@@ -45,6 +49,8 @@ MOST_DRAWS = 512
 # correlation where draws span every direction several times, and enough where they hardly do that no direction is
 # left to draws or scores alone. At least this share, for the sake of rounding.
 LEAST_PRIOR = 1e-5
+# Mean of scores, in their standard deviations, that may be that of draws on their way.
+MOST_MEAN = 3.0
 # Stan's, of variances.
 STAN_DRAWS, STAN_VARIANCE = 5, 1e-3
 
@@ -140,9 +146,14 @@ class Metric(NamedTuple):
         Returns:
             The next one.
         """
-        z, score = _centered(z, used), _centered(score, used)
-        estimate = _from_scores if self.from_scores else _from_variance
-        new = estimate(z, score, jnp.sum(used), self._rank(z.shape[1]))
+        (z, _), (score, slope) = _centered(z, used), _centered(score, used)
+        count, rank = jnp.sum(used), self._rank(z.shape[1])
+        if self.from_scores:
+            spread = MOST_MEAN * jnp.linalg.norm(score, axis=0)
+            slope = jnp.maximum(jnp.sqrt(count) * jnp.abs(slope) - spread, 0)
+            new = _from_scores(z, score, slope, count, rank)
+        else:
+            new = _from_variance(z, count, rank)
         usable = all_finite(new) & jnp.all(new.scale > 0)
         return jax.tree.map(partial(jnp.where, usable), new, old)
 
@@ -157,7 +168,8 @@ class Metric(NamedTuple):
         Returns:
             Coordinates to start from.
         """
-        scale = _diagonal(_centered(z, used), _centered(score, used))
+        (z, _), (score, _) = _centered(z, used), _centered(score, used)
+        scale = _diagonal(z, score)
         usable = jnp.isfinite(scale) & (scale > 0)
         unit = self.identity(z.shape[1], z.dtype)
         return unit._replace(scale=jnp.where(usable, scale, unit.scale))
@@ -170,14 +182,13 @@ class Metric(NamedTuple):
         return dim if dim <= SMALL else RANK
 
 
-def _centered(rows: Array, used: Array) -> Array:
+def _centered(rows: Array, used: Array) -> tuple[Array, Array]:
     used = used[:, None]
     mean = jnp.sum(jnp.where(used, rows, 0), 0) / jnp.sum(used)
-    return jnp.where(used, rows - mean, 0)
+    return jnp.where(used, rows - mean, 0), mean
 
 
-def _from_variance(z: Array, score: Array, count: Array, rank: int) -> Coordinates:
-    del score
+def _from_variance(z: Array, count: Array, rank: int) -> Coordinates:
     weight = count / (count + STAN_DRAWS)
     least = STAN_VARIANCE * (1 - weight)
     if not rank:
@@ -190,8 +201,8 @@ def _from_variance(z: Array, score: Array, count: Array, rank: int) -> Coordinat
     return Coordinates(jnp.ones(rank, z.dtype), None, lower, inverse)
 
 
-def _from_scores(z: Array, score: Array, count: Array, rank: int) -> Coordinates:
-    scale = _diagonal(z, score)
+def _from_scores(z: Array, score: Array, slope: Array, count: Array, rank: int) -> Coordinates:
+    scale = _diagonal(z, jnp.concatenate([score, slope[None]]))
     if not rank:
         return Coordinates(scale, None, None, None)
     z, score, basis = z / scale, score * scale, None
@@ -208,9 +219,11 @@ def _from_scores(z: Array, score: Array, count: Array, rank: int) -> Coordinates
         (z, rest), (score, score_rest) = split(z), split(score)
         ratio = jnp.sqrt(rest / score_rest)
         scale, z, score = scale * ratio, z / ratio, score * ratio
+    slopes = jnp.diag(slope * scale) if basis is None else (slope * scale)[:, None] * basis
     prior = size * jnp.eye(rank, dtype=z.dtype)
     lower = lower_of_root(jnp.concatenate([z, prior]))
-    upper = jnp.linalg.qr(jnp.concatenate([score, after(lower[0, 0], prior)]), mode="r")
+    rows = jnp.concatenate([score, slopes, after(lower[0, 0], prior)])
+    upper = jnp.linalg.qr(rows, mode="r")
     left, values, right = jnp.linalg.svd(upper @ lower)
     roots = jnp.sqrt(values)
     return Coordinates(scale, basis, lower @ (right.T / roots), (left / roots).T @ upper)

@@ -65,9 +65,10 @@ MOST_CORRECTION = 2.0
 # Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
 JITTER = 0.25
 # A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
-# lower acceptance, or with a smaller step in units of the reference.
+# lower acceptance, or with a smaller step in units of the reference; in those of q, which scores give, one of which
+# the most that a path takes come to a tenth.
 LEAST_ACCEPTANCE = 0.02
-LEAST_STEP_SIZE = 1e-6
+LEAST_STEP_SIZE, LEAST_STEP_SIZE_OF_SCORES = 1e-6, 1e-4
 # How far from the centre gradients are compared, in units of the reference: near enough for the curvature where q
 # is much narrower, and far enough for differences of rounded gradients.
 PROBE = 1e-3
@@ -80,7 +81,7 @@ class HMCState(NamedTuple):
 
     Attributes:
         x: last positions of the chains, `(chain, dim)`.
-        step_size: in whitened units, shared by the chains.
+        step_size: in units of the mass matrix, shared by the chains.
         coordinates: what the mass matrix is, shared by the chains.
         warm: whether step size and mass matrix are adapted.
     """
@@ -99,7 +100,7 @@ class HMCInfo(NamedTuple):
         num_loss: loss evaluations beside those that come with a gradient.
         num_grad: gradient evaluations, warm-up included.
         accept_prob: mean acceptance probability.
-        step_size: of the leapfrog integrator, in whitened units (1 is one reference scale).
+        step_size: of the leapfrog integrator, in units of the mass matrix (1 is about a standard deviation of q).
         num_divergent: divergent transitions, with those that ended at a wall, beyond which the loss is infinite:
             they may be most of all where draws are right, as they are while chains agree (`rhat`).
         num_steps: mean number of leapfrog steps per transition.
@@ -164,6 +165,11 @@ class Settings(NamedTuple):
     trajectory_length: Array | float | None
     step_size: Array | float
     target_accept_prob: Array | float
+
+    @property
+    def least_step_size(self) -> float:
+        """Chains with a smaller one are taken not to move."""
+        return LEAST_STEP_SIZE_OF_SCORES if self.metric.from_scores else LEAST_STEP_SIZE
 
 
 def init(settings: Settings, target: RegularizedLoss) -> HMCState:
@@ -400,7 +406,7 @@ def _report(
     moved = (
         (accept_prob >= LEAST_ACCEPTANCE)
         & ((tally.num_divergent <= MOST_DIVERGENT * loss.size) | mixed)
-        & (step_size >= LEAST_STEP_SIZE)
+        & (step_size >= settings.least_step_size)
     )
     info = HMCInfo(
         ok=finite & moved,
@@ -470,7 +476,7 @@ def remedy(settings: Settings, info: Any, ok: np.ndarray) -> str:
         A sentence, or nothing.
     """
     size = settings.num_samples * settings.num_chains
-    stuck = (info.accept_prob < LEAST_ACCEPTANCE) | (info.step_size < LEAST_STEP_SIZE)
+    stuck = (info.accept_prob < LEAST_ACCEPTANCE) | (info.step_size < settings.least_step_size)
     stopped = ~ok & ~info.ok & (stuck | (info.num_divergent > MOST_DIVERGENT * size))
     if not stopped.any():
         return ""
