@@ -65,8 +65,8 @@ MOST_CORRECTION = 2.0
 # Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
 JITTER = 0.25
 # A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
-# lower acceptance, or with a smaller step. Of variances that is in units of the reference; of scores in those of q,
-# where the longest path at this step is a tenth of a standard deviation.
+# lower acceptance, or with a smaller step. With variances it is in units of the reference, with scores in those of
+# q, where the longest path at this step is a tenth of a standard deviation.
 LEAST_ACCEPTANCE = 0.02
 LEAST_STEP_SIZE, LEAST_STEP_SIZE_OF_SCORES = 1e-6, 1e-4
 # How far from the centre gradients are compared, in units of the reference: near enough for the curvature where q
