@@ -65,8 +65,10 @@ ENGINES = {
     "importance_sobol": Row(lambda: shift.Importance(num_samples=8000, noise="sobol")),
     "nuts": Row(lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4)),
     "nuts_dense": Row(
-        lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4, dense_mass=True)
+        lambda: shift.NUTS(200, 250, num_chains=4, metric="variance", dense_mass=True)
     ),
+    "nuts_scores": Row(lambda: shift.NUTS(200, 250, num_chains=4, metric="scores"), long=True),
+    "hmc_variance": Row(lambda: shift.HMC(200, 250, num_chains=4, metric="variance"), long=True),
     "kernel": Row(lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500)),
     "kernel_ensemble": Row(
         lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40)

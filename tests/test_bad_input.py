@@ -774,6 +774,7 @@ CATALOGUE = {
         "trajectory_length",
     ),
     "dense mass a string": (lambda: shift.NUTS(dense_mass="yes"), TypeError, "dense_mass"),
+    "unknown metric": (lambda: shift.HMC(metric="diagonal"), ValueError, "metric as one of"),
     "unknown family": (lambda: fit.ForwardKL("full"), ValueError, "one of"),
     "unknown method": (lambda: fit.ReverseKL(method="newton"), ValueError, "one of"),
     "family a list": (lambda: fit.ForwardKL(["dense"]), ValueError, "one of"),

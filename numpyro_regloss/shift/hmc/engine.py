@@ -19,6 +19,7 @@ from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.hmc import transitions
+from numpyro_regloss.shift.hmc.metric import Metric
 from numpyro_regloss.shift.hmc.transitions import Settings, check_settings, remedy
 
 __all__ = ["HMC", "NUTS"]
@@ -76,11 +77,15 @@ class HMC(_Hamiltonian):
         num_warmup: warm-up iterations before the first step (and again when acceptance collapses).
         num_samples: draws per chain and outer step.
         num_chains: chains, run side by side by `vmap`.
-        dense_mass: adapt a dense mass matrix instead of a diagonal one.
+        dense_mass: adapt a dense mass matrix, whatever the number of parameters.
         trajectory_length: mean path length in whitened units; each draw takes a path between 0.75 and
             1.25 times as long. A quarter period of the standard normal is pi / 2.
-        step_size: initial step size in whitened units.
+        step_size: initial step size in units of the mass matrix.
         target_accept_prob: acceptance that the step size is tuned to.
+        metric: what the mass matrix is estimated from and, unless `dense_mass`, its form: "low_rank", from draws
+            and their scores, dense up to 64 parameters and beyond diagonal but for 32 directions; "scores", a
+            diagonal one from both; "variance", a diagonal one from draws alone, as Stan's, for losses whose
+            gradients are not those of their values.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -98,6 +103,7 @@ class HMC(_Hamiltonian):
     trajectory_length: Any = math.pi / 2
     step_size: Any = 0.5
     target_accept_prob: Any = 0.8
+    metric: str = static_field(default="low_rank")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -110,7 +116,7 @@ class HMC(_Hamiltonian):
             num_warmup=self.num_warmup,
             num_samples=self.num_samples,
             num_chains=self.num_chains,
-            dense_mass=self.dense_mass,
+            metric=Metric(self.metric, self.dense_mass),
             max_tree_depth=10,
             trajectory_length=self.trajectory_length,
             step_size=self.step_size,
@@ -126,10 +132,14 @@ class NUTS(_Hamiltonian):
         num_warmup: warm-up iterations before the first step (and again when acceptance collapses).
         num_samples: draws per chain and outer step.
         num_chains: chains, run side by side by `vmap`.
-        dense_mass: adapt a dense mass matrix instead of a diagonal one.
+        dense_mass: adapt a dense mass matrix, whatever the number of parameters.
         max_tree_depth: at most `2**max_tree_depth` leapfrog steps per draw.
-        step_size: initial step size in whitened units.
+        step_size: initial step size in units of the mass matrix.
         target_accept_prob: acceptance that the step size is tuned to.
+        metric: what the mass matrix is estimated from and, unless `dense_mass`, its form: "low_rank", from draws
+            and their scores, dense up to 64 parameters and beyond diagonal but for 32 directions; "scores", a
+            diagonal one from both; "variance", a diagonal one from draws alone, as Stan's, for losses whose
+            gradients are not those of their values.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -147,6 +157,7 @@ class NUTS(_Hamiltonian):
     max_tree_depth: int = static_field(default=10)
     step_size: Any = 0.5
     target_accept_prob: Any = 0.8
+    metric: str = static_field(default="low_rank")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -160,7 +171,7 @@ class NUTS(_Hamiltonian):
             num_warmup=self.num_warmup,
             num_samples=self.num_samples,
             num_chains=self.num_chains,
-            dense_mass=self.dense_mass,
+            metric=Metric(self.metric, self.dense_mass),
             max_tree_depth=self.max_tree_depth,
             trajectory_length=None,
             step_size=self.step_size,

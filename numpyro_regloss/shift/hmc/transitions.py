@@ -17,6 +17,7 @@ Algorithm".
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,8 @@ from numpyro_regloss._core.threefry import unrolled
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
-from numpyro_regloss.shift.hmc.warm_up import Adaptation, Tuning, WarmUp
+from numpyro_regloss.shift.hmc.metric import METRICS, Coordinates, Metric
+from numpyro_regloss.shift.hmc.warm_up import Adaptation, Places, Tuning, WarmUp
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 
 __all__ = [
@@ -63,9 +65,13 @@ MOST_CORRECTION = 2.0
 # Range of path lengths around the nominal one, so that no direction of q is a multiple of its period.
 JITTER = 0.25
 # A shift is rejected when its chains hardly moved, since their mean is then that of the last shift: at a
-# lower acceptance, or with a smaller step in units of the reference.
+# lower acceptance, or with a smaller step. With variances it is in units of the reference, with scores in those of
+# q, where the longest path at this step is a tenth of a standard deviation.
 LEAST_ACCEPTANCE = 0.02
-LEAST_STEP_SIZE = 1e-6
+LEAST_STEP_SIZE, LEAST_STEP_SIZE_OF_SCORES = 1e-6, 1e-4
+# How far from the centre gradients are compared, in units of the reference: near enough for the curvature where q
+# is much narrower, and far enough for differences of rounded gradients.
+PROBE = 1e-3
 # A larger share of divergent transitions needs chains that moved and agree.
 MOST_DIVERGENT = 0.5
 
@@ -75,14 +81,14 @@ class HMCState(NamedTuple):
 
     Attributes:
         x: last positions of the chains, `(chain, dim)`.
-        step_size: in whitened units, shared by the chains.
-        inverse_mass_matrix: `(dim,)` or `(dim, dim)`, shared by the chains.
+        step_size: in units of the mass matrix, shared by the chains.
+        coordinates: what the mass matrix is, shared by the chains.
         warm: whether step size and mass matrix are adapted.
     """
 
     x: Array
     step_size: Array
-    inverse_mass_matrix: Array
+    coordinates: Coordinates
     warm: Array
 
 
@@ -94,7 +100,7 @@ class HMCInfo(NamedTuple):
         num_loss: loss evaluations beside those that come with a gradient.
         num_grad: gradient evaluations, warm-up included.
         accept_prob: mean acceptance probability.
-        step_size: of the leapfrog integrator, in whitened units (1 is one reference scale).
+        step_size: of the leapfrog integrator, in units of the mass matrix (1 is about a standard deviation of q).
         num_divergent: divergent transitions, with those that ended at a wall, beyond which the loss is infinite:
             they may be most of all where draws are right, as they are while chains agree (`rhat`).
         num_steps: mean number of leapfrog steps per transition.
@@ -115,9 +121,8 @@ class HMCInfo(NamedTuple):
 
 class _Chains(NamedTuple):
     rng_key: Key
-    z: Array
     potential: Array
-    gradient: Array
+    places: Places
 
 
 class _Outcome(NamedTuple):
@@ -135,9 +140,8 @@ class _Tally(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    z: Array
     potential: Array
-    gradient: Array
+    places: Places
     outcome: _Outcome
 
 
@@ -156,11 +160,16 @@ class Settings(NamedTuple):
     num_warmup: int
     num_samples: int
     num_chains: int
-    dense_mass: bool
+    metric: Metric
     max_tree_depth: int
     trajectory_length: Array | float | None
     step_size: Array | float
     target_accept_prob: Array | float
+
+    @property
+    def least_step_size(self) -> float:
+        """Chains with a smaller one are taken not to move."""
+        return LEAST_STEP_SIZE_OF_SCORES if self.metric.from_scores else LEAST_STEP_SIZE
 
 
 def init(settings: Settings, target: RegularizedLoss) -> HMCState:
@@ -178,11 +187,10 @@ def init(settings: Settings, target: RegularizedLoss) -> HMCState:
     """
     check_integers([settings.algorithm], target.loss, f"shift.{settings.algorithm}")
     mean = target.reference.mean
-    mass = jnp.ones(target.dim, mean.dtype)
     return HMCState(
         x=jnp.broadcast_to(mean, (settings.num_chains, target.dim)),
         step_size=jnp.asarray(settings.step_size, mean.dtype),
-        inverse_mass_matrix=jnp.diag(mass) if settings.dense_mass else mass,
+        coordinates=settings.metric.identity(target.dim, mean.dtype),
         warm=jnp.asarray(False),
     )
 
@@ -215,31 +223,32 @@ def step(
     Returns:
         The next state, the draws with their scores, and the diagnostics.
     """
-    key_init, key_jitter, key_batch = random.split(unrolled(rng_key), 3)
+    key_init, key_jitter, key_batch, key_probe = random.split(unrolled(rng_key), 4)
     # One batch for the whole shift: the chains' target must not change under them.
     target = target.on_batch(key_batch)
-    start = _start(state, target)
-    tuning, transition = _kernel(settings, state, target)
-    warm_up = WarmUp(settings.num_warmup, settings.target_accept_prob, settings.dense_mass)
+    potential, places, tuning = _start(settings, key_probe, state, target)
+    transition = _kernel(settings, tuning, target)
+    warm_up = WarmUp(settings.num_warmup, settings.target_accept_prob, settings.metric)
     num_leading = jnp.where(state.warm, 0, settings.num_warmup)
 
     def body(i: Array, carry: _Carry) -> _Carry:
         length = settings.trajectory_length
         if length is not None:
             length = length * random.uniform(
-                random.fold_in(key_jitter, i), (), start.z.dtype, 1 - JITTER, 1 + JITTER
+                random.fold_in(key_jitter, i), (), potential.dtype, 1 - JITTER, 1 + JITTER
             )
             length = jnp.minimum(length, MAX_LEAPFROG * carry.tuning.step_size)
         chains, outcome = transition(carry.chains, carry.tuning, length)
         counts = i >= num_leading
         accept_prob = jnp.mean(outcome.accept_prob)
-        tuning, adaptation = lax.cond(
+        places, tuning, adaptation = lax.cond(
             counts,
-            lambda: (carry.tuning, carry.adaptation),
-            lambda: warm_up.update(i, accept_prob, chains.z, carry.tuning, carry.adaptation),
+            lambda: (chains.places, carry.tuning, carry.adaptation),
+            lambda: warm_up.update(i, accept_prob, chains.places, carry.tuning, carry.adaptation),
         )
+        chains = chains._replace(places=places)
         place = jnp.maximum(i - num_leading, 0)
-        row = _Buffers(chains.z, chains.potential, chains.gradient, outcome)
+        row = _Buffers(chains.potential, places, outcome)
         steps = jnp.sum(outcome.num_steps)
         tally = carry.tally
         return _Carry(
@@ -259,17 +268,18 @@ def step(
             ),
         )
 
-    chains = _Chains(random.split(key_init, settings.num_chains), *start)
-    number, whole = chains.potential, jnp.zeros(settings.num_chains, int)
-    outcome = _Outcome(number, whole, whole > 0, number)
+    chains = _Chains(random.split(key_init, settings.num_chains), potential, places)
+    whole = jnp.zeros(settings.num_chains, int)
+    outcome = _Outcome(potential, whole, whole > 0, potential)
     buffers = jax.tree.map(
-        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype), _Buffers(*start, outcome)
+        lambda a: jnp.zeros((settings.num_samples, *a.shape), a.dtype),
+        _Buffers(potential, places, outcome),
     )
     zero = jnp.asarray(0)
     carry = _Carry(
         chains,
         tuning,
-        warm_up.init(tuning),
+        warm_up.init(tuning, places),
         buffers,
         _Tally(jnp.zeros_like(state.step_size), zero, zero, zero),
     )
@@ -278,39 +288,40 @@ def step(
 
 
 def _kernel(
-    settings: Settings, state: HMCState, target: RegularizedLoss
-) -> tuple[Tuning, Callable[[_Chains, Tuning, Any], tuple[_Chains, _Outcome]]]:
+    settings: Settings, tuning: Tuning, target: RegularizedLoss
+) -> Callable[[_Chains, Tuning, Any], tuple[_Chains, _Outcome]]:
+    def potential_of(coordinates: Coordinates) -> Callable[[Array], Array]:
+        return lambda y: target.whitened_potential(coordinates.forth(y))
+
     # NumPyro's sampling function works only after its own initialization. That is done once, at the centre and
     # without adaptation, and what differs between chains or iterations is put in afterwards.
-    init_kernel, sample_kernel = hmc(
-        potential_fn_gen=lambda: target.whitened_potential, algo=settings.algorithm
-    )
-    zero = jnp.zeros_like(state.x[0])
+    init_kernel, sample_kernel = hmc(potential_fn_gen=potential_of, algo=settings.algorithm)
+    zero = jnp.zeros_like(tuning.coordinates.scale)
     blank = init_kernel(
         ParamInfo(zero, jnp.zeros_like(zero[0]), zero),
         num_warmup=0,
-        step_size=state.step_size,
-        inverse_mass_matrix=state.inverse_mass_matrix,
+        step_size=tuning.step_size,
         adapt_step_size=False,
         adapt_mass_matrix=False,
-        dense_mass=settings.dense_mass,
         trajectory_length=settings.trajectory_length,
         max_tree_depth=settings.max_tree_depth,
+        model_args=(tuning.coordinates,),
         rng_key=random.key(0),
     )
 
     def transition(chain: _Chains, tuning: Tuning, length: Any) -> tuple[_Chains, _Outcome]:
         after = sample_kernel(
             blank._replace(
-                z=chain.z,
+                z=chain.places.y,
                 potential_energy=chain.potential,
-                z_grad=chain.gradient,
+                z_grad=chain.places.gradient,
                 rng_key=chain.rng_key,
                 trajectory_length=length,
-                adapt_state=blank.adapt_state._replace(**tuning._asdict()),
-            )
+                adapt_state=blank.adapt_state._replace(step_size=tuning.step_size),
+            ),
+            (tuning.coordinates,),
         )
-        chain = _Chains(after.rng_key, after.z, after.potential_energy, after.z_grad)
+        chain = _Chains(after.rng_key, after.potential_energy, Places(after.z, after.z_grad))
         outcome = _Outcome(after.accept_prob, after.num_steps, after.diverging, after.energy)
         return strip_weak_types((chain, outcome))
 
@@ -320,24 +331,39 @@ def _kernel(
         return jax.tree.map(lambda a: a[None], transition(chain, tuning, length))
 
     several = jax.vmap(transition, in_axes=(0, None, None))
-    adapted = blank.adapt_state._asdict()
-    tuning = Tuning(*(adapted[name] for name in Tuning._fields))
-    return strip_weak_types(tuning), single if settings.num_chains == 1 else several
+    return single if settings.num_chains == 1 else several
 
 
-def _start(state: HMCState, target: RegularizedLoss) -> ParamInfo:
+def _num_starts(settings: Settings) -> int:
+    return settings.num_chains * (2 if settings.metric.from_scores else 1) + 1
+
+
+def _start(
+    settings: Settings, rng_key: Key, state: HMCState, target: RegularizedLoss
+) -> tuple[Array, Places, Tuning]:
     # Potential and gradient belong to the old target and are computed anew. A chain that stands where
     # the new target is not finite restarts at the centre.
     noise = jax.vmap(target.reference.whiten)(state.x)
-    points = jnp.concatenate([noise, jnp.zeros_like(noise[:1])])
+    # Signs: no coordinate is without a change, however few they are.
+    probes = PROBE * random.rademacher(rng_key, noise.shape, noise.dtype)
+    if not settings.metric.from_scores:
+        probes = probes[:0]
+    points = jnp.concatenate([noise, jnp.zeros_like(noise[:1]), probes])
     potential, gradient = jax.vmap(jax.value_and_grad(target.whitened_potential))(points)
-    info = ParamInfo(points, potential, gradient)
     finite = jnp.isfinite(potential) & jnp.all(jnp.isfinite(gradient), -1)
+    number = settings.num_chains
 
     def choose(a: Array) -> Array:
-        return jnp.where(finite[:-1].reshape(-1, *(1,) * (a.ndim - 1)), a[:-1], a[-1:])
+        usable = finite[:number].reshape(-1, *(1,) * (a.ndim - 1))
+        return jnp.where(usable, a[:number], a[number])
 
-    return jax.tree.map(choose, info)
+    to = state.coordinates
+    if settings.metric.from_scores:
+        # Before there are draws, changes of the gradient around the centre tell of its curvature.
+        near = settings.metric.first(points[number:], -gradient[number:], finite[number:])
+        to = jax.tree.map(partial(jnp.where, state.warm), to, near)
+    places = Places(to.back(choose(points)), to.gradient_back(choose(gradient)))
+    return choose(potential), places, strip_weak_types(Tuning(state.step_size, to))
 
 
 def _report(
@@ -345,10 +371,12 @@ def _report(
 ) -> tuple[HMCState, StoredDraws, HMCInfo]:
     tally, step_size = carry.tally, carry.tuning.step_size
     buffers = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), carry.buffers)
-    noise, potential, gradient, outcome = buffers
+    potential, places, outcome = buffers
+    coordinates = carry.tuning.coordinates
+    noise = coordinates.forth(places.y)
     x = target.reference.unwhiten(noise)
     loss = (potential - 0.5 * jnp.sum(noise**2, -1)) * target.temperature
-    score = -target.reference.unscale_transpose(gradient)
+    score = -target.reference.unscale_transpose(coordinates.gradient_forth(places.gradient))
     draws = StoredDraws(
         x,
         jnp.zeros_like(loss),
@@ -371,18 +399,19 @@ def _report(
     accept_prob = tally.accept_prob / settings.num_samples
     finite = jnp.isfinite(loss).all() & jnp.isfinite(noise).all()
     rhat = jnp.max(split_rhat(x))
-    changed = jnp.any(noise[:, 1:] != noise[:, :-1], -1)
+    # Not of noise, which is rounded anew.
+    changed = jnp.any(places.y[:, 1:] != places.y[:, :-1], -1)
     share = jnp.min(jnp.sum(changed, 1)) / max(settings.num_samples - 1, 1)
     mixed = (share >= LEAST_MOVED) & (rhat <= MOST_RHAT)
     moved = (
         (accept_prob >= LEAST_ACCEPTANCE)
         & ((tally.num_divergent <= MOST_DIVERGENT * loss.size) | mixed)
-        & (step_size >= LEAST_STEP_SIZE)
+        & (step_size >= settings.least_step_size)
     )
     info = HMCInfo(
         ok=finite & moved,
         num_loss=jnp.asarray(0),
-        num_grad=tally.num_grad + settings.num_chains + 1,
+        num_grad=tally.num_grad + _num_starts(settings),
         accept_prob=accept_prob,
         step_size=step_size,
         num_divergent=tally.num_divergent,
@@ -391,9 +420,9 @@ def _report(
         rhat=rhat,
     )
     state = HMCState(
-        x=target.reference.unwhiten(carry.chains.z),
+        x=target.reference.unwhiten(coordinates.forth(carry.chains.places.y)),
         step_size=step_size * _correction(accept_prob, settings.target_accept_prob),
-        inverse_mass_matrix=carry.tuning.inverse_mass_matrix,
+        coordinates=coordinates,
         warm=accept_prob >= REWARM_BELOW,
     )
     return state, draws, info
@@ -422,6 +451,10 @@ def check_settings(engine: Any) -> None:
     check_count(engine.num_chains, f"{name}: num_chains")
     if not isinstance(engine.dense_mass, bool):
         raise TypeError(f"{name}: expected dense_mass as True or False, got {engine.dense_mass!r}.")
+    if engine.metric not in METRICS:
+        raise ValueError(
+            f"{name}: expected metric as one of {', '.join(map(repr, METRICS))}, got {engine.metric!r}."
+        )
     numbers = ("step_size", "target_accept_prob", "trajectory_length")
     # Numbers of one type whatever was given, since another type would be another program.
     cast_fields(engine, (field for field in numbers if field in vars(engine)), check_positive)
@@ -443,7 +476,7 @@ def remedy(settings: Settings, info: Any, ok: np.ndarray) -> str:
         A sentence, or nothing.
     """
     size = settings.num_samples * settings.num_chains
-    stuck = (info.accept_prob < LEAST_ACCEPTANCE) | (info.step_size < LEAST_STEP_SIZE)
+    stuck = (info.accept_prob < LEAST_ACCEPTANCE) | (info.step_size < settings.least_step_size)
     stopped = ~ok & ~info.ok & (stuck | (info.num_divergent > MOST_DIVERGENT * size))
     if not stopped.any():
         return ""
