@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by all tests: engines by name, trace and compile counters, tolerances."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,13 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = QUICK_FLAGS
     jax.devices()
     del os.environ["XLA_FLAGS"]
+
+# Tracing makes millions of objects and hardly a cycle: as often as is usual, the search for cycles takes a tenth.
+gc.set_threshold(50_000, 20, 50)
+
+import shape_checker
+
+shape_checker.pass_by_what_has_no_shapes()
 
 import jax.numpy as jnp
 import optax

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Lint, types and README's examples, so that one command runs everything."""
+"""Lint, types, shapes and README's examples, so that one command runs everything."""
 
 import re
 import shutil
@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
+
+from numpyro_regloss import Loss
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -76,3 +80,10 @@ def test_import_is_light():
     code = f"import sys, numpyro_regloss; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.both
+def test_shapes_are_checked_at_every_call():
+    loss = Loss.from_function(jnp.sum, jnp.zeros(2))
+    with pytest.raises(TypeCheckError, match="Loss.value.*\\n.*parameter 'x'"):
+        loss.value(jnp.zeros((2, 2, 2)))

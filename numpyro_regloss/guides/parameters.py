@@ -133,7 +133,8 @@ def _read_laplace(guide: Any, params: Any, args: tuple, kwargs: dict) -> Gaussia
         return Trace_ELBO().loss(key, at, guide.model, guide, *args, **kwargs)
 
     try:
-        precision = guide._hessian_fn(negative_log_density, loc)  # noqa: SLF001
+        # One program instead of one for each of some hundred operations.
+        precision = jax.jit(lambda x: guide._hessian_fn(negative_log_density, x))(loc)  # noqa: SLF001
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "from_guide: expected an AutoLaplaceApproximation that was initialized outside of jax.jit, or the "
