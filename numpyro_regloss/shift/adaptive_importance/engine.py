@@ -67,8 +67,8 @@ FIRST_ROUNDS = 8
 LEAST_DRAWS = 32
 # Of the draws, to which weights are tempered.
 TEMPERED = 0.5
-# Steps of the mean, one after another.
-LONGER = 2.0
+# Steps of the mean, one after another, up to what no target needs.
+LONGER, FARTHEST = 2.0, 1e6
 NUM_BISECTIONS, LEAST_LOG_POWER = 12, -40.0
 
 
@@ -281,7 +281,7 @@ class AdaptiveImportance(Shift):
             depth = batch.potential[-1]
             # Steps that lower -log q may be longer, and the first one is no longer than its draws.
             longer = jnp.where(depth < now.depth, LONGER * now.reach, now.reach / LONGER)
-            reach = jnp.where(now.count == 0, now.reach, jnp.maximum(longer, NEAREST))
+            reach = jnp.where(now.count == 0, now.reach, jnp.clip(longer, NEAREST, FARTHEST))
             after = self._adapted(now.proposal, batch, reach)
             scouts = self._walked(now.scouts, now.proposal, after, batch)
             if now.scouts is not None:

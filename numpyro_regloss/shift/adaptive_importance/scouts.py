@@ -33,6 +33,8 @@ MOST_RISE = 30.0
 FARTHEST = 0.5
 # Of the length of steps, where -log q fell and where it rose, and its bounds.
 LONGER, SHORTER, LONGEST, SHORTEST = 1.5, 0.5, 4.0, 1e-2
+# In place of infinity, which has no place in a state.
+UNKNOWN = 1e30
 
 
 class Scouts(NamedTuple):
@@ -45,7 +47,7 @@ class Scouts(NamedTuple):
         potential: -log q at their places, `(scout,)`.
         age: steps since they began, `(scout,)`.
         witness: the lowest place that is not the proposal's, `(dim,)`; the reference's mean if there is none.
-        depth: -log q there; infinite if there is none.
+        depth: -log q there; `UNKNOWN` if there is none.
         width: of q about it, in units of the proposal's.
         num_rounds: of all scouts, since the first.
     """
@@ -63,7 +65,7 @@ class Scouts(NamedTuple):
     @property
     def known(self) -> Array:
         """Whether there is a witness."""
-        return self.depth < jnp.inf
+        return self.depth < UNKNOWN
 
     @property
     def next_place(self) -> Array:
@@ -83,8 +85,8 @@ def send(num_scouts: int, zero: Array) -> Scouts:
     """
     each = jnp.zeros(num_scouts, zero.dtype)
     place = jnp.broadcast_to(zero, (num_scouts, zero.size))
-    inf, one = jnp.full_like(zero[0], jnp.inf), jnp.ones_like(zero[0])
-    return Scouts(place, place, each, each + inf, each + OLDEST, zero, inf, one, jnp.asarray(0))
+    high, one = jnp.full_like(zero[0], UNKNOWN), jnp.ones_like(zero[0])
+    return Scouts(place, place, each, each + high, each + OLDEST, zero, high, one, jnp.asarray(0))
 
 
 def moved(scouts: Scouts, old: AnyGaussian, new: AnyGaussian) -> Scouts:
@@ -104,9 +106,9 @@ def moved(scouts: Scouts, old: AnyGaussian, new: AnyGaussian) -> Scouts:
     change = 0.5 * (jnp.sum(places**2, -1) - jnp.sum(before**2, -1))
     return scouts._replace(
         place=places[:-1],
-        potential=scouts.potential + change[:-1],
+        potential=jnp.minimum(scouts.potential + change[:-1], UNKNOWN),
         witness=jnp.where(scouts.known, places[-1], 0.0),
-        depth=scouts.depth + change[-1],
+        depth=jnp.where(scouts.known, scouts.depth + change[-1], UNKNOWN),
     )
 
 
@@ -140,7 +142,7 @@ def walked(
     away = proposal.square(place) > NEAR**2
     fresh_away = proposal.square(fresh[0]) > NEAR**2
     idle = (potential > at_mean + HIGHEST) & (scouts.age >= OLDEST)
-    anew = ~away | ~(potential < jnp.inf) | idle | (fresh_away & (fresh[1] < potential))
+    anew = ~away | (potential >= UNKNOWN) | idle | (fresh_away & (fresh[1] < potential))
     place, potential, direction = _chosen(
         anew, _descending(proposal, fresh), (place, potential, direction)
     )
@@ -150,7 +152,7 @@ def walked(
     size = jnp.sqrt(jnp.sum(direction**2, -1))
     length = jnp.minimum(length, most / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
     lowest = jnp.argmin(jnp.where(away, potential, jnp.inf))
-    known = away[lowest] & (potential[lowest] < at_mean + HIGHEST)
+    known = away[lowest] & (potential[lowest] < jnp.minimum(at_mean + HIGHEST, UNKNOWN))
     # Of a Gaussian of another width the rise goes with the square of its inverse.
     rise = jnp.clip(jnp.median(jnp.where(jnp.isnan(rise), jnp.inf, rise)), 1 / MOST_RISE, MOST_RISE)
     return Scouts(
@@ -160,7 +162,7 @@ def walked(
         potential=potential,
         age=jnp.where(anew, 0.0, scouts.age + 1.0),
         witness=jnp.where(known, place[lowest], 0.0),
-        depth=jnp.where(known, potential[lowest], jnp.inf),
+        depth=jnp.where(known, potential[lowest], UNKNOWN),
         width=jnp.where(known & scouts.known, scouts.width / jnp.sqrt(rise), 1.0),
         num_rounds=scouts.num_rounds + 1,
     )
@@ -169,7 +171,9 @@ def walked(
 def _descending(proposal: Proposal, seen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     # Where the potential is infinite there is no gradient, and the scout begins anew.
     place, potential, gradient = seen
-    return place, potential, proposal.times(gradient)
+    direction = proposal.times(gradient)
+    direction = jnp.where(jnp.all(jnp.isfinite(direction), -1, keepdims=True), direction, 0.0)
+    return place, jnp.where(potential < UNKNOWN, potential, UNKNOWN), direction
 
 
 def _chosen(choice: Array, a: tuple[Array, ...], b: tuple[Array, ...]) -> list[Array]:
