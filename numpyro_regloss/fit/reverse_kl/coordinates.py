@@ -19,7 +19,7 @@ from jax import lax, random
 
 from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.fit.reverse_kl.base_draws import base_draws
+from numpyro_regloss.draws.base_draws import base_draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian, kl_divergence
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
