@@ -12,7 +12,7 @@ the draws.
 References: those of `regression` and `low_rank`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -57,7 +57,7 @@ class ScoreMatchingInfo(NamedTuple):
             of the family; one and more where scores have nothing to do with their draws.
         floored: whether draws and scores left the covariance open: fewer draws than dim + 2, coordinates that do
             not vary, scores that do not.
-        converged: whether factors converged; True for other families.
+        converged: whether factors converged and batches had settled; True where there are none.
         num_steps: batches that a target was asked for; zero with draws.
         names: of the coordinates, where the samples had names; None within compiled code.
     """
@@ -98,6 +98,8 @@ class ScoreMatching(Fit):
 
     covariance: str = static_field(default="reference")  # ty: ignore[incompatible-attribute-override]
     rank: int | None = static_field(default=None)
+
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_family(self.covariance, self.rank, "ScoreMatching")
