@@ -16,13 +16,16 @@ from numpyro_regloss._core.linalg import cholesky_with_floor
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.draws.base import Chunk, Draws
 from numpyro_regloss.draws.moments import Moments
-from numpyro_regloss.gaussians.factor_analysis import MATRIX_DIM, nearest_low_rank, with_factors
+from numpyro_regloss.fit.forward_kl.factor_analysis import FactorAnalysis, factor_analysis
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
+from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 
 __all__ = ["Projection", "project", "structure_of"]
 
 # Below this many effective draws per dimension a dense covariance is shrunk.
 FEW_DRAWS = 10.0
+# Up to this dimension factors are fitted to the covariance matrix, beyond it to the draws.
+MATRIX_DIM = 1_000
 # Least variance, in units of the largest or of the reference's: draws that are equal have none.
 LEAST_VARIANCE = 1e-6
 
@@ -73,16 +76,22 @@ def project(
         return Projection(Gaussian(mean, jnp.sqrt(variance)), error, none, floored, yes)
     if covariance.ndim == 1:
         variance, floored = _floored(covariance, reference)
-        gaussian, converged = with_factors(_product(draws, mean), mean, variance, method.rank)
-        return Projection(gaussian, error, none, floored, converged)
+        solution = factor_analysis(_product(draws, mean), mean.size, method.rank, mean.dtype)
+        gaussian = _scaled(mean, variance, solution)
+        return Projection(gaussian, error, none, floored, solution.converged)
     # Factors are few numbers already, and those of maximum likelihood are of the covariance as it is.
     if method.covariance == "dense" and method.shrinkage == "auto":
         covariance, none = _shrunk(covariance, error)
     lower, floored = cholesky_with_floor(covariance)
     if method.covariance == "dense":
         return Projection(Gaussian(mean, lower), error, none, floored, yes)
-    gaussian, converged = nearest_low_rank(Gaussian(mean, lower), method.rank)
-    return Projection(gaussian, jnp.diagonal(error), none, floored, converged)
+    sd = jnp.sqrt(jnp.sum(lower**2, -1))
+    lower = lower / sd[:, None]
+    solution = factor_analysis(
+        lambda columns: lower @ (lower.T @ columns), mean.size, method.rank, mean.dtype
+    )
+    gaussian = _scaled(mean, sd**2, solution)
+    return Projection(gaussian, jnp.diagonal(error), none, floored, solution.converged)
 
 
 def _shrunk(covariance: Array, error: Array) -> tuple[Array, Array]:
@@ -132,3 +141,10 @@ def _product(draws: Draws, mean: Array) -> Callable[[Array], Array]:
         return draws.fold(add, jnp.zeros_like(columns)) / sd
 
     return multiply
+
+
+def _scaled(mean: Array, variance: Array, solution: FactorAnalysis) -> LowRankGaussian:
+    # Marginal variances are matched exactly at the maximum of the likelihood, so also where the search ends.
+    total = solution.uniqueness + jnp.sum(solution.factor**2, -1)
+    factor = solution.factor * jnp.sqrt(variance / total)[:, None]
+    return LowRankGaussian(mean, solution.uniqueness * variance / total, factor)

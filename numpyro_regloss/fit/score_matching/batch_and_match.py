@@ -14,8 +14,7 @@ Up to 256 dimensions N_t is dense, beyond a diagonal plus factors. A step to whe
 finite, or the bound KL(N || q) is much larger, is tried again closer to N_t.
 
 References: Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei & Saul (2024), "Batch and Match: Black-Box
-Variational Inference with a Score-Based Divergence"; Modi, Cai, Margossian, Blei, Gower & Saul (2025), "Batch, Match,
-and Patch: Low-Rank Approximations for Score-Based Variational Inference".
+Variational Inference with a Score-Based Divergence".
 """
 
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from numpyro_regloss._core.stats import bisect, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.draws.base_draws import base_draws
-from numpyro_regloss.fit.score_matching.low_rank import batch_match_patch
+from numpyro_regloss.fit.score_matching.low_rank import factors_of_least_divergence
 from numpyro_regloss.fit.score_matching.regression import Anchored, Standard, solve
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian, kl_divergence
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
@@ -49,8 +48,13 @@ EFFECTIVE = 0.4
 # A search has settled after so many batches in which the mean moved by less than one standard deviation, and the
 # Gaussian by less than so many nats per dimension.
 LAST, MOVED = 20, 0.25
-# Of the squared machine epsilon: a Fisher divergence that is rounding.
-ROUNDING = 1e4
+# Batches of as many numbers as those of factors are few.
+LAST_OF_FACTORS = 4
+# A Fisher divergence that is rounding: of a regression in units of the squared machine epsilon, of a search for
+# factors, which the slopes of a sum of squares end, in units of the epsilon.
+ROUNDING, ROUNDING_OF_FACTORS = 1e4, 100.0
+# Evaluations of the search for factors, which goes on with the next batch.
+FEW_TRIALS = 60
 
 
 class Matched(NamedTuple):
@@ -106,8 +110,11 @@ def batch_and_match(
         Draws with scores from Gaussians near the solution, and what they cost.
     """
     key_draws, key_batch = random.split(rng_key)
-    dim, slots = start.dim, min(num_steps, LAST)
+    of_factors = isinstance(start, LowRankGaussian)
+    dim, slots = start.dim, min(num_steps, LAST_OF_FACTORS if of_factors else LAST)
     dtype = start.mean.dtype
+    eps = jnp.finfo(dtype).eps
+    rounding = ROUNDING_OF_FACTORS * eps if of_factors else ROUNDING * eps**2
     score_of = _scores(target, random.split(key_batch, num_draws))
 
     def unfinished(search: _Search) -> Array:
@@ -146,11 +153,11 @@ def batch_and_match(
         first = num_good == 0
         after = _where(first, _narrowed(search.now), after)
         after = _where(all_finite(after), after, before)
-        exact = good & (divergence < ROUNDING * jnp.finfo(dtype).eps ** 2)
         far = jnp.sum(after.whiten(before.mean) ** 2) > 1.0
         far |= kl_divergence(before, after) > MOVED * dim
         # The batch at hand came from where the move ends only if there was none.
         since = jnp.where(good, search.since + 1, search.since)
+        exact = good & ~far & (divergence < rounding)
         since = jnp.where(exact, 1, jnp.where(far, 0, since))
         return _Search(
             after,
@@ -214,8 +221,18 @@ def _scores(target: RegularizedLoss, keys: Key) -> Callable[[Array], tuple[Array
 
 def _matched(before: AnyGaussian, batch: _Batch, strength: Array) -> tuple[AnyGaussian, Array]:
     if isinstance(before, LowRankGaussian):
-        found = batch_match_patch(before, *batch, strength, before.rank)
-        return found.gaussian, found.divergence
+        # Few numbers for each coordinate, which a batch determines.
+        x, score, weight = batch
+        mean, mean_score = weight @ x, weight @ score
+        data = Standard(weight, x - mean, score - mean_score, mean_score)
+        first = solve(data, "diagonal", jnp.ones_like(mean))
+        found = factors_of_least_divergence(data, first.scale, before.rank, before, FEW_TRIALS)
+        width = found.gaussian
+        moved = width.scaled(width.scaled_transpose(mean_score))
+        center = mean + moved
+        share = strength / (1.0 + strength)
+        center = share * before.mean + (1.0 - share) * center
+        return width._replace(mean=center), found.divergence
     # In coordinates whitened by the Gaussian before all numbers are near one.
     e, a = before.whiten(batch.x), jax.vmap(before.scaled_transpose)(batch.score)
     mean, mean_score = batch.weight @ e, batch.weight @ a

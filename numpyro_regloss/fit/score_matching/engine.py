@@ -23,15 +23,13 @@ from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.draws.control_variates import Chains
 from numpyro_regloss.draws.moments import DOMINANT_WEIGHT, standardized, with_rounding
 from numpyro_regloss.fit.base import Fit
-from numpyro_regloss.fit.score_matching.low_rank import in_batches
+from numpyro_regloss.fit.score_matching.low_rank import factors_of_least_divergence
 from numpyro_regloss.fit.score_matching.regression import (
-    Solution,
     Standard,
     errors_of,
     mean_alone,
     solve,
 )
-from numpyro_regloss.gaussians.factor_analysis import MATRIX_DIM, nearest_low_rank
 from numpyro_regloss.gaussians.families import check_family
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
@@ -131,7 +129,10 @@ class ScoreMatching(Fit):
 
 
 def fit_draws(
-    method: ScoreMatching, draws: Draws, reference: AnyGaussian | None
+    method: ScoreMatching,
+    draws: Draws,
+    reference: AnyGaussian | None,
+    near: LowRankGaussian | None = None,
 ) -> tuple[AnyGaussian, ScoreMatchingInfo]:
     """The Gaussian of least Fisher divergence to draws with scores.
 
@@ -139,6 +140,7 @@ def fit_draws(
         method: family and rank.
         draws: with scores.
         reference: of the target, whose covariance may be kept; or None.
+        near: where a search for factors may start, of the same rank; or None.
 
     Returns:
         The Gaussian and the info.
@@ -170,18 +172,29 @@ def fit_draws(
         assert reference is not None
         solution = mean_alone(data, _in_units(reference, unit))
         gaussian: AnyGaussian = reference._replace(mean=center + unit * solution.offset)
-    elif family == "low_rank" and dim > MATRIX_DIM:
-        gaussian, solution, converged = _of_many_dimensions(method, data, center, unit)
+    elif method.rank is not None:
+        first = solve(data, "diagonal", unit)
+        if near is not None:
+            near = LowRankGaussian(
+                0.0 * center, near.diagonal / unit**2, near.factor / unit[:, None]
+            )
+        found = factors_of_least_divergence(data, first.scale, method.rank, near)
+        converged = found.converged
+        solution = mean_alone(data, found.gaussian)
+        # As for a dense one, whose regression has slopes near one.
+        moved = solution.influence - z
+        solution = solution._replace(variances=0.5 * (z**2 - moved**2), floored=first.floored)
+        gaussian = found.gaussian._replace(
+            mean=center + unit * solution.offset,
+            diagonal=unit**2 * found.gaussian.diagonal,
+            factor=unit[:, None] * found.gaussian.factor,
+        )
     else:
-        structure = "dense" if family == "low_rank" else family
-        solution = solve(data, structure, unit)
-        mean, scale = center + unit * solution.offset, solution.scale
-        if structure != "isotropic":
-            scale = (unit[:, None] if structure == "dense" else unit) * scale
-        gaussian = Gaussian(mean, scale)
-        if method.rank is not None:
-            gaussian, converged = nearest_low_rank(gaussian, method.rank)
-            solution = solution._replace(products=None)
+        solution = solve(data, family, unit)
+        scale = solution.scale
+        if family != "isotropic":
+            scale = (unit[:, None] if family == "dense" else unit) * scale
+        gaussian = Gaussian(center + unit * solution.offset, scale)
     chains = Chains(draws.x.shape[0], weight, z, data.g, None, draws.block_size)
     error, covariance_error = errors_of(solution, chains)
     alone = jnp.max(weight) > DOMINANT_WEIGHT
@@ -201,29 +214,6 @@ def fit_draws(
         num_steps=jnp.asarray(0),
     )
     return gaussian, info
-
-
-def _of_many_dimensions(
-    method: ScoreMatching, data: Standard, center: Array, unit: Array
-) -> tuple[AnyGaussian, Solution, Array]:
-    first = solve(data, "diagonal", unit)
-    found, converged = in_batches(
-        Gaussian(first.offset, first.scale),
-        data.z,
-        data.g + data.mean_score,
-        data.weight,
-        method.rank or 1,
-    )
-    # With the covariance of all batches the mean of all draws.
-    last = mean_alone(data, found._replace(mean=jnp.zeros_like(unit)))
-    step = last.influence - data.z
-    last = last._replace(variances=0.5 * (data.z**2 - step**2), floored=jnp.asarray(False))
-    gaussian = found._replace(
-        mean=center + unit * last.offset,
-        diagonal=unit**2 * found.diagonal,
-        factor=unit[:, None] * found.factor,
-    )
-    return gaussian, last, converged
 
 
 def _in_units(gaussian: AnyGaussian, unit: Array) -> AnyGaussian:

@@ -1,149 +1,129 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-r"""Batch and match of a diagonal plus factors, where a matrix does not fit.
+r"""The diagonal plus factors of least Fisher divergence, from draws that need not span the space.
 
-In coordinates whitened by the Gaussian before, the regression changes only the span W of a batch of draws and
-their scores:
+    minimize   E |s + C⁻¹ (x - m)|²_C   over   C = diag(d) + F Fᵀ,   m = E x + C E s
 
-    C ← S (I + W (K - I) Wᵀ) Sᵀ,   K the solution within the span,   S Sᵀ the covariance before.
+by quasi-Newton steps in the logarithm of d and in F, in units of the diagonal solution. The sum of squares
+itself is minimized, and not its expansion into traces, since of a Gaussian of the family it falls to zero: then a
+few more draws than factors determine it. An evaluation costs O(draws · dim · rank).
 
-Then comes the patch: the nearest diagonal plus `rank` factors, by factor analysis of products with C. A step costs
-O(dim (batch² + batch rank)), and no matrix of dim² elements is formed.
+Factors start along the directions in which draws spread most and scores least. Batch, match, and patch (Modi et
+al.) takes the Gaussian of the family that is nearest to the dense solution; where draws do not span the space that
+one is mostly what was there before.
 
 Reference: Modi, Cai, Margossian, Blei, Gower & Saul (2025), "Batch, Match, and Patch: Low-Rank Approximations for
 Score-Based Variational Inference".
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.flatten_util import ravel_pytree
 
+from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.quasi_newton import Trial, minimize
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.fit.score_matching.regression import Anchored, Standard, solve
-from numpyro_regloss.gaussians.factor_analysis import with_factors
-from numpyro_regloss.gaussians.gaussian import Gaussian
+from numpyro_regloss.fit.score_matching.regression import Standard
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 
-__all__ = ["batch_match_patch", "in_batches"]
+__all__ = ["Factors", "factors_of_least_divergence"]
 
-# Draws of a batch: their span has twice as many dimensions.
-BATCH = 128
-# Least share of a variance that rounding may leave.
-LEAST_SHARE = 1e-5
+# Draws that the start of the factors is found from.
+FEW_DRAWS = 128
+# Least and largest share of a variance that is left to the diagonal at the start.
+LEAST_SHARE, MOST_SHARE = 0.05, 1.0
+MOST_TRIALS = 500
+# The least decrease worth a step: a share of the value, and of the machine epsilon.
+GAIN = (1e-6, 1e-5)
 
 
-class Patched(NamedTuple):
-    """One step.
+class Factors(NamedTuple):
+    """The solution.
 
     Attributes:
-        gaussian: with factors.
-        converged: whether the factors did.
-        divergence: the Fisher divergence per dimension of the span, of what the patch was made of.
+        gaussian: about zero.
+        divergence: the Fisher divergence per dimension.
+        converged: whether steps gained nothing any more, or no more than rounding.
     """
 
     gaussian: LowRankGaussian
-    converged: Array
     divergence: Array
+    converged: Array
 
 
-def batch_match_patch(
-    before: Gaussian | LowRankGaussian,
-    x: Array,
-    score: Array,
-    weight: Array,
-    strength: Array,
+def factors_of_least_divergence(
+    data: Standard,
+    scale: Array,
     rank: int,
-) -> Patched:
-    """One step of batch, match and patch.
+    near: LowRankGaussian | None = None,
+    max_trials: int = MOST_TRIALS,
+) -> Factors:
+    """Fits a diagonal and factors.
 
     Args:
-        before: the Gaussian that is kept where draws say nothing, diagonal or of low rank.
-        x: `(draw, dim)`.
-        score: like `x`.
-        weight: adding to one, `(draw,)`.
-        strength: of the Gaussian before, in units of the weight of all draws together.
+        data: draws and scores, in any units.
+        scale: of the diagonal solution, `(dim,)`.
         rank: number of factors.
+        near: another start, for where it is the better one, in the units of the draws.
+        max_trials: evaluations at most.
 
     Returns:
-        The Gaussian of low rank and how it came about.
+        The Gaussian about zero, in the units of the draws.
     """
-    e, a = before.whiten(x), jax.vmap(before.scaled_transpose)(score)
-    mean, mean_score = weight @ e, weight @ a
-    e, a = e - mean, a - mean_score
-    rows = jnp.concatenate([e, mean[None], a, mean_score[None]])
-    span = jnp.linalg.qr((rows / _norms(rows)).T)[0]
-    data = Standard(weight, e @ span, a @ span, mean_score @ span)
-    share = strength / (1.0 + strength)
-    identity = jnp.eye(span.shape[1], dtype=span.dtype)
-    anchored = Anchored(-mean @ span, identity, strength, share)
-    within = solve(data, "dense", jnp.ones(span.shape[1], span.dtype), anchored)
-    center = before.unwhiten(span @ (mean @ span + within.offset))
-    columns = jax.vmap(before.scaled, 1, 1)(span)
-    grown = columns @ within.scale
-    old = before.variance
-    variance = old + jnp.sum(grown**2, -1) - jnp.sum(columns**2, -1)
-    variance = jnp.maximum(variance, LEAST_SHARE * old)
-    sd = jnp.sqrt(variance)[:, None]
+    root = jnp.sqrt(data.weight)[:, None]
+    x, score = root * data.z / scale, root * data.g * scale
+    dim = scale.size
+    start, unravel = ravel_pytree(_start(x, score, rank))
 
-    def multiply(block: Array) -> Array:
-        block = block / sd
-        change = grown @ (grown.T @ block) - columns @ (columns.T @ block)
-        return (_covariance(before)(block) + change) / sd
+    def divergence(flat: Array) -> Array:
+        log_diagonal, factor = unravel(flat)
+        diagonal = jnp.exp(log_diagonal)
+        weighted = factor / diagonal[:, None]
+        capacitance = jnp.eye(rank, dtype=x.dtype) + factor.T @ weighted
+        along = jax.scipy.linalg.solve(capacitance, (x @ weighted).T, assume_a="pos")
+        residual = score + x / diagonal - along.T @ weighted.T
+        return (jnp.sum(residual**2 * diagonal) + jnp.sum((residual @ factor) ** 2)) / dim
 
-    gaussian, converged = with_factors(multiply, center, variance, rank)
-    return Patched(gaussian, converged, within.divergence)
+    def evaluate(flat: Array) -> Trial:
+        value, gradient = jax.value_and_grad(divergence)(flat)
+        eps = jnp.finfo(flat.dtype).eps
+        return Trial(
+            value,
+            gradient,
+            rounding=4.0 * eps * value,
+            tolerance=jnp.asarray(eps),
+            gain=GAIN[0] * value + GAIN[1] * eps,
+            details=None,
+        )
 
-
-def in_batches(
-    first: Gaussian, x: Array, score: Array, weight: Array, rank: int
-) -> tuple[LowRankGaussian, Array]:
-    """The covariance of given draws, batch by batch, with the learning rates of batch and match.
-
-    Args:
-        first: diagonal.
-        x: `(draw, dim)`.
-        score: like `x`.
-        weight: adding to one, `(draw,)`.
-        rank: number of factors.
-
-    Returns:
-        The Gaussian of low rank, and whether the factors of the last batch converged.
-    """
-    num, dim = x.shape
-    count = -(-num // BATCH)
-    size = -(-num // count)
-
-    def split(values: Array) -> Array:
-        # Every batch has draws from all over a chain.
-        values = jnp.pad(values, [(0, count * size - num)] + [(0, 0)] * (values.ndim - 1))
-        return jnp.swapaxes(values.reshape(size, count, *values.shape[1:]), 0, 1)
-
-    def step(
-        now: LowRankGaussian, batch: tuple[Array, Array, Array, Array]
-    ) -> tuple[LowRankGaussian, Array]:
-        x, score, weight, t = batch
-        total = jnp.sum(weight)
-        share = weight / jnp.where(total > 0, total, 1.0)
-        rate = size * dim * jnp.maximum(count * total, jnp.finfo(x.dtype).eps) / (t + 1.0)
-        after = batch_match_patch(now, x, score, share, 1.0 / rate, rank)
-        return after.gaussian, after.converged
-
-    start = LowRankGaussian(first.mean, first.variance, jnp.zeros((dim, rank), x.dtype))
-    times = jnp.arange(count, dtype=x.dtype)
-    last, converged = lax.scan(step, start, (split(x), split(score), split(weight), times))
-    return last, converged[-1]
+    if near is not None:
+        diagonal, factor = near.diagonal / scale**2, near.factor / scale[:, None]
+        other = ravel_pytree((jnp.log(diagonal), factor))[0]
+        start = jnp.where(divergence(other) < divergence(start), other, start)
+    found = minimize(evaluate, start, jnp.asarray(max_trials), max_trials)
+    log_diagonal, factor = unravel(found.x)
+    diagonal = scale**2 * jnp.exp(log_diagonal)
+    gaussian = LowRankGaussian(jnp.zeros_like(scale), diagonal, scale[:, None] * factor)
+    # A search that ended before it had used up its evaluations was stopped by rounding.
+    return Factors(gaussian, found.trial.value, found.num_trials < max_trials)
 
 
-def _norms(rows: Array) -> Array:
-    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    return jnp.where(norm > 0, norm, 1.0)
-
-
-def _covariance(gaussian: Gaussian | LowRankGaussian) -> Callable[[Array], Array]:
-    if isinstance(gaussian, LowRankGaussian):
-        diagonal, factor = gaussian.diagonal[:, None], gaussian.factor
-        return lambda block: diagonal * block + factor @ (factor.T @ block)
-    return lambda block: gaussian.variance[:, None] * block
+def _start(x: Array, score: Array, rank: int) -> Any:
+    # In the span of some draws and scores.
+    step = -(-len(x) // FEW_DRAWS)
+    x, score = x[::step] * step**0.5, score[::step] * step**0.5
+    basis = jnp.linalg.qr(jnp.concatenate([x, score]).T)[0]
+    basis = basis[:, : min(basis.shape)]
+    of_draws, of_scores = after(basis[0, 0], x) @ basis, score @ basis
+    difference = of_draws.T @ of_draws - of_scores.T @ of_scores
+    vector = jnp.linalg.eigh(difference)[1][:, ::-1][:, :rank]
+    vector = jnp.pad(vector, ((0, 0), (0, rank - vector.shape[1])))
+    spread = jnp.sum((of_draws @ vector) ** 2, 0)
+    pull = jnp.sum((of_scores @ vector) ** 2, 0)
+    variance = jnp.sqrt(spread / jnp.where(pull > 0, pull, 1.0))
+    # Of a factor that is zero the gradient is zero.
+    factor = (basis @ vector) * jnp.sqrt(jnp.maximum(variance - MOST_SHARE, LEAST_SHARE))
+    diagonal = jnp.clip(1.0 - jnp.sum(factor**2, -1), LEAST_SHARE, MOST_SHARE)
+    return jnp.log(diagonal), factor

@@ -27,6 +27,7 @@ from numpyro_regloss.fit.score_matching.batch_and_match import DENSE_DIM, batch_
 from numpyro_regloss.fit.score_matching.engine import ScoreMatching, ScoreMatchingInfo, fit_draws
 from numpyro_regloss.gaussians.families import nearest_in_reverse_kl
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
+from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import Probe, check_gradient, probe
 from numpyro_regloss.losses.regularized import RegularizedLoss, model
@@ -211,7 +212,10 @@ def _jitted_iterations(
         family, rank = ("low_rank", method.rank or FACTORS)
     start = nearest_in_reverse_kl(start, family, rank, key_factor)
     found = batch_and_match(key_draws, target, start, num_steps, num_draws)
-    gaussian, info = fit_draws(method, found.draws, target.reference)
+    near = None
+    if method.covariance == "low_rank" and isinstance(found.gaussian, LowRankGaussian):
+        near = found.gaussian
+    gaussian, info = fit_draws(method, found.draws, target.reference, near)
     info = info._replace(
         num_loss=num_loss,
         num_grad=found.num_steps * num_draws + seen.values.size,
@@ -230,8 +234,8 @@ def _with_scores(draws: Any, samples: Any, loss: Loss | None) -> Draws:
         )
     if loss is None:
         raise ValueError(
-            "score_matching: expected samples with scores, the gradients of the log density, got none; give score, "
-            "or the loss whose exp(-loss) is the density, or use forward_kl, which needs no scores."
+            "score_matching: expected samples with scores, the gradients of the log density, got none; give "
+            "score, or the loss whose exp(-loss) is the density, or use forward_kl, which needs no scores."
         )
     return replace_fields(draws, score=_scores(loss, draws.x))
 

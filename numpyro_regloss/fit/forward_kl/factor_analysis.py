@@ -19,13 +19,8 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.gaussians.gaussian import Gaussian
-from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 
-__all__ = ["MATRIX_DIM", "FactorAnalysis", "factor_analysis", "nearest_low_rank", "with_factors"]
-
-# Up to this dimension factors are fitted to a covariance matrix, beyond it to products with it.
-MATRIX_DIM = 1_000
+__all__ = ["FactorAnalysis", "factor_analysis"]
 
 # Three cycles in a row, of three products each, that gain less than this many nats per draw and coordinate are
 # the last; in float32 a single one may be rounding.
@@ -106,42 +101,6 @@ def factor_analysis(
         SUBSPACE_ITERATIONS + 1 + 3 * carry.cycles,
         carry.quiet >= QUIET_CYCLES,
     )
-
-
-def with_factors(
-    multiply: Callable[[Array], Array], mean: Array, variance: Array, rank: int
-) -> tuple[LowRankGaussian, Array]:
-    """The Gaussian of low rank that is nearest to one of these moments, in KL(q || Gaussian).
-
-    Args:
-        multiply: the correlation matrix times `(dim, rank)` columns.
-        mean: `(dim,)`.
-        variance: `(dim,)`, matched exactly, as at the maximum of the likelihood, also where the search ends.
-        rank: number of factors.
-
-    Returns:
-        The Gaussian, and whether the search converged.
-    """
-    solution = factor_analysis(multiply, mean.size, rank, mean.dtype)
-    total = solution.uniqueness + jnp.sum(solution.factor**2, -1)
-    factor = solution.factor * jnp.sqrt(variance / total)[:, None]
-    gaussian = LowRankGaussian(mean, solution.uniqueness * variance / total, factor)
-    return gaussian, solution.converged
-
-
-def nearest_low_rank(gaussian: Gaussian, rank: int) -> tuple[LowRankGaussian, Array]:
-    """The Gaussian of low rank that is nearest to a dense one, in KL(dense || low rank).
-
-    Args:
-        gaussian: of dense structure.
-        rank: number of factors.
-
-    Returns:
-        The Gaussian, and whether the search converged.
-    """
-    sd = jnp.sqrt(gaussian.variance)
-    lower = gaussian.scale / sd[:, None]
-    return with_factors(lambda columns: lower @ (lower.T @ columns), gaussian.mean, sd**2, rank)
 
 
 def _start(multiply: Callable[[Array], Array], dim: int, rank: int, dtype: jnp.dtype) -> _Point:
