@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score matching: exact on Gaussians, no worse than batch and match elsewhere, errors, families, input."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from jax import random
 from numpyro.infer import MCMC, NUTS
 from reference_posteriors import POSTERIORS
 from scipy.special import digamma, polygamma
+from score_targets import DIM, batch_and_match, forward_divergence, normal, sinh_arcsinh
 
 from numpyro_regloss import (
     Gaussian,
@@ -28,16 +28,8 @@ from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.fit import ScoreMatching
 from numpyro_regloss.fit.score_matching.engine import fit_draws
 
-DIM = 10
 # 95 % intervals of 300 repetitions and three coordinates or more; below 0.90 they would be by chance once in 10⁴.
 REPETITIONS, COVERAGE = 300, (0.90, 0.995)
-
-
-def normal(dim=DIM, seed=0, condition=100.0):
-    """A Gaussian with random axes: mean, covariance."""
-    rng = np.random.default_rng(seed)
-    axes = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
-    return rng.normal(size=dim), (axes * np.geomspace(1.0, condition, dim)) @ axes.T
 
 
 LAWS = {
@@ -80,14 +72,11 @@ def test_errors_and_units_follow_the_coordinates():
     score = 2.0 - np.exp(y)
     plain, info = score_matching(y, score=score)
     unit = np.array([1e-4, 1.0, 1e5])
-    scaled, scaled_info = score_matching(3.0 + unit * y, score=score / unit)
-    np.testing.assert_allclose(
-        (scaled.mean - 3.0)[1:] / unit[1:], plain.mean[1:], rtol=1e-3, atol=1e-3
-    )
-    # Up to rounding of x.
-    np.testing.assert_allclose(scaled.scale / unit[:, None], plain.scale, rtol=2e-2, atol=1e-3)
-    np.testing.assert_allclose(scaled_info.mean_error / unit, info.mean_error, rtol=2e-2)
-    np.testing.assert_allclose(scaled_info.divergence, info.divergence, rtol=2e-2)
+    scaled, scaled_info = score_matching(unit * y, score=score / unit)
+    np.testing.assert_allclose(scaled.mean / unit, plain.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled.scale / unit[:, None], plain.scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled_info.mean_error / unit, info.mean_error, rtol=1e-3)
+    np.testing.assert_allclose(scaled_info.divergence, info.divergence, rtol=1e-3)
 
 
 fitted = jax.jit(lambda method, draws: fit_draws(method, draws, None))
@@ -145,8 +134,8 @@ def test_no_gaussian_of_the_family_has_less_divergence(family):
     np.testing.assert_allclose(least, info.divergence, rtol=1e-3)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        moved = type(gaussian)(
-            *(np.asarray(p) * (1.0 + 0.05 * rng.normal(size=np.shape(p))) for p in gaussian)
+        moved = jax.tree.map(
+            lambda p: p * (1.0 + 0.05 * rng.normal(size=p.shape)).astype(p.dtype), gaussian
         )
         # Rounding of the parameters.
         assert divergence(moved.mean, np.asarray(moved.covariance, float)) > least - 1e-6
@@ -180,49 +169,6 @@ def test_a_gaussian_target_for_few_scores(double):
         assert info.converged
         assert error < (2e-13 if double else 2e-6)
         assert off(gaussian, mean, covariance)[1] < (1e-12 if double else 2e-5)
-
-
-def sinh_arcsinh(skew, tail):
-    """Minus the log density of sinh((arcsinh(z) + skew) / tail), z ~ N(0, C), and draws."""
-    root = np.linalg.cholesky(0.3 * np.ones((DIM, DIM)) + 0.7 * np.eye(DIM))
-    inverse = np.linalg.inv(root)
-
-    def loss(x):
-        u = tail * jnp.arcsinh(x) - skew
-        return 0.5 * jnp.sum((inverse @ jnp.sinh(u)) ** 2) - jnp.sum(
-            jnp.log(jnp.cosh(u)) - 0.5 * jnp.log1p(x**2)
-        )
-
-    z = np.random.default_rng(0).normal(size=(200_000, DIM)) @ root.T
-    return loss, np.sinh((np.arcsinh(z) + skew) / tail)
-
-
-def batch_and_match(seed, gradients, start, num_steps, batch=32):
-    """Algorithm 1 of Cai et al. (2024), from the standard normal about the start, in NumPy."""
-    rng, dim = np.random.default_rng(seed), len(start)
-    mean, covariance = np.array(start, float), np.eye(dim)
-    for t in range(num_steps):
-        rate = batch * dim / (t + 1.0)
-        x = mean + rng.normal(size=(batch, dim)) @ np.linalg.cholesky(covariance).T
-        score = gradients(x)
-        center, slope = x.mean(0), score.mean(0)
-        part, gap = rate / (1.0 + rate), mean - center
-        u = rate * np.cov(score.T, bias=True) + part * np.outer(slope, slope)
-        v = covariance + rate * np.cov(x.T, bias=True) + part * np.outer(gap, gap)
-        lower = np.linalg.cholesky(v)
-        value, vector = np.linalg.eigh(lower.T @ u @ lower)
-        root = lower @ vector * np.sqrt(2.0 / (1.0 + np.sqrt(1.0 + 4.0 * np.maximum(value, 0.0))))
-        covariance = root @ root.T
-        mean = mean / (1.0 + rate) + part * (covariance @ slope + center)
-    return mean, covariance
-
-
-def forward_divergence(mean, covariance, exact_mean, exact):
-    """KL(q || Gaussian) less that of the best Gaussian, by the moments of q."""
-    gap = mean - exact_mean
-    trace = np.trace(np.linalg.solve(covariance, exact)) + gap @ np.linalg.solve(covariance, gap)
-    log_det = np.linalg.slogdet(covariance)[1] - np.linalg.slogdet(exact)[1]
-    return 0.5 * (trace - len(mean) + log_det)
 
 
 SKEWED = {
