@@ -3,14 +3,14 @@
 """Three directions and plain batch and match: how near their dense Gaussians come, and for how many gradients.
 
 Targets: a Gaussian in 10 dimensions with random axes and a condition number of 100; sinh-arcsinh targets as in
-the paper on batch and match, skewed and of heavier or lighter tails; two posteriors of posteriordb, mesquite and eight
-schools. Double precision, since plain batch and match needs it; medians over seeds.
+the paper on batch and match, skewed and of heavier or lighter tails; two posteriors of posteriordb, mesquite and
+eight schools. Double precision, since plain batch and match needs it; medians over seeds.
 
 Columns: the worst error of a marginal mean, in standard deviations of the target; the worst relative error of a
 marginal standard deviation; by how much KL(target || Gaussian) is above the least possible, from the target's
-moments; gradients. Batch and match (Cai et al. 2024) starts at the standard normal, as published, with batches of 32,
-and gets as many gradients as `score_matching` took. `forward_kl` and `score_matching` of draws have those of NUTS,
-warm-up counted.
+moments; gradients. Batch and match (Cai et al. 2024) starts at the standard normal, as published, with batches of
+32, and gets as many gradients as `score_matching` took. `forward_kl` and `score_matching` of draws have those of
+NUTS, warm-up counted.
 """
 
 import statistics
