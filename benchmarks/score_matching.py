@@ -52,7 +52,7 @@ NAMES = ("mesquite-logmesquite", "eight_schools-eight_schools_noncentered")
 class Sizes(NamedTuple):
     """How long everything runs."""
 
-    seeds: int = 5
+    seeds: int = 3
     num_warmup: int = 200
     num_samples: int = 100
     num_steps: int | None = None

@@ -231,22 +231,22 @@ def test_factors_from_fewer_draws_than_dimensions():
     gaussian, info = score_matching(x, "low_rank", rank=3, score=score)
     assert info.ok
     assert info.converged
-    # Of 1,500 parameters; moment matching leaves some 10 nats at 60 draws.
-    assert kl_divergence(exact, gaussian) < 0.05
+    # Rounding of 1,500 parameters; moment matching leaves some 10 nats at 60 draws.
+    assert kl_divergence(exact, gaussian) < 1e-3
     sd = np.sqrt(exact.variance)
-    assert np.max(np.abs(gaussian.mean - exact.mean) / sd) < 0.02
+    assert np.max(np.abs(gaussian.mean - exact.mean) / sd) < 1e-3
 
 
 @pytest.mark.long
 def test_ten_thousand_dimensions():
-    # A matrix would be 400 MB, its decomposition a day; XLA says what the program needs.
+    # A matrix would have 400 MB, and its decomposition 10¹² operations.
     exact = factors(10_000)
     loss = Loss.from_function(lambda x, exact: -exact.log_prob(x), np.zeros(10_000), exact)
     gaussian, info = score_matching(loss, "low_rank", rank=3, rng_key=random.key(0))
     assert info.ok
     assert info.num_grad < 10_000
     # In nats, of 50,000 parameters in single precision.
-    assert kl_divergence(exact, gaussian) < 50.0
+    assert kl_divergence(exact, gaussian) < 0.5
 
 
 def test_fewer_draws_than_dimensions_are_told():

@@ -48,11 +48,16 @@ EFFECTIVE = 0.4
 # A search has settled after so many batches in which the mean moved by less than one standard deviation, and the
 # Gaussian by less than so many nats per dimension.
 LAST, MOVED = 20, 0.25
+# An exact solution is its own: nats, and nats per dimension, that rounding may move it. A factor that the draws do
+# not spread along yet hardly counts in their divergence, and grows with the next batch.
+STILL = (0.5, 1e-4)
 # Batches of as many numbers as those of factors are few.
 LAST_OF_FACTORS = 4
-# A Fisher divergence that is rounding: of a regression in units of the squared machine epsilon, of a search for
-# factors, which the slopes of a sum of squares end, in units of the epsilon.
-ROUNDING, ROUNDING_OF_FACTORS = 1e4, 100.0
+# Variance along a new factor in units of that before: a few directions of many hardly count in a divergence.
+GROWN = 2.0
+# A Fisher divergence that is rounding: per dimension of a regression in units of the squared machine epsilon; over
+# all dimensions of a search for factors, which the slopes of a sum of squares end, in units of the epsilon.
+ROUNDING, ROUNDING_OF_FACTORS = 1e4, 1e3
 # Evaluations of the search for factors, which goes on with the next batch.
 FEW_TRIALS = 60
 
@@ -114,7 +119,7 @@ def batch_and_match(
     dim, slots = start.dim, min(num_steps, LAST_OF_FACTORS if of_factors else LAST)
     dtype = start.mean.dtype
     eps = jnp.finfo(dtype).eps
-    rounding = ROUNDING_OF_FACTORS * eps if of_factors else ROUNDING * eps**2
+    rounding = ROUNDING_OF_FACTORS * eps / dim if of_factors else ROUNDING * eps**2
     score_of = _scores(target, random.split(key_batch, num_draws))
 
     def unfinished(search: _Search) -> Array:
@@ -154,10 +159,15 @@ def batch_and_match(
         after = _where(first, _narrowed(search.now), after)
         after = _where(all_finite(after), after, before)
         far = jnp.sum(after.whiten(before.mean) ** 2) > 1.0
-        far |= kl_divergence(before, after) > MOVED * dim
+        distance = kl_divergence(before, after)
+        far |= distance > MOVED * dim
+        if isinstance(after, LowRankGaussian):
+            grown = before.whiten_columns(after.factor)
+            far |= jnp.max(jnp.linalg.eigvalsh(grown.T @ grown)) > GROWN
+        still = distance < STILL[0] + STILL[1] * dim
         # The batch at hand came from where the move ends only if there was none.
         since = jnp.where(good, search.since + 1, search.since)
-        exact = good & ~far & (divergence < rounding)
+        exact = good & ~far & still & (divergence < rounding)
         since = jnp.where(exact, 1, jnp.where(far, 0, since))
         return _Search(
             after,

@@ -25,6 +25,7 @@ from numpyro_regloss.draws.moments import DOMINANT_WEIGHT, standardized, with_ro
 from numpyro_regloss.fit.base import Fit
 from numpyro_regloss.fit.score_matching.low_rank import factors_of_least_divergence
 from numpyro_regloss.fit.score_matching.regression import (
+    LEAST_LEFT,
     Standard,
     errors_of,
     mean_alone,
@@ -183,7 +184,11 @@ def fit_draws(
         solution = mean_alone(data, found.gaussian)
         # As for a dense one, whose regression has slopes near one.
         moved = solution.influence - z
-        solution = solution._replace(variances=0.5 * (z**2 - moved**2), floored=first.floored)
+        # A mean, a slope and the factors are the coefficients of every coordinate.
+        left = jnp.maximum(1.0 - (2.0 + method.rank) * weight, LEAST_LEFT)
+        solution = solution._replace(
+            variances=0.5 * (z**2 - moved**2), left=left, floored=first.floored
+        )
         gaussian = found.gaussian._replace(
             mean=center + unit * solution.offset,
             diagonal=unit**2 * found.gaussian.diagonal,

@@ -8,9 +8,10 @@ by quasi-Newton steps in the logarithm of d and in F, in units of the diagonal s
 itself is minimized, and not its expansion into traces, since of a Gaussian of the family it falls to zero: then a
 few more draws than factors determine it. An evaluation costs O(draws · dim · rank).
 
-Factors start along the directions in which draws spread most and scores least. Batch, match, and patch (Modi et
-al.) takes the Gaussian of the family that is nearest to the dense solution; where draws do not span the space that
-one is mostly what was there before.
+The start alternates: of a Gaussian of the family x - m + d s = F z is of low rank, with the left singular vectors
+z; and what z leaves of x is -d times what it leaves of s. Batch, match, and patch (Modi et al.) takes the Gaussian
+of the family that is nearest to the dense solution; where draws do not span the space that one is mostly what was
+there before.
 
 Reference: Modi, Cai, Margossian, Blei, Gower & Saul (2025), "Batch, Match, and Patch: Low-Rank Approximations for
 Score-Based Variational Inference".
@@ -20,23 +21,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.quasi_newton import Trial, minimize
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.fit.score_matching.regression import Standard
+from numpyro_regloss.fit.score_matching.regression import Standard, solve
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 
 __all__ = ["Factors", "factors_of_least_divergence"]
 
 # Draws that the start of the factors is found from.
 FEW_DRAWS = 128
-# Least and largest share of a variance that is left to the diagonal at the start.
-LEAST_SHARE, MOST_SHARE = 0.05, 1.0
+# Alternations of diagonal and factors there, and the range of the diagonal in units of the diagonal solution.
+REFINEMENTS, LEAST_SHARE, MOST_SHARE = 20, 1e-3, 2.0
 MOST_TRIALS = 500
-# The least decrease worth a step: a share of the value, and of the machine epsilon.
-GAIN = (1e-6, 1e-5)
+# The least decrease worth a step, as a share of the value.
+GAIN = 1e-6
 
 
 class Factors(NamedTuple):
@@ -93,8 +95,8 @@ def factors_of_least_divergence(
             value,
             gradient,
             rounding=4.0 * eps * value,
-            tolerance=jnp.asarray(eps),
-            gain=GAIN[0] * value + GAIN[1] * eps,
+            tolerance=jnp.asarray(eps**2),
+            gain=GAIN * value + eps**2,
             details=None,
         )
 
@@ -111,19 +113,31 @@ def factors_of_least_divergence(
 
 
 def _start(x: Array, score: Array, rank: int) -> Any:
-    # In the span of some draws and scores.
     step = -(-len(x) // FEW_DRAWS)
     x, score = x[::step] * step**0.5, score[::step] * step**0.5
-    basis = jnp.linalg.qr(jnp.concatenate([x, score]).T)[0]
-    basis = basis[:, : min(basis.shape)]
-    of_draws, of_scores = after(basis[0, 0], x) @ basis, score @ basis
-    difference = of_draws.T @ of_draws - of_scores.T @ of_scores
-    vector = jnp.linalg.eigh(difference)[1][:, ::-1][:, :rank]
-    vector = jnp.pad(vector, ((0, 0), (0, rank - vector.shape[1])))
-    spread = jnp.sum((of_draws @ vector) ** 2, 0)
-    pull = jnp.sum((of_scores @ vector) ** 2, 0)
-    variance = jnp.sqrt(spread / jnp.where(pull > 0, pull, 1.0))
+
+    def latent(diagonal: Array) -> tuple[Array, Array]:
+        # In units of the diagonal.
+        along = (x + diagonal * score) / jnp.sqrt(diagonal)
+        return jnp.linalg.eigh(along @ along.T)[1][:, -rank:], along
+
+    def refine(_: int, diagonal: Array) -> Array:
+        z = latent(diagonal)[0]
+        # What z leaves of a draw is -d times what it leaves of the score.
+        of_draws, of_scores = (jnp.sum((a - z @ (z.T @ a)) ** 2, 0) for a in (x, score))
+        ratio = jnp.sqrt(of_draws / jnp.where(of_scores > 0, of_scores, 1.0))
+        return jnp.clip(ratio, LEAST_SHARE, MOST_SHARE)
+
+    diagonal = lax.fori_loop(0, REFINEMENTS, refine, jnp.ones_like(x[0]))
+    z, along = latent(diagonal)
+    root = jnp.sqrt(diagonal)
+    basis = jnp.linalg.qr(after(z[0, 0], along.T @ z))[0]
+    # Within the span of the factors the solution is dense, and beside it the diagonal's.
+    zero = jnp.zeros(rank, x.dtype)
+    ones = jnp.ones(len(x), x.dtype)
+    data = Standard(ones, (x / root) @ basis, (score * root) @ basis, zero)
+    within = solve(data, "dense", 1.0 + zero).scale
+    value, vector = jnp.linalg.eigh(within @ within.T)
     # Of a factor that is zero the gradient is zero.
-    factor = (basis @ vector) * jnp.sqrt(jnp.maximum(variance - MOST_SHARE, LEAST_SHARE))
-    diagonal = jnp.clip(1.0 - jnp.sum(factor**2, -1), LEAST_SHARE, MOST_SHARE)
+    factor = root[:, None] * (basis @ vector) * jnp.sqrt(jnp.maximum(value - 1.0, LEAST_SHARE))
     return jnp.log(diagonal), factor

@@ -30,7 +30,7 @@ from numpyro_regloss._core.types import Array
 from numpyro_regloss.draws.control_variates import Chains, series_error
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 
-__all__ = ["Anchored", "Solution", "Standard", "errors_of", "mean_alone", "solve"]
+__all__ = ["LEAST_LEFT", "Anchored", "Solution", "Standard", "errors_of", "mean_alone", "solve"]
 
 # Least variance of a coordinate in which no draw differs, in units of the mean of the others.
 LEAST_VARIANCE = 1e-6
