@@ -24,7 +24,7 @@ from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.minibatch import Minibatch
 from numpyro_regloss.losses.replicas import Tied, replicate
 from numpyro_regloss.schedules import Geometric
-from numpyro_regloss.shift import NUTS, SGLD, Implicit, Importance
+from numpyro_regloss.shift import SGLD, Auto, Implicit, Importance
 from numpyro_regloss.two_step.optimizer import TwoStep, TwoStepResult
 from numpyro_regloss.two_step.parts import check_groups
 
@@ -48,8 +48,8 @@ def local_entropy(
     Args:
         loss: the loss.
         tau: variance of the regularizer, in squared units of the parameters.
-        shift: engine that draws from q; default `NUTS()`. Use `Importance(num_samples)` for losses
-            without a gradient.
+        shift: engine that draws from q; default `Auto()`, importance sampling from a Gaussian that follows q, and
+            NUTS where that is refused. Use `Importance(num_samples)` for losses without a gradient.
         fit: default `ForwardKL()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss.
@@ -67,7 +67,7 @@ def local_entropy(
     return TwoStep(
         loss,
         tau,
-        shift=NUTS() if shift is None else shift,
+        shift=Auto() if shift is None else shift,
         fit=ForwardKL() if fit is None else fit,
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,

@@ -88,6 +88,7 @@ ENGINES = {
     "adaptive_importance_values": Row(
         lambda: shift.AdaptiveImportance(1024, gradient=False), long=True
     ),
+    "auto": Row(shift.Auto, long=True),
     "adaptive": Row(lambda: shift.Adaptive(shift.Importance(500), max_rounds=8)),
     "robbins_monro": Row(lambda: fit.RobbinsMonro(num_steps=2000)),
     "robbins_monro_single": Row(lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False)),

@@ -249,3 +249,58 @@ def test_integers_are_refused_unless_it_follows_moments():
         AdaptiveImportance().init(random.key(0), target)
     engine = shift.AdaptiveImportance(gradient=False)
     assert engine.step(random.key(1), engine.init(random.key(0), target), target)[2].ok
+
+
+MODES_DIM, MODES_TAU, MODES_SD, APART = 10, 4.0, 0.3, 4.0
+
+
+@cache
+def two_modes():
+    """Steps at one centre near the first of two modes, by the second's weight: fitted means along the line, ok."""
+    places = np.zeros((2, MODES_DIM), np.float32)
+    places[:, 0] = -APART / 2, APART / 2
+    center = 0.8 * places[0]
+
+    def loss(x, weight):
+        square = jnp.sum((x - places) ** 2, -1)
+        return -jax.nn.logsumexp(jnp.log(weight) - 0.5 * square / MODES_SD**2)
+
+    engine, moments = AdaptiveImportance(), fit.ForwardKL()
+    bound = Loss.from_function(loss, center, jnp.array([0.5, 0.5]))
+
+    def run(key, weight):
+        reference = Gaussian.isotropic(jnp.asarray(center), MODES_TAU)
+        target = RegularizedLoss(bound, reference, args=(weight,))
+
+        def one(state, key):
+            state, draws, info = engine.step(key, state, target)
+            mean = moments.step(key, (), target, draws)[1].mean[0]
+            return state, (mean, info.ok, info.num_rounds)
+
+        return lax.scan(one, engine.init(key, target), random.split(key, 6))[1]
+
+    def runs(weight):
+        return lax.map(lambda key: run(key, weight), random.split(random.key(0), 40))
+
+    compiled = jax.jit(runs, compiler_options=OPTIMIZED)
+
+    def exact(weight):
+        variance = MODES_SD**2 + MODES_TAU
+        log_mass = np.log(weight) - 0.5 * np.sum((places - center) ** 2, -1) / variance
+        mass = np.exp(log_mass - log_mass.max()) / np.exp(log_mass - log_mass.max()).sum()
+        means = (places[:, 0] * MODES_TAU + center[0] * MODES_SD**2) / variance
+        mean = mass @ means
+        return mean, np.sqrt(mass @ (means - mean) ** 2 + MODES_SD**2 * MODES_TAU / variance)
+
+    return lambda weight: (*map(np.asarray, compiled(jnp.asarray(weight))), *exact(weight))
+
+
+@pytest.mark.parametrize("second", [0.5, 0.1])
+def test_a_mode_that_no_draw_reached_is_found_before_a_step_is_believed(second):
+    mean, ok, rounds, exact, sd = two_modes()(np.array([1 - second, second]))
+    wrong = ok & (np.abs(mean - exact) > 0.1 * sd)
+    # Scouts walk for eight rounds; without them each of these steps is taken, with the mean of one mode.
+    assert (rounds[:, 0] == 8).all()
+    assert wrong.mean() < 0.02
+    # A second mode with a sixth of the mass is too much for one Gaussian; one with a fortieth is weighted.
+    assert ok.mean() < 0.1 if second == 0.5 else ok.mean() > 0.9

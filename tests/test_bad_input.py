@@ -673,7 +673,7 @@ CATALOGUE = {
     "chains on integers": (
         lambda: schemes.local_entropy(COUNTED.loss, 0.1),
         TypeError,
-        "NUTS follows gradients, and a loss that returns integers has none; use shift.Importance",
+        "Auto follows gradients, and a loss that returns integers has none; use shift.Importance",
     ),
     "chains on integers, without a scheme": (
         lambda: shift.HMC().init(KEY, COUNTED),
@@ -698,7 +698,7 @@ CATALOGUE = {
     "chains on a staircase": (
         lambda: schemes.local_entropy(STAIRCASE, 0.5).run(KEY, 2),
         ValueError,
-        "NUTS follows gradients.* exactly zero .*shift.Importance",
+        "Auto follows gradients.* exactly zero .*shift.Importance",
     ),
     "a variational fit of a staircase": (
         lambda: regloss.reverse_kl(KEY, RegularizedLoss(STAIRCASE, TARGET.reference)),

@@ -154,16 +154,24 @@ def line_or_log(x, slope):
 
 
 def test_auto_has_a_value_wherever_a_method_has(monkeypatch):
-    # Weights of log-normal tail; SMC is made to fail.
+    # Weights of log-normal tail, though q is a Gaussian; the methods that find it are made to fail.
     loss = Loss.from_function(line_or_log, np.zeros(1), 1.0)
+    reference = Gaussian.isotropic(jnp.zeros(1), 1.0)
+    found = values.local_entropy(random.key(0), RegularizedLoss(loss, reference, (4.0,)))
+    assert found.method == "gaussian"
+    assert abs(found.value + 8.0) < SIGMAS * found.error < 0.01
 
     def failing(*arguments):
         estimate, draws = by_smc(*arguments)
         return estimate._replace(value=jnp.nan, error=jnp.inf), draws
 
-    by_smc = estimators._by_smc
+    def failing_too(*arguments):
+        estimate, own = by_scores(*arguments)
+        return estimate, own._replace(error=jnp.inf)
+
+    by_smc, by_scores = estimators._by_smc, estimators._by_scores
     monkeypatch.setattr(estimators, "_by_smc", failing)
-    reference = Gaussian.isotropic(jnp.zeros(1), 1.0)
+    monkeypatch.setattr(estimators, "_by_scores", failing_too)
     with pytest.warns(UserWarning, match="No method found one: .*smaller tau") as told:
         worst = values.local_entropy(random.key(0), RegularizedLoss(loss, reference, (4.0,)))
     assert len(told) == 1

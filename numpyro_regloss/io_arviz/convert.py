@@ -131,6 +131,7 @@ def to_arviz(
         ('chain', 'draw')
     """
     _check_run(result, optimizer)
+    optimizer = outer_step.successor(optimizer, result.state)
     loss = optimizer.loss
     arguments = loss.bind(args, kwargs)
     labels = label_all(

@@ -8,6 +8,7 @@ from numpyro_regloss.shift.adaptive_importance import (
     AdaptiveImportanceInfo,
     AdaptiveImportanceState,
 )
+from numpyro_regloss.shift.auto import Auto, AutoInfo, AutoState
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.hmc import HMC, NUTS, HMCInfo, HMCState
 from numpyro_regloss.shift.implicit import Implicit, ImplicitInfo
@@ -24,6 +25,9 @@ __all__ = [
     "AdaptiveImportanceState",
     "AdaptiveInfo",
     "AdaptiveState",
+    "Auto",
+    "AutoInfo",
+    "AutoState",
     "HMC",
     "HMCInfo",
     "HMCState",

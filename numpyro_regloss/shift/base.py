@@ -103,6 +103,30 @@ class Shift(Protocol):
         del new
         return old
 
+    def gives_up(self, state: Any) -> Any:
+        """Whether a run must go on from this state with `successor`, read after every step.
+
+        Args:
+            state: of the engine.
+
+        Returns:
+            False, or a scalar boolean array.
+        """
+        del state
+        return False
+
+    def successor(self, state: Any) -> "Shift":
+        """The engine that goes on from a state; asked outside of programs, so that only what is used is compiled.
+
+        Args:
+            state: of the engine, with values.
+
+        Returns:
+            The engine itself, or another one of the same state, info and settings.
+        """
+        del state
+        return self
+
     def center_loss(self, draws: Any) -> Any:
         """The loss at the reference's mean, if the step evaluated it together with its draws.
 

@@ -33,7 +33,7 @@ def history_capacity(row: Any) -> int:
 
 
 def run_in_chunks(
-    advance: Callable[[Any, int], tuple[Any, Any]],
+    advance: Callable[[Any, int], tuple[Any, Any, int]],
     state: Any,
     num_steps: int,
     capacity: int,
@@ -45,8 +45,8 @@ def run_in_chunks(
     """Advances a state chunk by chunk and collects the history on the host.
 
     Args:
-        advance: `(state, count)` -> state after `count` steps and buffers whose first `count` rows are
-            the infos of those steps.
+        advance: `(state, count)` -> state after up to `count` steps, buffers whose first rows are the infos of
+            those steps, and how many there are.
         state: where to start.
         num_steps: steps to do.
         capacity: steps per chunk at most.
@@ -69,7 +69,7 @@ def run_in_chunks(
                 before, rows, done = past
                 count = min(chunk, num_steps - done)
                 start = time.perf_counter()
-                after, buffers = advance(before, count)
+                after, buffers, count = advance(before, count)
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
                 seconds = (time.perf_counter() - start) / count
                 chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))

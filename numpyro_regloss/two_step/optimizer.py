@@ -174,7 +174,7 @@ class TwoStep:
         """
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.step: state")
-        return outer_step.step(self, state, arguments)
+        return outer_step.step(outer_step.successor(self, state), state, arguments)
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
@@ -193,7 +193,7 @@ class TwoStep:
         check_count(num_steps, "TwoStep.scan: num_steps")
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.scan: state")
-        return outer_step.scan(self, state, arguments, num_steps)
+        return outer_step.scan(outer_step.successor(self, state), state, arguments, num_steps)
 
     def run(
         self,
@@ -266,12 +266,14 @@ class TwoStep:
         row = _explain(outer_step.row_of_history, self, state, arguments)
         capacity = 1 if callback else history_capacity(row)
 
-        def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo]:
-            begins = not is_checked and not state.step
-            state, rows, _ = outer_step.advance(self, state, arguments, np.int32(count), capacity)
-            if begins:
+        def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
+            before, optimizer = int(state.step), outer_step.successor(self, state)
+            state, rows, _ = outer_step.advance(
+                optimizer, state, arguments, np.int32(count), capacity
+            )
+            if not is_checked and not before:
                 _check_start(rows.loss[0])
-            return state, rows
+            return state, rows, int(state.step) - before
 
         state, history, seconds, trouble = run_in_chunks(
             advance, state, num_steps, capacity, callback, headline, progress_bar=progress_bar
@@ -298,9 +300,10 @@ class TwoStep:
             rng_key = check_key(rng_key, "TwoStep.draw")
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.draw: state")
+        optimizer = outer_step.successor(self, state)
         if rng_key is None:
-            return outer_step.next_draws(self, state, arguments)
-        return outer_step.draw(self, rng_key, state, arguments)
+            return outer_step.next_draws(optimizer, state, arguments)
+        return outer_step.draw(optimizer, rng_key, state, arguments)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The parameters at the state's centre, as the user wrote them (sites constrained).

@@ -6,6 +6,7 @@ These are the pure halves of `TwoStep`: module-level functions, so that two opti
 one program, whatever their numbers.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ __all__ = [
     "row_of_history",
     "scan",
     "step",
+    "successor",
 ]
 
 
@@ -287,7 +289,8 @@ def scan(
 def advance(
     optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
 ) -> tuple[TwoStepState, TwoStepInfo, Draws | None]:
-    """Up to `capacity` steps, buffers whose first `num_steps` rows are their infos, a long loss's last draws."""
+    """`num_steps` steps or fewer, buffers whose first rows are their infos, a long loss's last draws."""
+    # Fewer where the shift gives up: the state's step tells.
     # The number of steps is an argument: one program serves chunks of every length, and none of them
     # is compiled differently from another, which keeps a chunked run equal to a whole one.
     one = _step_and_draws if optimizer.loss.is_long else step
@@ -295,14 +298,25 @@ def advance(
     buffers = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), row)
     draws = jax.tree.map(partial(_blank, state.rng_key), draws)
 
-    def body(i: Array, carry: Any) -> Any:
-        state, buffers, _ = carry
+    def unfinished(carry: Any) -> Array:
+        i, state, *_ = carry
+        return (i < num_steps) & jnp.logical_not(optimizer.shift.gives_up(state.shift))
+
+    def body(carry: Any) -> Any:
+        i, state, buffers, _ = carry
         state, info, *draws = one(optimizer, state, arguments)
         write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-        return state, jax.tree.map(write, buffers, info), draws
+        return i + 1, state, jax.tree.map(write, buffers, info), draws
 
-    state, buffers, draws = lax.fori_loop(0, num_steps, body, (state, buffers, draws))
+    start = (jnp.zeros_like(num_steps), state, buffers, draws)
+    _, state, buffers, draws = lax.while_loop(unfinished, body, start)
     return state, buffers, draws[0] if draws else None
+
+
+def successor(optimizer: Any, state: TwoStepState) -> Any:
+    """The optimizer with the shift that goes on from a state; of tracers nothing is known, and it is the same."""
+    shift = optimizer.shift.successor(state.shift) if is_concrete(state) else optimizer.shift
+    return optimizer if shift is optimizer.shift else dataclasses.replace(optimizer, shift=shift)
 
 
 def row_of_history(optimizer: Any, state: TwoStepState, arguments: Partition) -> TwoStepInfo:

@@ -10,10 +10,11 @@ Characterizations of Local Entropy and Heat Regularization in Deep Learning"; Ve
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import random
+from jax import lax, random
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_key
 from numpyro_regloss._core.pytree import all_finite, is_concrete
@@ -24,6 +25,7 @@ from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.fit.forward_kl import ForwardKL
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
+from numpyro_regloss.shift.adaptive_importance import AdaptiveImportance
 from numpyro_regloss.shift.hmc import NUTS
 from numpyro_regloss.shift.importance import Importance
 from numpyro_regloss.shift.smc import SMC, SMCInfo
@@ -59,6 +61,8 @@ SIGMAS = 4.0
 NUM_ISLANDS, NUM_MOVES = 16, 10
 # Particles in an island of the run that the Gaussian is fitted to.
 PILOT_PARTICLES = 100
+# Steps of adaptive importance sampling before the one that the Gaussian is fitted to.
+NUM_PILOT_STEPS = 2
 # Fewer draws of a chain say little of its agreement with others.
 NUM_CHAINS, NUM_WARMUP, LEAST_HALF = 8, 300, 100
 # Divergent transitions of chains that "auto" lets pass, as a share of all.
@@ -88,13 +92,14 @@ def local_entropy(
       q and for several modes, with Hamiltonian moves where the loss has a gradient. Costs `num_samples`
       evaluations (or five gradients) for each of some 5 to 100 temperatures.
     - `"gaussian"`: importance sampling from a Gaussian fitted to a short run of SMC, mixed with the reference;
-      for q that is sharp but nearly Gaussian.
+      for q that is sharp but nearly Gaussian. `"auto"` fits it by adaptive importance sampling first.
     - `"bridge"`: bridge sampling between NUTS chains and a Gaussian that was fitted to their first halves; for
       sharp q of one mode in many dimensions. Its error is infinite where chains disagree; modes that none of
       them found are not seen.
     - `"auto"`: the first of importance, gaussian, bridge (of a differentiable loss) and smc that can be trusted:
-      weights with k-hat below 0.5 and 100 effective draws, and, but for importance, agreement with a short run
-      of SMC, of values and for chains of moments; where none can, one with a finite error. Inside `jax.jit` or
+      weights with k-hat below 0.5 and 100 effective draws, and, but for importance, agreement with the draws that
+      the Gaussian was fitted to or with a short run of SMC, of values and for chains of moments; where none can,
+      one with a finite error. Inside `jax.jit` or
       `jax.vmap`, where no number can be looked at, it is importance sampling: look at the error.
 
     The type of the estimate says which it was: `estimate.method`. Full data are used, whatever the minibatch.
@@ -245,6 +250,10 @@ def _automatic(
     if _is_good(first) or jnp.isnan(first.value) or jnp.isneginf(first.value):
         return first
     differentiable = _is_differentiable(target)
+    if differentiable:
+        gaussian, own = _by_scores(random.fold_in(rng_key, 5), target, num_samples, chunk_size)
+        if _is_good(gaussian) and jnp.isfinite(own.error) and _agree(gaussian, own):
+            return gaussian
     pilot = _smc(NUM_ISLANDS * PILOT_PARTICLES, differentiable)
     short, draws = _by_smc(keys[1], target, pilot)
     # Islands that disagree, or found nothing, say nothing of the others.
@@ -334,6 +343,26 @@ def _by_gaussian(
     key_fit, rng_key = random.split(rng_key)
     fitted = _fitted(key_fit, target, draws)
     return by_gaussian(rng_key, target, fitted, num_samples, chunk_size)
+
+
+@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
+@promotes_ranks
+def _by_scores(
+    rng_key: Key, target: RegularizedLoss, num_samples: int, chunk_size: int
+) -> tuple[GaussianEstimate, Estimate]:
+    # The Gaussian of adaptive importance sampling, and what its last draws say themselves.
+    key_init, key_warm, key_draw, key_fit, rng_key = random.split(rng_key, 5)
+    engine = AdaptiveImportance.for_dimension(target.dim)
+    state = engine.init(key_init, target)
+
+    def warm(state: Any, key: Key) -> tuple[Any, None]:
+        return engine.step(key, state, target)[0], None
+
+    state, _ = lax.scan(warm, state, random.split(key_warm, NUM_PILOT_STEPS))
+    _, draws, info = engine.step(key_draw, state, target)
+    fitted = _fitted(key_fit, target, draws)
+    estimate = by_gaussian(rng_key, target, fitted, num_samples, chunk_size)
+    return estimate, Estimate(info.local_entropy, info.local_entropy_error, info.ess, info.khat)
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))

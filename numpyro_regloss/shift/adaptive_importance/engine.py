@@ -7,7 +7,7 @@ them, under weights tempered to an effective sample size of half the draws. Once
 draws are used. The proposal is carried from step to step, and moves with the reference, so that
 after the first step one round is mostly enough. It is a little wider than what was fitted, and a few draws come
 from the reference: q has no heavier tails than exp(-loss) times those, so that weights are bounded, and modes that
-the proposal does not reach are seen.
+the proposal does not reach are seen. Scouts find those that are too narrow for that.
 
 References: Cornuet, Marin, Mira & Robert (2012), "Adaptive Multiple Importance Sampling"; Bugallo, Elvira,
 Martino, Luengo, Míguez & Djurić (2017), "Adaptive Importance Sampling: The Past, the Present, and the Future";
@@ -15,7 +15,6 @@ Paananen, Piironen, Bürkner & Vehtari (2021), "Implicitly Adaptive Importance S
 Oates (2022), "Postprocessing of MCMC"; Owen & Zhou (2000), "Safe and Effective Importance Sampling".
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -44,13 +43,15 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
-from numpyro_regloss.shift.adaptive_importance.normalizer import controls_of, mean_weight
+from numpyro_regloss.shift.adaptive_importance.mixture import draw
+from numpyro_regloss.shift.adaptive_importance.normalizer import mean_weight
 from numpyro_regloss.shift.adaptive_importance.proposal import (
     Proposal,
     from_moments,
     from_scores,
     start,
 )
+from numpyro_regloss.shift.adaptive_importance.scouts import Scouts, moved, send, walked
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceState"]
@@ -58,6 +59,9 @@ __all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceSt
 COVARIANCES = ("auto", "dense", "diagonal")
 # "auto" is dense up to so many dimensions, if there are so many draws for each.
 MOST_DENSE, DRAWS_PER_DIM = 500, 4
+NUM_SAMPLES, MOST_SCOUTS = 256, 8
+# So many rounds scouts walk before a first step is believed.
+FIRST_ROUNDS = 8
 # Below, k-hat has no tail to look at.
 LEAST_DRAWS = 32
 # Of the draws, to which weights are tempered.
@@ -70,10 +74,12 @@ class AdaptiveImportanceState(NamedTuple):
 
     Attributes:
         proposal: in coordinates where the reference is N(0, I).
+        scouts: in the same coordinates; None without defensive draws.
         reference: of these coordinates.
     """
 
     proposal: Proposal
+    scouts: Scouts | None
     reference: AnyGaussian
 
 
@@ -108,6 +114,7 @@ class AdaptiveImportanceInfo(NamedTuple):
 class _Batch(NamedTuple):
     e: Array
     loss: Array
+    potential: Array
     gradient: Array
     log_weight: Array
     controls: Array
@@ -117,6 +124,7 @@ class _Batch(NamedTuple):
 class _Round(NamedTuple):
     count: Array
     proposal: Proposal
+    scouts: Scouts | None
     batch: _Batch
     smoothed: Array
     khat: Array
@@ -130,15 +138,17 @@ class AdaptiveImportance(Shift):
     """Importance sampling from a Gaussian that follows q, for a q that is nearly Gaussian.
 
     Regularized targets mostly are. Where q is not (several modes, funnels, heavy skew), weights are uneven and the
-    step is rejected: use `NUTS` or `SMC` there. A mode that no draw of a round reaches is not seen: with several
-    modes some steps are rejected, and others hold one mode alone.
+    step is rejected: use `NUTS` or `SMC` there. Scouts, points that walk downhill from draws of the reference,
+    look for modes that the proposal lacks, for eight rounds before a first step is believed. A mode whose valley
+    holds hardly a part of the reference is not found.
 
     Args:
         num_samples: draws of a round, an even number: antithetic pairs.
         covariance: of the proposal: `"dense"`, `"diagonal"`, or `"auto"`: dense up to 500 dimensions where there
             are four draws for each.
         max_rounds: rounds of a step at most.
-        defensive: share of the draws that come from the reference, from 0 up to 0.5.
+        defensive: share of the draws that come from the reference and from about another mode, half and half, from
+            0 up to 0.5. Without, there are no scouts.
         gradient: whether the proposal follows scores; without, it follows the draws' own moments, which takes more
             draws.
         ess: effective sample size of the weights, as a share of the draws, below which a step is rejected.
@@ -159,7 +169,7 @@ class AdaptiveImportance(Shift):
         True
     """
 
-    num_samples: int = static_field(default=256)
+    num_samples: int = static_field(default=NUM_SAMPLES)
     covariance: str = static_field(default="auto")
     max_rounds: int = static_field(default=8)
     defensive: float = static_field(default=0.0625)
@@ -192,6 +202,19 @@ class AdaptiveImportance(Shift):
                 "AdaptiveImportance: expected ess as a share of the draws, below what the defensive ones leave "
                 f"({1 - share:g}), got {self.ess}; 0.5 is common."
             )
+
+    @classmethod
+    def for_dimension(cls, dim: int) -> "AdaptiveImportance":
+        """The engine with so many draws that its proposal can be dense.
+
+        Args:
+            dim: of the parameters.
+
+        Returns:
+            One with 256 draws, or four per dimension from 65 up to 500.
+        """
+        wanted = DRAWS_PER_DIM * dim if dim <= MOST_DENSE else 0
+        return cls(max(NUM_SAMPLES, wanted))
 
     @property
     def uses_gradient(self) -> bool:  # ty: ignore
@@ -234,39 +257,46 @@ class AdaptiveImportance(Shift):
         target = target.on_batch(key_batch)
         fresh = self._fresh(target.reference)
         proposal = state.proposal.moved(state.reference, target.reference)
+        scouts = state.scouts
+        if scouts is not None:
+            scouts = moved(scouts, state.reference, target.reference)
         usable = all_finite(proposal)
         proposal = jax.tree.map(lambda a, b: jnp.where(usable, a, b), proposal, fresh.proposal)
 
         def unfinished(now: _Round) -> Array:
-            return (now.count < self.max_rounds) & ~now.ok
+            young = False if now.scouts is None else now.scouts.num_rounds < FIRST_ROUNDS
+            return (now.count < self.max_rounds) & (~now.ok | young)
 
-        def draw(now: _Round) -> _Round:
+        def one_more(now: _Round) -> _Round:
             key = random.fold_in(rng_key, now.count)
-            batch = self._evaluate(key, now.proposal, target)
+            batch = self._evaluate(key, now.proposal, now.scouts, target)
             ess = weight_ess(batch.log_weight)
             after = self._adapted(now.proposal, batch)
+            scouts = self._walked(now.scouts, now.proposal, after, batch)
             sd = jnp.sqrt(after.variance)
             shift = jnp.max(jnp.abs(after.mean - now.proposal.mean) / sd)
             smoothed, khat = pareto_smooth(batch.log_weight)
             ok = (ess >= self.ess * self.num_samples) & (khat <= MAX_KHAT)
             return strip_weak_types(
-                _Round(now.count + 1, after, batch, smoothed, khat, ess, shift, ok)
+                _Round(now.count + 1, after, scouts, batch, smoothed, khat, ess, shift, ok)
             )
 
         zero, no = jnp.zeros_like(target.reference.mean[0]), jnp.asarray(False)
-        like = jax.eval_shape(self._evaluate, rng_key, proposal, target)
+        like = jax.eval_shape(self._evaluate, rng_key, proposal, scouts, target)
         blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-        first = _Round(jnp.asarray(0), proposal, blank, blank.log_weight, zero, zero, zero, no)
-        last = lax.while_loop(unfinished, draw, strip_weak_types(first))
+        first = _Round(
+            jnp.asarray(0), proposal, scouts, blank, blank.log_weight, zero, zero, zero, no
+        )
+        last = lax.while_loop(unfinished, one_more, strip_weak_types(first))
         draws, info = self._result(last, target)
-        after = AdaptiveImportanceState(last.proposal, target.reference)
+        after = AdaptiveImportanceState(last.proposal, last.scouts, target.reference)
         return strip_weak_types(after), draws, info
 
     def after_rejection(
         self, old: AdaptiveImportanceState, new: AdaptiveImportanceState
     ) -> AdaptiveImportanceState:
         """Goes on with the new proposal, if it is one: a far target may take more rounds than a step has."""
-        usable = all_finite(new)
+        usable = all_finite((new.proposal, new.reference))
         return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)
 
     def remedy(self, info: AdaptiveImportanceInfo, ok: Any) -> str:
@@ -292,59 +322,79 @@ class AdaptiveImportance(Shift):
         )
 
     @property
-    def _num_defensive(self) -> int:
-        # Pairs from the reference: of a single one the variance would not be known.
-        return max(2, round(self.defensive * self.num_samples / 2)) if self.defensive else 0
+    def _num_pairs(self) -> tuple[int, ...]:
+        # Of the proposal, the reference and the witness. Of a single one the variance would not be known.
+        if not self.defensive:
+            return (self.num_samples // 2,)
+        each = max(2, round(self.defensive * self.num_samples / 4))
+        return (self.num_samples // 2 - 2 * each, each, each)
 
     def _fresh(self, reference: AnyGaussian) -> AdaptiveImportanceState:
         dim = reference.dim
         dense = dim <= MOST_DENSE and DRAWS_PER_DIM * dim <= self.num_samples
         if self.covariance != "auto":
             dense = self.covariance == "dense"
-        proposal = start(reference, dense=dense)
-        return AdaptiveImportanceState(proposal, reference)
+        scouts = None
+        if self.defensive:
+            num_scouts = min(MOST_SCOUTS, 2 * self._num_pairs[1])
+            scouts = send(num_scouts, jnp.zeros_like(reference.mean))
+        return AdaptiveImportanceState(start(reference, dense=dense), scouts, reference)
 
-    def _evaluate(self, rng_key: Key, proposal: Proposal, target: RegularizedLoss) -> _Batch:
-        num_defensive = self._num_defensive
-        share = 2 * num_defensive / self.num_samples
-        key, key_defensive = random.split(rng_key)
-        wide = proposal.widened()
-        e, square = wide.sample_pairs(key, self.num_samples // 2 - num_defensive)
-        if num_defensive:
-            reference = start(target.reference, dense=False)
-            others, _ = reference.sample_pairs(key_defensive, num_defensive)
-            e = jnp.concatenate([e, others])
-            square = jnp.concatenate([square, wide.square(others)])
-        gaussian = mixture = wide.log_density(square)
-        length = jnp.sum(e**2, -1)
-        if num_defensive:
-            # All draws by the mixture's density, whichever part they came from.
-            mixture = jnp.logaddexp(
-                math.log(1 - share) + gaussian, math.log(share) + reference.log_density(length)
-            )
-        controls = controls_of(gaussian - mixture, square, target.dim)
+    def _evaluate(
+        self, rng_key: Key, proposal: Proposal, scouts: Scouts | None, target: RegularizedLoss
+    ) -> _Batch:
+        drawn, more = draw(rng_key, proposal.widened(), self._num_pairs), []
+        if scouts is not None:
+            witness = jnp.where(scouts.known, scouts.witness, proposal.mean)
+            about = (witness, scouts.width)
+            drawn = draw(rng_key, proposal.widened(), self._num_pairs, *about)
+            more = [scouts.next_place, proposal.mean[None]]
+        e = jnp.concatenate([drawn.e, *more])
         x = target.reference.unwhiten(e)
         if self.gradient:
             loss, slope = jax.vmap(jax.value_and_grad(target.value))(x)
             gradient = e + target.reference.scaled_transpose(slope) / target.temperature
             failed = ~jnp.all(jnp.isfinite(gradient), -1) & (loss < jnp.inf)
         else:
-            loss, gradient = jax.vmap(target.value)(x), jnp.zeros((0, target.dim), x.dtype)
+            loss, gradient = jax.vmap(target.value)(x), jnp.zeros_like(e)
             failed = jnp.zeros(loss.shape, bool)
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         failed |= jnp.isnan(loss) | (loss == -jnp.inf)
-        log_weight = -0.5 * length - loss / target.temperature - mixture
-        log_weight = jnp.where(failed, -jnp.inf, log_weight)
-        if self.gradient:
-            gradient = jnp.where((log_weight > -jnp.inf)[:, None], gradient, 0.0)
-        return _Batch(e, loss, gradient, log_weight, controls, jnp.sum(failed))
+        potential = 0.5 * jnp.sum(e**2, -1) + loss / target.temperature
+        potential = jnp.where(failed, jnp.inf, potential)
+        gradient = jnp.where((potential < jnp.inf)[:, None], gradient, 0.0)
+        n = self.num_samples
+        log_weight = -potential[:n] - drawn.log_density
+        return _Batch(
+            e, loss[:n], potential, gradient, log_weight, drawn.controls, jnp.sum(failed[:n])
+        )
+
+    def _walked(
+        self, scouts: Scouts | None, before: Proposal, proposal: Proposal, batch: _Batch
+    ) -> Scouts | None:
+        if scouts is None:
+            return None
+        place, count = 2 * self._num_pairs[0], len(scouts.place)
+        fresh, here = (
+            (batch.e[part], batch.potential[part], batch.gradient[part])
+            for part in (slice(place, place + count), slice(self.num_samples, -1))
+        )
+        about = slice(place + 2 * self._num_pairs[1], self.num_samples)
+        gap = before.widened().whitened(batch.e[about]) - before.widened().whitened(
+            scouts.witness[None]
+        )
+        expected = 0.5 * jnp.sum((gap / scouts.width) ** 2, -1)
+        rise = (batch.potential[about] - scouts.depth) / expected
+        return walked(scouts, proposal, batch.potential[-1], here, fresh, rise)
 
     def _adapted(self, proposal: Proposal, batch: _Batch) -> Proposal:
         weight = _tempered(batch.log_weight, TEMPERED * self.num_samples)
-        if self.gradient:
-            after = from_scores(proposal, batch.e, batch.gradient, weight)
-        else:
-            after = from_moments(proposal, batch.e, weight)
+        e, gradient = batch.e[: self.num_samples], batch.gradient[: self.num_samples]
+        after = (
+            from_scores(proposal, e, gradient, weight)
+            if self.gradient
+            else from_moments(proposal, e, weight)
+        )
         usable = all_finite(after)
         return jax.tree.map(lambda a, b: jnp.where(usable, a, b), after, proposal)
 
@@ -355,9 +405,9 @@ class AdaptiveImportance(Shift):
         log_weight = last.smoothed
         score = None
         if self.gradient:
-            score = -target.reference.unscale_transpose(batch.gradient)[None]
+            score = -target.reference.unscale_transpose(batch.gradient[: self.num_samples])[None]
         draws = StoredDraws(
-            target.reference.unwhiten(batch.e)[None],
+            target.reference.unwhiten(batch.e[: self.num_samples])[None],
             log_weight[None],
             batch.loss[None],
             target.temperature,
@@ -368,8 +418,8 @@ class AdaptiveImportance(Shift):
         peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
         # The density of N(0, I) is in the weights: their mean is E exp(-loss / T) over the reference.
         weight = jnp.exp(log_weight - peak)
-        mean, error = mean_weight(weight, batch.controls, self._num_defensive)
-        evaluations = last.count * self.num_samples
+        mean, error = mean_weight(weight, batch.controls, self._num_pairs)
+        evaluations = last.count * len(batch.e)
         none = jnp.zeros_like(evaluations)
         info = AdaptiveImportanceInfo(
             ok=last.ok,

@@ -2,22 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mean of the weights of one round, E exp(-loss / T) over the reference, with its standard error.
 
-Under the law p of the draws, a mixture of a Gaussian and the reference, the Gaussian's density over p has the mean
-one, and its product with the Gaussian's squared noise the mean dim. They are control variates of the weights, and
-take away what a proposal wider than q costs.
+Under the law p of the draws, a mixture of a Gaussian and others, the Gaussian's density over p has the mean one,
+and its product with the Gaussian's squared noise the mean dim. They are control variates of the weights, and take
+away what a proposal wider than q costs.
 
-Reference: Owen & Zhou (2000), "Safe and Effective Importance Sampling".
+References: Owen & Zhou (2000), "Safe and Effective Importance Sampling"; MacKinnon & White (1985), "Some
+Heteroskedasticity-Consistent Covariance Matrix Estimators" (their jackknife, HC3).
 """
+
+from itertools import accumulate
 
 import jax.numpy as jnp
 
-from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array
 
 __all__ = ["controls_of", "mean_weight"]
 
 # Of the larger second moment of the controls: nothing, but where one of them is constant.
 RIDGE = 1e-6
+# What the controls may take off the standard error.
+MOST_GAIN = 8.0
+# Of one minus the leverage, against division by zero.
+LEAST_FREE = 0.05
 
 
 def controls_of(log_ratio: Array, square: Array, dim: int) -> Array:
@@ -37,36 +43,40 @@ def controls_of(log_ratio: Array, square: Array, dim: int) -> Array:
     return jnp.stack([ratio - 1.0, second], -1)
 
 
-def mean_weight(weight: Array, controls: Array, num_defensive: int) -> tuple[Array, Array]:
+def mean_weight(weight: Array, controls: Array, num_pairs: tuple[int, ...]) -> tuple[Array, Array]:
     """Mean over the reference and its standard error.
 
     Args:
         weight: of antithetic pairs, one after the other, `(draw,)`.
         controls: from `controls_of`.
-        num_defensive: pairs from the reference, the last ones; none, or two at least.
+        num_pairs: pairs of each part of the mixture, in their order; two at least.
 
     Returns:
         Two scalars.
     """
     pairs = jnp.mean(weight.reshape(-1, 2), -1)
     known = jnp.mean(controls.reshape(len(pairs), 2, -1), 1)
-    place = len(pairs) - num_defensive
-    # In two strata: so many pairs come from the reference in every round.
-    strata = [part for part in (slice(None, place), slice(place, None)) if len(pairs[part])]
+    # In strata: so many pairs come from each part in every round.
+    ends = list(accumulate(num_pairs))
+    strata = [slice(end - count, end) for end, count in zip(ends, num_pairs, strict=True)]
 
     def centered(values: Array) -> Array:
         return jnp.concatenate([values[part] - jnp.mean(values[part], 0) for part in strata])
 
-    x = centered(known)
+    x, y = centered(known), centered(pairs)
     second = x.T @ x
     ridge = RIDGE * jnp.max(jnp.diagonal(second)) + jnp.finfo(x.dtype).tiny
     # Two by two: Cramer's rule.
     (a, b), (_, d) = second + ridge * jnp.eye(2, dtype=x.dtype)
-    cross = x.T @ centered(pairs)
-    slope = jnp.stack([d * cross[0] - b * cross[1], a * cross[1] - b * cross[0]]) / (a * d - b * b)
-    rest = pairs - known @ slope
-    plain = jnp.mean(pairs)
-    usable = jnp.isfinite(slope).all() & (jnp.mean(rest) > 0)
-    rest = jnp.where(usable, rest, pairs)
-    variance = sum((rest[part].size * standard_error(rest[part])) ** 2 for part in strata)
-    return jnp.where(usable, jnp.mean(rest), plain), jnp.sqrt(variance) / len(pairs)
+    inverse = jnp.array([[d, -b], [-b, a]]) / (a * d - b * b)
+    slope = inverse @ (x.T @ y)
+    mean = jnp.mean(pairs - known @ slope)
+    usable = jnp.isfinite(slope).all() & (mean > 0)
+    slope = jnp.where(usable, slope, 0.0)
+    # A far pair bends the regression towards itself: residuals as they are without each of them.
+    leverage = jnp.where(usable, jnp.sum((x @ inverse) * x, -1), 0.0)
+    leverage += jnp.concatenate([jnp.full(n, 1 / n, x.dtype) for n in num_pairs])
+    rest = (y - x @ slope) / jnp.maximum(1.0 - leverage, LEAST_FREE)
+    # What no pair was far enough to see is no part of the residuals.
+    square = jnp.maximum(jnp.sum(rest**2), jnp.sum(y**2) / MOST_GAIN**2)
+    return jnp.where(usable, mean, jnp.mean(pairs)), jnp.sqrt(square) / len(pairs)

@@ -15,10 +15,10 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax, random
+from jax import lax
 
 from numpyro_regloss._core.linalg import after, inverse_root, lower_of_root
-from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 
 __all__ = ["Proposal", "from_moments", "from_scores", "start"]
@@ -57,30 +57,28 @@ class Proposal(NamedTuple):
         factor = jnp.sqrt(1.0 + WIDER / math.sqrt(self.mean.size))
         return Proposal(self.mean, factor * self.scale)
 
-    def sample_pairs(self, rng_key: Key, num_pairs: int) -> tuple[Array, Array]:
-        """Antithetic pairs, one after the other, and the squared lengths of their noise.
+    def scaled(self, noise: Array) -> Array:
+        """What standard normal noise becomes about the mean, `(..., dim)` -> `(..., dim)`."""
+        return noise @ self.scale.T if self.scale.ndim == 2 else noise * self.scale
 
-        Args:
-            rng_key: a random key.
-            num_pairs: how many.
-
-        Returns:
-            `(2 num_pairs, dim)` and `(2 num_pairs,)`.
-        """
-        noise = random.normal(rng_key, (num_pairs, self.mean.size), self.mean.dtype)
-        offset = noise @ self.scale.T if self.scale.ndim == 2 else noise * self.scale
-        return _pairs(self.mean, offset), jnp.repeat(jnp.sum(noise**2, -1), 2)
+    def whitened(self, e: Array) -> Array:
+        """The noise that leads to draws, `(draw, dim)` -> `(draw, dim)`."""
+        gap = e - self.mean
+        if self.scale.ndim == 1:
+            return gap / self.scale
+        return lax.linalg.triangular_solve(
+            self.scale, gap, left_side=False, lower=True, transpose_a=True
+        )
 
     def square(self, e: Array) -> Array:
-        """Squared length of the noise that leads to a draw, `(draw, dim)` -> `(draw,)`."""
-        gap = e - self.mean
-        if self.scale.ndim == 2:
-            noise = lax.linalg.triangular_solve(
-                self.scale, gap, left_side=False, lower=True, transpose_a=True
-            )
-        else:
-            noise = gap / self.scale
-        return jnp.sum(noise**2, -1)
+        """Squared length of the noise that leads to draws, `(draw, dim)` -> `(draw,)`."""
+        return jnp.sum(self.whitened(e) ** 2, -1)
+
+    def times(self, vector: Array) -> Array:
+        """The covariance times vectors, `(..., dim)` -> `(..., dim)`."""
+        if self.scale.ndim == 1:
+            return self.scale**2 * vector
+        return (vector @ self.scale) @ self.scale.T
 
     def log_density(self, square: Array) -> Array:
         """Up to (2 pi)^(-dim / 2), of draws with such noise, `(draw,)` -> `(draw,)`."""
@@ -99,7 +97,7 @@ class Proposal(NamedTuple):
         """
         # In the new coordinates e' = A⁻¹ (e - d), with A = S⁻¹ S' of the scales and d = S⁻¹ (c' - c).
         shift = old.whiten(new.mean)
-        mean = self.mean + self._covariance_times(shift) - shift
+        mean = self.mean + self.times(shift) - shift
         if self.scale.ndim == 1:
             ratio = jnp.sqrt(new.variance / old.variance)
             curvature = (self.scale**-2 - 1.0) * ratio**2
@@ -124,11 +122,6 @@ class Proposal(NamedTuple):
             return Proposal(scale @ (scale.T @ pull), scale)
 
         return lax.cond(same, lambda: Proposal(mean, self.scale), rescaled)
-
-    def _covariance_times(self, vector: Array) -> Array:
-        if self.scale.ndim == 2:
-            return self.scale @ (self.scale.T @ vector)
-        return self.scale**2 * vector
 
 
 def start(reference: AnyGaussian, *, dense: bool) -> Proposal:
@@ -233,8 +226,3 @@ def _near(old: Proposal, new: Proposal) -> Proposal:
 def _inverse(matrix: Array) -> Array:
     root = inverse_root(matrix)
     return root.T @ root
-
-
-def _pairs(center: Array, offset: Array) -> Array:
-    both = jnp.stack([center + offset, center - offset], 1)
-    return both.reshape(-1, center.size)
