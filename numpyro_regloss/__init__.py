@@ -12,6 +12,7 @@ from numpyro import __version__ as _numpyro_version  # noqa: F401
 from numpyro_regloss import anchor, fit, schedules, schemes, shift, values
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
+from numpyro_regloss.fit.score_matching import score_matching
 from numpyro_regloss.gaussians import Gaussian, LowRankGaussian, kl_divergence
 from numpyro_regloss.losses import Loss, Minibatch, RegularizedLoss, model
 from numpyro_regloss.two_step import (
@@ -58,6 +59,7 @@ __all__ = [
     "reverse_kl",
     "schedules",
     "schemes",
+    "score_matching",
     "shift",
     "to_arviz",
     "to_guide",

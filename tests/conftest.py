@@ -115,6 +115,10 @@ ENGINES = {
         lambda: shift.Adaptive(shift.HMC(100, 50, num_chains=4), max_rounds=4), long=True
     ),
     "forward_kl_dense": Row(lambda: fit.ForwardKL("dense")),
+    "score_matching": Row(fit.ScoreMatching),
+    "score_matching_diagonal": Row(lambda: fit.ScoreMatching("diagonal"), long=True),
+    "score_matching_dense": Row(lambda: fit.ScoreMatching("dense"), long=True),
+    "score_matching_low_rank": Row(lambda: fit.ScoreMatching("low_rank", rank=1), long=True),
     "proximal": Row(anchor.Proximal),
     "newton": Row(anchor.Newton),
     "newton_diagonal": Row(lambda: anchor.Newton(curvature="diagonal")),
@@ -160,7 +164,11 @@ def scheme(name, loss, tau, temperature=1.0):
     if isinstance(engine, anchor.Anchor):
         parts |= {"fit": row.fit(), "anchor": engine}
     elif isinstance(engine, fit.Fit):
-        parts |= {"fit": engine} | ({} if engine.uses_draws else {"shift": shift.Implicit()})
+        parts["fit"] = engine
+        if engine.needs_scores:
+            parts["shift"] = shift.AdaptiveImportance()
+        elif not engine.uses_draws:
+            parts["shift"] = shift.Implicit()
     else:
         parts["shift"] = engine
     return TwoStep(loss, tau, **parts, temperature=temperature)

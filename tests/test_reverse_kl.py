@@ -15,8 +15,8 @@ from jax import lax, random
 from scipy import optimize, special
 
 from numpyro_regloss import Gaussian, Loss, LowRankGaussian, Minibatch, RegularizedLoss
+from numpyro_regloss.draws.base_draws import base_draws, round_up
 from numpyro_regloss.fit.reverse_kl import ReverseKL, reverse_kl
-from numpyro_regloss.fit.reverse_kl.base_draws import base_draws, round_up
 
 METHODS = ("sample_average", "natural", "svi")
 TEMPERATURES = (1.0, 0.1)

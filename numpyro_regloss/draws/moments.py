@@ -18,7 +18,14 @@ from numpyro_regloss.draws.base import Chunk, Draws
 from numpyro_regloss.draws.control_variates import Chains, Control, choose, series_error
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["DOMINANT_WEIGHT", "Moments", "log_density_of", "of_draws", "standardized"]
+__all__ = [
+    "DOMINANT_WEIGHT",
+    "Moments",
+    "log_density_of",
+    "of_draws",
+    "standardized",
+    "with_rounding",
+]
 
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
@@ -167,7 +174,7 @@ def of_chains(
     of_mean, of_variances = choose(chains, control, variances=structure is not None)
     mean = mean - unit * of_mean.shift
     alone = jnp.max(weight) > DOMINANT_WEIGHT
-    error = _with_rounding(unit * of_mean.error, mean, unit)
+    error = with_rounding(unit * of_mean.error, mean, unit)
     covariance = covariance_error = None
     covariance_control = jnp.asarray(0)
     if of_variances:
@@ -211,7 +218,7 @@ def of_blocks(draws: Draws, unit: Array, *, structure: str | None) -> Moments:
     weights = _Weights(draws)
     center, shift, variance = _mean_of_blocks(draws, weights, jnp.zeros_like(unit))
     mean = center + shift
-    error = _with_rounding(jnp.sqrt(jnp.maximum(variance, 0.0)), shift, 0.0)
+    error = with_rounding(jnp.sqrt(jnp.maximum(variance, 0.0)), shift, 0.0)
     alone = weights.largest > DOMINANT_WEIGHT
     covariance = covariance_error = None
     if structure is not None:
@@ -222,7 +229,8 @@ def of_blocks(draws: Draws, unit: Array, *, structure: str | None) -> Moments:
     return Moments(mean, error, covariance, covariance_error, none, none, jnp.asarray(True), alone)
 
 
-def _with_rounding(error: Array, mean: Array, unit: Array | float) -> Array:
+def with_rounding(error: Array, mean: Array, unit: Array | float) -> Array:
+    """Standard errors that are not below the rounding of sums of so large numbers, all `(dim,)`."""
     eps = jnp.finfo(error.dtype).eps
     return jnp.sqrt(error**2 + (ROUNDING * eps * (jnp.abs(mean) + unit)) ** 2)
 

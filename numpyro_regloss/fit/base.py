@@ -57,11 +57,13 @@ class Fit(Protocol):
     Attributes:
         uses_gradient: whether the fit differentiates the loss.
         uses_draws: whether the fit works from draws, so that it needs a shift that makes some.
+        needs_scores: whether the draws must have scores.
         covariance: the family of covariances that are fitted; None for that of the reference.
     """
 
     uses_gradient: ClassVar[bool] = False
     uses_draws: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
     covariance: Any = None
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> Any:

@@ -194,6 +194,11 @@ class Adaptive(Shift):
         object.__setattr__(self, "confidence", confidence)
 
     @property
+    def hands_scores(self) -> bool:  # ty: ignore
+        """Whether the engine's draws may have scores."""
+        return self.engine.hands_scores
+
+    @property
     def uses_gradient(self) -> bool:  # ty: ignore
         """Whether the engine does."""
         return self.engine.uses_gradient

@@ -57,10 +57,13 @@ class Shift(Protocol):
         uses_gradient: whether the engine differentiates the loss, so that the driver checks the
             gradient at the start.
         makes_draws: whether there are draws for a fit to work from.
+        hands_scores: False of an engine whose draws never come with scores, so that fits that need them are
+            refused before a run.
     """
 
     uses_gradient: ClassVar[bool] = False
     makes_draws: ClassVar[bool] = True
+    hands_scores: ClassVar[bool] = True
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> Any:
         """The engine's state before the first step.

@@ -126,6 +126,7 @@ class SVI(Shift):
     weighted: bool = static_field(default=True)
 
     uses_gradient: ClassVar[bool] = True
+    hands_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.make_guide, AutoGuide) or not callable(self.make_guide):

@@ -110,6 +110,12 @@ class TwoStep:
                 f"TwoStep: {type(self.fit).__name__} needs draws and {type(self.shift).__name__} makes "
                 "none; use shift.Importance or shift.NUTS, or fit.RobbinsMonro."
             )
+        if self.fit.needs_scores and not self.shift.hands_scores:
+            raise ValueError(
+                f"TwoStep: {type(self.fit).__name__} needs draws with scores and those of "
+                f"{type(self.shift).__name__} have none; use shift.NUTS, HMC or AdaptiveImportance, or "
+                "fit.ForwardKL."
+            )
         check_integers(followers(self.shift, self.fit), self.loss, "TwoStep")
         self.anchor.check_fit(self.fit)
         if self.record is not None and not isinstance(self.record, Record):

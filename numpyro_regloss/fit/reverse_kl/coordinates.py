@@ -19,7 +19,7 @@ from jax import lax, random
 
 from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.fit.reverse_kl.base_draws import base_draws
+from numpyro_regloss.draws.base_draws import base_draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian, kl_divergence
 from numpyro_regloss.gaussians.low_rank import LowRankGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -29,7 +29,6 @@ __all__ = [
     "Solution",
     "Step",
     "Summary",
-    "best_width",
     "bound_gradient",
     "divergence",
     "draw",
@@ -49,8 +48,6 @@ CHUNK = 2**20
 # Smallest share of a variance that is left to the diagonal beside factors. With less, rounding decides the
 # determinant in float32, and a minimization would find where it errs most.
 LEAST_SHARE = 1e-4
-# Widths of a start that are compared, and draws of each.
-WIDTHS, WIDTH_DRAWS = tuple(10.0 ** (k / 2) for k in range(0, -13, -1)), 8
 
 
 class Step(NamedTuple):
@@ -124,32 +121,6 @@ def coordinates_of(target: RegularizedLoss) -> AnyGaussian:
         return target.reference
     x0 = target.loss.x0
     return Gaussian(x0, jnp.ones((), x0.dtype))
-
-
-def best_width(rng_key: Key, target: RegularizedLoss) -> tuple[Gaussian, Array]:
-    """The isotropic Gaussian about the loss's start that has the least bound, of some widths.
-
-    Where a start is too wide a loss may overflow, where it is too narrow its gradient tells nothing.
-
-    Args:
-        rng_key: a random key.
-        target: without a reference.
-
-    Returns:
-        The Gaussian and the number of loss evaluations.
-    """
-    key_noise, key_batch = random.split(rng_key)
-    x0, batch = target.loss.x0, target.on_batch(key_batch)
-    noise = base_draws(key_noise, WIDTH_DRAWS, x0.size)
-
-    def bound(width: Array) -> Array:
-        wide = Gaussian(x0, width)
-        energy = jnp.mean(jax.vmap(batch.energy)(draw(wide, noise)))
-        return jnp.nan_to_num(energy + divergence(wide, None), nan=jnp.inf, neginf=jnp.inf)
-
-    widths = jnp.asarray(WIDTHS, x0.dtype)
-    best = widths[jnp.argmin(lax.map(bound, widths))]
-    return Gaussian(x0, best), jnp.asarray(len(WIDTHS) * WIDTH_DRAWS)
 
 
 def to_relative(gaussian: AnyGaussian, frame: AnyGaussian, unit: AnyGaussian) -> tuple[Array, Any]:

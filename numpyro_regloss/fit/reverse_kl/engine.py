@@ -33,11 +33,11 @@ from numpyro_regloss._core.pytree import (
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
+from numpyro_regloss.draws.base_draws import round_up
+from numpyro_regloss.draws.first_width import best_width
 from numpyro_regloss.fit.base import Fit, FitResult
-from numpyro_regloss.fit.reverse_kl.base_draws import round_up
 from numpyro_regloss.fit.reverse_kl.coordinates import (
     Solution,
-    best_width,
     coordinates_of,
     draw,
     evaluator,

@@ -20,6 +20,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from numpyro_regloss._core.pytree import all_finite
+from numpyro_regloss._core.quasi_newton import Trial, minimize
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.fit.reverse_kl.coordinates import (
     Evaluation,
@@ -29,7 +30,6 @@ from numpyro_regloss.fit.reverse_kl.coordinates import (
     move,
     zero_step,
 )
-from numpyro_regloss.fit.reverse_kl.quasi_newton import Trial, minimize
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 
 __all__ = ["sample_average"]

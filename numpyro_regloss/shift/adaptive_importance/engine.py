@@ -228,6 +228,11 @@ class AdaptiveImportance(Shift):
         """Whether the proposal follows scores."""
         return self.gradient
 
+    @property
+    def hands_scores(self) -> bool:  # ty: ignore
+        """The same: draws then come with them."""
+        return self.gradient
+
     def init(self, rng_key: Key, target: RegularizedLoss) -> AdaptiveImportanceState:
         """The reference as the first proposal.
 

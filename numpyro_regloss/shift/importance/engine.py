@@ -15,7 +15,7 @@ Jasra (2012), "An Adaptive Sequential Monte Carlo Method for Approximate Bayesia
 the effective sample size).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import random
@@ -118,6 +118,8 @@ class Importance(Shift):
     num_scrambles: int = static_field(default=16)
     pareto_smoothing: bool = static_field(default=False)
     ess: Any = None
+
+    hands_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self.num_samples, "Importance: num_samples")

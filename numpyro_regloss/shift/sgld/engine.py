@@ -141,6 +141,7 @@ class SGLD(Shift):
     keep: str = static_field(default="auto")
 
     uses_gradient: ClassVar[bool] = True
+    hands_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self.num_samples, "SGLD: num_samples")
