@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import random
 
-from numpyro_regloss import Loss, TwoStep, fit, shift, to_arviz
+from numpyro_regloss import Loss, TwoStep, diagnostics, fit, shift, to_arviz
 
 DIM = 3
 ENGINE = shift.Auto(sampler=shift.HMC(50, 50, num_chains=4), patience=2)
@@ -99,6 +99,16 @@ def test_sampler_is_neither_traced_nor_used_where_weights_fit(monkeypatch):
     error = result.history.shift.local_entropy_error[-1]
     gap = 0.5 * np.sum(np.asarray(result.history.reference.mean[-1]) ** 2) / 5.0
     assert abs(result.history.shift.local_entropy[-1] - exact - gap) < 4 * error
+    # The report has it, and what each step did; and no columns of the sampler.
+    columns = diagnostics.summary(result, optimizer).columns
+    assert "accept_prob" not in columns
+    assert "rhat" not in columns
+    np.testing.assert_array_equal(columns["local_entropy"], result.history.shift.local_entropy)
+    assert columns["verdict"][0] == 1
+    center = np.asarray(result.history.reference.mean)
+    fall = 0.5 * (np.sum(center[:-1] ** 2, 1) - np.sum(center[1:] ** 2, 1)) / 5.0
+    errors = columns["decrease_error"][:-1]
+    assert (np.abs(columns["decrease"][:-1] - fall) < 4 * errors).all()
 
 
 def test_inside_of_a_program_importance_sampling_goes_on(refused):

@@ -33,10 +33,13 @@ __all__ = [
     "monte_carlo_error",
     "normalize_log_weight",
     "split_rhat",
+    "tempered",
     "weight_ess",
 ]
 
 _MIN_DRAWS = 4
+# Of powers of weights: of e^-40 all weights are equal, and steps of its logarithm are a hundredth.
+LEAST_LOG_POWER, NUM_HALVINGS = -40.0, 12
 
 
 def log_mean_exp(log_weight: Float[Array, " draw"]) -> Float[Array, ""]:
@@ -84,6 +87,29 @@ def weight_ess(log_weight: Float[Array, "*shape"]) -> Float[Array, ""]:
 def standard_error(independent: Float[Array, " term"]) -> Float[Array, ""]:
     """Standard error of a mean of independent terms."""
     return jnp.std(independent, ddof=1) / jnp.sqrt(independent.size)
+
+
+def tempered(log_weight: Float[Array, " draw"], enough: Array | float) -> Float[Array, " draw"]:
+    """Weights to a power at most one, of so many effective draws at least.
+
+    Args:
+        log_weight: up to a constant; -inf for none.
+        enough: effective sample size.
+
+    Returns:
+        Weights that add to one.
+    """
+    peak = jnp.max(log_weight)
+    log_weight = jnp.where(log_weight > -jnp.inf, log_weight - peak, -jnp.inf)
+
+    def is_below(log_power: Array) -> Array:
+        return weight_ess(jnp.exp(log_power) * log_weight) > enough
+
+    # By its logarithm: far from a steep density log weights differ by millions.
+    zero = jnp.zeros_like(peak)
+    low, _ = bisect(is_below, zero + LEAST_LOG_POWER, zero, NUM_HALVINGS)
+    power = jnp.where(is_below(zero), 1.0, jnp.exp(low))
+    return jax.nn.softmax(power * log_weight)
 
 
 def bisect(

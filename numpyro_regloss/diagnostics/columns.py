@@ -37,6 +37,8 @@ COLUMNS = {
     "num_rejected": "evaluations that were not finite",
     "negative_elbo": "of the guide, in the units of the loss (SVI)",
     "residual": "of the fit's equation",
+    "local_entropy": "F_tau at the centre, in the units of the loss",
+    "local_entropy_error": "standard error of it",
     "decrease": "of the regularized loss by the step, in the units of the loss",
     "decrease_error": "standard error of it",
     "verdict": "1 decrease, 0 not distinguishable, -1 increase",
@@ -44,6 +46,8 @@ COLUMNS = {
     "num_grad": "gradient evaluations",
     "seconds": "wall time",
 }
+# Two-sided 95 %, as `Record`.
+CONFIDENT = 1.96
 # Of the engine within `Adaptive` they are those of its last round, which says little of all draws.
 OF_ONE_ROUND = ("ess", "rhat")
 
@@ -115,9 +119,27 @@ def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:
     for info in infos:
         for name in own - set(found):
             column = info.get(name)
-            if column is not None and np.shape(column) == ok.shape:
+            if column is None or np.shape(column) != ok.shape:
+                continue
+            # What an engine reports of another one that never drew is no number.
+            if not np.isnan(np.asarray(column, float)).all():
                 found[name] = np.asarray(column)
+    if "verdict" not in found and "local_entropy" in found:
+        found |= _decreases(history, found["local_entropy"], found["local_entropy_error"])
     return {name: found[name] for name in COLUMNS if found.get(name) is not None}
+
+
+def _decreases(history: Any, value: np.ndarray, error: np.ndarray) -> dict[str, np.ndarray]:
+    # What a step did is seen at the centre of the next one, by its own draws; of one tau, and of all data.
+    tau = np.asarray(history.tau).reshape(len(value), -1)
+    same = np.append((tau[1:] == tau[:-1]).all(1), False)
+    known = np.asarray(history.ok) & same & np.isfinite(error) & np.isfinite(np.roll(error, -1))
+    if history.draws is None or np.isnan(history.draws.share_lower).all():
+        known[:] = False
+    decrease = np.where(known, value - np.roll(value, -1), np.nan)
+    spread = np.where(known, np.hypot(error, np.roll(error, -1)), np.nan)
+    verdict = np.where(np.abs(decrease) > CONFIDENT * spread, np.sign(decrease), 0.0)
+    return {"decrease": decrease, "decrease_error": spread, "verdict": verdict}
 
 
 def _length(vectors: np.ndarray) -> np.ndarray:

@@ -192,11 +192,12 @@ def _rhat(run: Run) -> str:
 
 
 def _divergences(run: Run) -> str:
-    count = run.columns.get("num_divergent", np.zeros(1))
+    # NaN where no sampler drew.
+    count = np.nan_to_num(np.asarray(run.columns.get("num_divergent", np.zeros(1)), float))
     total = transitions(run)
     if total is None and np.mean(count > 0) <= 0.5:
         return ""
-    if total is not None and np.sum(count) <= MAX_DIVERGENT * np.sum(total):
+    if total is not None and np.sum(count) <= MAX_DIVERGENT * np.nansum(total):
         return ""
     return (
         f"{int(np.sum(count))} divergent transitions in {np.sum(count > 0)} of {len(count)} steps: draws miss "

@@ -25,7 +25,7 @@ __all__ = ["DrawsSummary", "RunSummary", "summary"]
 SHOWN_ROWS = 12
 SHOWN_NAMES = 3
 # Not shown: they follow from others, or are constant in most runs.
-HIDDEN = ("error", "decrease_error", "ok")
+HIDDEN = ("error", "local_entropy_error", "decrease_error", "ok")
 # Not shown where there were none.
 COUNTS = ("num_divergent", "num_rejected", "num_grad")
 

@@ -68,7 +68,7 @@ class AutoInfo(NamedTuple):
         local_entropy_error: its standard error.
         accept_prob: of the sampler, mean acceptance probability.
         step_size: of the sampler, in whitened units.
-        num_divergent: of the sampler, divergent transitions.
+        num_divergent: of the sampler, divergent transitions; a float, for the NaN.
         num_steps: of the sampler, mean number of leapfrog steps per transition.
         rhat: of the sampler, greatest split R-hat over the coordinates.
     """
@@ -232,10 +232,10 @@ class Auto(Shift):
 
 def _info(info: AdaptiveImportanceInfo | HMCInfo, state: AutoState) -> AutoInfo:
     nan, none = jnp.full_like(state.refused, jnp.nan), jnp.zeros_like(info.num_grad)
-    counts = ("num_rounds", "num_rejected", "num_divergent")
-    blank = {name: none if name in counts else nan for name in AutoInfo._fields}
-    sampled = jnp.asarray(isinstance(info, HMCInfo))
-    return AutoInfo(**blank | fields_of(info) | {"sampled": sampled})
+    counts = ("num_rounds", "num_rejected")
+    found = {name: none if name in counts else nan for name in AutoInfo._fields} | fields_of(info)
+    found["num_divergent"] = jnp.asarray(found["num_divergent"], nan.dtype)
+    return AutoInfo(**found | {"sampled": jnp.asarray(isinstance(info, HMCInfo))})
 
 
 def _part(kind: Any, info: AutoInfo) -> Any:

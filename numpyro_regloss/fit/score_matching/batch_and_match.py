@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.pytree import all_finite
-from numpyro_regloss._core.stats import bisect, weight_ess
+from numpyro_regloss._core.stats import tempered
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.draws.base_draws import base_draws
@@ -140,7 +140,7 @@ def batch_and_match(
         bound = mean - search.now.log_det
         slack = MUCH_WORSE * dim + SIGMAS * error
         good = (2 * jnp.sum(finite) > num_draws) & ~(bound > search.bound + slack)
-        fresh = _Batch(x, score, _tempered(log_ratio, EFFECTIVE * num_draws))
+        fresh = _Batch(x, score, tempered(log_ratio, EFFECTIVE * num_draws))
         batch = _where(good, fresh, search.batch)
         before = _where(good, search.now, search.before)
         slot = jnp.mod(search.num_good, slots)
@@ -264,20 +264,6 @@ def _narrowed(gaussian: AnyGaussian) -> AnyGaussian:
 
 def _where(chosen: Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(chosen, x, y), a, b)
-
-
-def _tempered(log_weight: Array, enough: float) -> Array:
-    # Weights to a power at most one, of so many effective draws; adding to one.
-    peak = jnp.max(log_weight)
-    log_weight = jnp.where(log_weight > -jnp.inf, log_weight - peak, -jnp.inf)
-
-    def is_below(power: Array) -> Array:
-        return weight_ess(power * log_weight) > enough
-
-    one = jnp.ones_like(peak)
-    low, _ = bisect(is_below, 0.0 * one, one, 20)
-    power = jnp.where(is_below(one), one, jnp.maximum(low, jnp.finfo(peak.dtype).tiny))
-    return jax.nn.softmax(power * log_weight)
 
 
 def _side_by_side(values: Array) -> Array:

@@ -38,7 +38,7 @@ from numpyro_regloss._core.pytree import (
     static_field,
     strip_weak_types,
 )
-from numpyro_regloss._core.stats import bisect, weight_ess
+from numpyro_regloss._core.stats import tempered, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
@@ -52,7 +52,7 @@ from numpyro_regloss.shift.adaptive_importance.proposal import (
     from_scores,
     start,
 )
-from numpyro_regloss.shift.adaptive_importance.scouts import Scouts, moved, send, walked
+from numpyro_regloss.shift.adaptive_importance.scouts import Scouts, led, moved, send, walked
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceState"]
@@ -69,7 +69,6 @@ LEAST_DRAWS = 32
 TEMPERED = 0.5
 # Steps of the mean, one after another, up to what no target needs.
 LONGER, FARTHEST = 2.0, 1e6
-NUM_BISECTIONS, LEAST_LOG_POWER = 12, -40.0
 
 
 class AdaptiveImportanceState(NamedTuple):
@@ -288,14 +287,7 @@ class AdaptiveImportance(Shift):
             longer = jnp.where(depth < now.depth, LONGER * now.reach, now.reach / LONGER)
             reach = jnp.where(now.count == 0, now.reach, jnp.clip(longer, NEAREST, FARTHEST))
             after = self._adapted(now.proposal, batch, reach)
-            scouts = self._walked(now.scouts, now.proposal, after, batch)
-            if now.scouts is not None:
-                # Most of q is where a scout has come to: the proposal goes there as well.
-                about = jax.nn.softmax(batch.log_weight)[2 * sum(self._num_pairs[:2]) :]
-                leads = now.scouts.known & (jnp.sum(about) > 0.5)
-                width = jnp.minimum(now.scouts.width, 1.0)
-                there = Proposal(now.scouts.witness, width * now.proposal.scale)
-                after = jax.tree.map(lambda a, b: jnp.where(leads, a, b), there, after)
+            scouts, after = self._walked(now.scouts, now.proposal, after, batch)
             sd = jnp.sqrt(after.variance)
             shift = jnp.max(jnp.abs(after.mean - now.proposal.mean) / sd)
             smoothed, khat = pareto_smooth(batch.log_weight)
@@ -418,28 +410,27 @@ class AdaptiveImportance(Shift):
         )
 
     def _walked(
-        self, scouts: Scouts | None, before: Proposal, proposal: Proposal, batch: _Batch
-    ) -> Scouts | None:
+        self, scouts: Scouts | None, before: Proposal, after: Proposal, batch: _Batch
+    ) -> tuple[Scouts | None, Proposal]:
         if scouts is None:
-            return None
-        place, count = 2 * self._num_pairs[0], len(scouts.place)
-        fresh, here = (
-            (batch.e[part], batch.potential[part], batch.gradient[part])
-            for part in (slice(place, place + count), slice(self.num_samples, -1))
+            return None, after
+        own, wide, _ = (2 * count for count in self._num_pairs)
+        places = (slice(own, own + len(scouts.place)), slice(self.num_samples, -1))
+        fresh, looked = (
+            (batch.e[part], batch.potential[part], batch.gradient[part]) for part in places
         )
-        about = slice(place + 2 * self._num_pairs[1], self.num_samples)
-        gap = before.widened().whitened(batch.e[about]) - before.widened().whitened(
-            scouts.witness[None]
-        )
-        expected = 0.5 * jnp.sum((gap / scouts.width) ** 2, -1)
-        rise = (batch.potential[about] - scouts.depth) / expected
-        return walked(scouts, proposal, batch.potential[-1], here, fresh, rise)
+        about = slice(own + wide, self.num_samples)
+        share = jnp.sum(jax.nn.softmax(batch.log_weight)[about])
+        rise = batch.potential[about] - scouts.depth
+        rise /= scouts.expected_rise(before.widened(), batch.e[about])
+        after = led(scouts, before, after, share)
+        return walked(scouts, after, batch.potential[-1], looked, fresh, rise), after
 
     def _adapted(self, proposal: Proposal, batch: _Batch, reach: Array) -> Proposal:
         # Of its own draws: others are far where the proposal is narrow, and would decide alone.
         own = slice(None, 2 * self._num_pairs[0])
         e, gradient, log_weight = batch.e[own], batch.gradient[own], batch.log_weight[own]
-        weight = _tempered(log_weight, TEMPERED * len(e))
+        weight = tempered(log_weight, TEMPERED * len(e))
         after = (
             from_scores(proposal, e, gradient, weight, reach)
             if self.gradient
@@ -484,20 +475,3 @@ class AdaptiveImportance(Shift):
             local_entropy_error=jnp.where(last.ok, target.temperature * error / mean, jnp.inf),
         )
         return draws, info
-
-
-def _tempered(log_weight: Array, enough: Array | float) -> Array:
-    """Weights to a power at most one, of so many effective draws; adding to one."""
-    peak = jnp.max(log_weight)
-    log_weight = jnp.where(log_weight > -jnp.inf, log_weight - peak, -jnp.inf)
-
-    def is_below(power: Array) -> Array:
-        return weight_ess(power * log_weight) > enough
-
-    # By its logarithm: far from q the weights of a steep loss differ by millions of units.
-    zero = jnp.zeros_like(peak)
-    low, _ = bisect(
-        lambda log: is_below(jnp.exp(log)), zero + LEAST_LOG_POWER, zero, NUM_BISECTIONS
-    )
-    power = jnp.where(is_below(1.0 + zero), 1.0, jnp.exp(low))
-    return jax.nn.softmax(power * log_weight)

@@ -13,13 +13,14 @@ Positions are in coordinates where the reference is N(0, I), and -log q is meant
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.shift.adaptive_importance.proposal import Proposal
 
-__all__ = ["Scouts", "moved", "send", "walked"]
+__all__ = ["Scouts", "led", "moved", "send", "walked"]
 
 # Nearer to the proposal's mean, in its standard deviations, a scout has come to the mode that is known.
 NEAR = 3.0
@@ -72,6 +73,11 @@ class Scouts(NamedTuple):
         """Where to look next, `(scout, dim)`."""
         return self.place - self.length[:, None] * self.direction
 
+    def expected_rise(self, proposal: Proposal, e: Array) -> Array:
+        """Of -log q, from the witness to draws, if q has the width there: `(draw, dim)` -> `(draw,)`."""
+        gap = proposal.whitened(e) - proposal.whitened(self.witness[None])
+        return 0.5 * jnp.sum((gap / self.width) ** 2, -1)
+
 
 def send(num_scouts: int, zero: Array) -> Scouts:
     """Scouts that begin where the first draws of the reference are.
@@ -110,6 +116,23 @@ def moved(scouts: Scouts, old: AnyGaussian, new: AnyGaussian) -> Scouts:
         witness=jnp.where(scouts.known, places[-1], 0.0),
         depth=jnp.where(scouts.known, scouts.depth + change[-1], UNKNOWN),
     )
+
+
+def led(scouts: Scouts, before: Proposal, after: Proposal, share: Array) -> Proposal:
+    """The proposal about the witness where most of q is there, and else as it was adapted.
+
+    Args:
+        scouts: of the round.
+        before: the proposal that drew.
+        after: as it was adapted.
+        share: of the weights that the draws about the witness have.
+
+    Returns:
+        The proposal of the next round.
+    """
+    there = Proposal(scouts.witness, jnp.minimum(scouts.width, 1.0) * before.scale)
+    leads = scouts.known & (share > 0.5)
+    return jax.tree.map(lambda a, b: jnp.where(leads, a, b), there, after)
 
 
 def walked(
