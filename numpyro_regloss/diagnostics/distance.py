@@ -45,6 +45,8 @@ __all__ = ["GaussianFit", "gaussian_fit"]
 LEAST_REACHED = 0.95
 # The largest k-hat of weights whose average and error are both reliable at a few hundred draws.
 RELIABLE_KHAT = 0.4
+# And a mean that is known to be zero may be off by so many of its errors: more is a tail that no draw has shown.
+CENTERED = 2.0
 # Deviations are findings when they exceed four standard errors and are of practical size: a fifth of a standard
 # deviation, a factor of 1.15, a skewness of 0.5, an excess kurtosis of 1.
 SIGMAS = 4.0
@@ -246,7 +248,7 @@ def _divergence(log_ratio: Array, chains: Chains, normalizer_error: Array) -> tu
     # To first order a wrong normalizer does not move the second form.
     values = jnp.stack([log_ratio, log_ratio + excess, excess], -1)
     error, mean = series_error(chains, values), chains.weight @ values
-    centered = jnp.abs(mean[2]) < SIGMAS * jnp.hypot(error[2], normalizer_error)
+    centered = jnp.abs(mean[2]) < CENTERED * jnp.hypot(error[2], normalizer_error)
     trusted = jnp.stack([jnp.asarray(True), centered & (pareto_khat(-log_ratio) < RELIABLE_KHAT)])
     rounding = jnp.finfo(log_ratio.dtype).eps * jnp.max(jnp.abs(log_ratio), initial=0.0)
     mean = mean[:2]
