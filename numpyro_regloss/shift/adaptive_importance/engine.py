@@ -309,8 +309,7 @@ class AdaptiveImportance(Shift):
             )
 
         zero, no = jnp.zeros_like(target.reference.mean[0]), jnp.asarray(False)
-        like = jax.eval_shape(self._evaluate, rng_key, proposal, scouts, target)
-        blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+        blank = self._blank(proposal, scouts)
         first = _Round(
             jnp.asarray(0),
             proposal,
@@ -382,13 +381,11 @@ class AdaptiveImportance(Shift):
     def _evaluate(
         self, rng_key: Key, proposal: Proposal, scouts: Scouts | None, target: RegularizedLoss
     ) -> _Batch:
-        drawn = draw(rng_key, proposal.widened(), self._num_pairs)
-        more = [proposal.mean[None]]
+        about, more = (), [proposal.mean[None]]
         if scouts is not None:
-            witness = jnp.where(scouts.known, scouts.witness, proposal.mean)
-            about = (witness, scouts.width)
-            drawn = draw(rng_key, proposal.widened(), self._num_pairs, *about)
+            about = (jnp.where(scouts.known, scouts.witness, proposal.mean), scouts.width)
             more = [scouts.next_place, *more]
+        drawn = draw(rng_key, proposal.widened(), self._num_pairs, *about)
         e = jnp.concatenate([drawn.e, *more])
         x = target.reference.unwhiten(e)
         if self.gradient:
@@ -398,6 +395,7 @@ class AdaptiveImportance(Shift):
         else:
             loss, gradient = jax.vmap(target.value)(x), jnp.zeros_like(e)
             failed = jnp.zeros(loss.shape, bool)
+        loss = loss.astype(x.dtype)
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         failed |= jnp.isnan(loss) | (loss == -jnp.inf)
         potential = 0.5 * jnp.sum(e**2, -1) + loss / target.temperature
@@ -407,6 +405,24 @@ class AdaptiveImportance(Shift):
         log_weight = -potential[:n] - drawn.log_density
         return _Batch(
             e, loss[:n], potential, gradient, log_weight, drawn.controls, jnp.sum(failed[:n])
+        )
+
+    def _blank(self, proposal: Proposal, scouts: Scouts | None) -> _Batch:
+        # By hand: to ask `_evaluate` would trace the loss once more.
+        n, dim = self.num_samples, proposal.mean.size
+        every = n + 1 + (0 if scouts is None else len(scouts.place))
+
+        def zeros(*shape: int) -> Array:
+            return jnp.zeros(shape, proposal.mean.dtype)
+
+        return _Batch(
+            e=zeros(every, dim),
+            loss=zeros(n),
+            potential=zeros(every),
+            gradient=zeros(every, dim),
+            log_weight=zeros(n),
+            controls=zeros(n, 2),
+            num_rejected=jnp.asarray(0),
         )
 
     def _walked(
