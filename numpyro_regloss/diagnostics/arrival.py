@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss.diagnostics.columns import Motion
-from numpyro_regloss.two_step.until import NEGLIGIBLE
+from numpyro_regloss.two_step.until import NEGLIGIBLE, is_steady
 
 __all__ = ["LEAST_STEPS", "SIGMAS", "Finding", "Run", "arrival", "window"]
 
@@ -20,8 +20,8 @@ SIGMAS = 3.0
 MARGIN = 2.0
 # Without errors: a walk of w independent steps has |sum|^2 = sum |step|^2 on average, a straight one w times that.
 STRAIGHT = 3.0
-# Steps that shrink by less from the first to the second half of the end of a run will not end soon.
-STEADY, TREND = 0.9, 10
+# Fewer steps do not tell whether they become shorter.
+TREND = 10
 
 
 class Finding(NamedTuple):
@@ -110,11 +110,8 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
 
 
 def _is_steady(pull: np.ndarray, all_pulls: np.ndarray) -> bool:
-    # Steps that end do so by becoming shorter, which few of them do not tell from noise: then the whole run does.
-    pull = pull if len(pull) >= TREND else all_pulls
-    half = len(pull) // 2
-    early, late = (np.linalg.norm(part.sum(0)) for part in (pull[:half], pull[-half:]))
-    return bool(late > STEADY * early)
+    # Few steps do not tell a trend from noise: then the whole run does.
+    return is_steady(pull if len(pull) >= TREND else all_pulls)
 
 
 CONTINUE = "Run more steps, with init_state=result.state."

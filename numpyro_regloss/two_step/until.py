@@ -16,7 +16,6 @@ Reference: Wellek (2010), "Testing Statistical Hypotheses of Equivalence and Non
 """
 
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from numpyro_regloss._core.pytree import pytree_dataclass, static_field
 from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
 
-__all__ = ["NEGLIGIBLE", "Arrived", "pulls"]
+__all__ = ["NEGLIGIBLE", "Arrived", "is_steady", "pulls"]
 
 # Squared length of a pull, in standard deviations of the reference, that no use of the loss notices: a step gains
 # about so much, in units of T.
@@ -33,6 +32,9 @@ NEGLIGIBLE = 1e-3
 # Differences of neighbouring pulls have the variance of two steps; three times as much where q is narrow, and the
 # noise of one step is the pull of the next.
 SCATTER = 3.0
+# Pulls of a run that ends become shorter than this, from one half of some steps to the other; the sum of pulls in
+# one direction is longer than this share of their lengths.
+STEADY, STRAIGHT = 0.9, 0.5
 
 
 def pulls(history: TwoStepInfo) -> tuple[np.ndarray, np.ndarray | None]:
@@ -113,12 +115,25 @@ class Arrived:
             - np.sum(square) / count
             + NormalDist().inv_cdf(1 - chance) * np.sqrt(spread)
         )
-        return bool(highest <= max(np.sum(square), NEGLIGIBLE)) and not _is_steady(pull)
+        short = bool(highest <= max(np.sum(square), NEGLIGIBLE))
+        # A pull that is negligible, of one length and in one direction, is a slow run and no end.
+        return short and not (_is_straight(pull) and is_steady(pull))
 
 
-def _is_steady(pull: Any) -> bool:
-    # A pull that is negligible, of always the same length in one direction, is a slow run and no end.
+def is_steady(pull: np.ndarray) -> bool:
+    """Whether pulls are as long in the second half of some steps as in the first: those that end become shorter.
+
+    Args:
+        pull: `(step, dim)`.
+
+    Returns:
+        The answer.
+    """
     half = len(pull) // 2
     early, late = (np.linalg.norm(part.sum(0)) for part in (pull[:half], pull[-half:]))
-    straight = np.linalg.norm(pull.sum(0)) > 0.5 * np.sum(np.linalg.norm(pull, axis=1))
-    return bool(straight and late > 0.9 * early)
+    return bool(late > STEADY * early)
+
+
+def _is_straight(pull: np.ndarray) -> bool:
+    # Noise goes to and fro.
+    return bool(np.linalg.norm(pull.sum(0)) > STRAIGHT * np.sum(np.linalg.norm(pull, axis=1)))
