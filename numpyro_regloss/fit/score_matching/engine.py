@@ -83,8 +83,8 @@ class ScoreMatching(Fit):
 
     Args:
         covariance: `"reference"`: the mean only, with the covariance of the reference; `"isotropic"`,
-            `"diagonal"`, `"dense"`; `"low_rank"`: the dense one's nearest diagonal plus `rank` factors, for which
-            no matrix is formed beyond 1,000 dimensions.
+            `"diagonal"`, `"dense"`; `"low_rank"`: a diagonal plus `rank` factors, itself of least divergence; no
+            matrix is formed.
         rank: number of factors of `"low_rank"`.
 
     Raises:

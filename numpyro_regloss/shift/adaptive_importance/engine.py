@@ -349,10 +349,13 @@ class AdaptiveImportance(Shift):
         bad = ~np.asarray(ok) & ~np.asarray(info.ok)
         if not bad.any():
             return ""
+        # Of what was evaluated: `Auto` asks without knowing how many draws there were.
+        evaluated = (np.asarray(info.num_loss) + np.asarray(info.num_grad))[bad]
+        share = np.asarray(info.ess)[bad] * np.asarray(info.num_rounds)[bad] / evaluated
         others = "shift.NUTS or shift.SMC" if self.gradient else "shift.SMC"
         return (
             f"AdaptiveImportance: in {bad.sum()} rejected steps no Gaussian was near enough to q: effective draws "
-            f"down to {np.min(np.asarray(info.ess)[bad]) / self.num_samples:.0%} of all, where "
+            f"down to {np.min(share):.0%} of all, where "
             f"{float(np.max(self.ess)):.0%} are asked for, k-hat up to {np.max(np.asarray(info.khat)[bad]):.2g}, "
             f"where {MAX_KHAT} is allowed. Use {others}, which need no such Gaussian; or a smaller tau, under "
             "which q is nearer to one."

@@ -59,11 +59,9 @@ def draw(
     noise = random.normal(rng_key, (sum(num_pairs), 1, mean.size), mean.dtype)
     noise = jnp.concatenate([noise, -noise], 1).reshape(-1, mean.size)
     if witness is None:
-        log_density = proposal.log_density(jnp.sum(noise**2, -1))
         square = jnp.sum(noise**2, -1)
-        return Drawn(
-            mean + proposal.scaled(noise), log_density, controls_of(0.0 * square, square, mean.size)
-        )
+        controls = controls_of(jnp.zeros_like(square), square, mean.size)
+        return Drawn(mean + proposal.scaled(noise), proposal.log_density(square), controls)
     ends = [2 * sum(num_pairs[:i]) for i in (1, 2)]
     own, wide, other = jnp.split(noise, ends)
     gap = proposal.whitened(witness[None])
