@@ -6,7 +6,6 @@ These are the pure halves of `TwoStep`: module-level functions, so that two opti
 one program, whatever their numbers.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,13 @@ import numpy as np
 from jax import lax, random
 
 from numpyro_regloss._core.checks import usable_range
-from numpyro_regloss._core.pytree import Partition, all_finite, is_concrete, strip_weak_types
+from numpyro_regloss._core.pytree import (
+    Partition,
+    all_finite,
+    is_concrete,
+    replace_fields,
+    strip_weak_types,
+)
 from numpyro_regloss._core.ranks import promotes_ranks
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
@@ -316,7 +321,7 @@ def advance(
 def successor(optimizer: Any, state: TwoStepState) -> Any:
     """The optimizer with the shift that goes on from a state; of tracers nothing is known, and it is the same."""
     shift = optimizer.shift.successor(state.shift) if is_concrete(state) else optimizer.shift
-    return optimizer if shift is optimizer.shift else dataclasses.replace(optimizer, shift=shift)
+    return optimizer if shift is optimizer.shift else replace_fields(optimizer, shift=shift)
 
 
 def row_of_history(optimizer: Any, state: TwoStepState, arguments: Partition) -> TwoStepInfo:
