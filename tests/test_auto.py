@@ -141,3 +141,11 @@ def test_what_it_refuses():
 
 def _numbers(state):
     return state._replace(rng_key=random.key_data(state.rng_key))
+
+
+def test_advice_counts_effective_draws_of_what_was_evaluated():
+    # Of 409 evaluations in a round, as in 100 dimensions.
+    fields = dict.fromkeys(shift.AutoInfo._fields, np.zeros(1))
+    seen = {"ess": np.array([40.9]), "num_rounds": np.array([8]), "num_grad": np.array([8 * 409])}
+    info = shift.AutoInfo(**fields | seen | {"ok": np.array([False]), "sampled": np.array([False])})
+    assert "effective draws down to 10% of all" in shift.Auto().remedy(info, np.array([False]))
