@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from numpyro_regloss._core.checks import cast_fields, check_choice, check_positive
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
-from numpyro_regloss._core.stats import normalize_log_weight
+from numpyro_regloss._core.stats import normalize_log_weight, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor import safeguard
 from numpyro_regloss.anchor.base import Anchor
@@ -40,6 +40,8 @@ __all__ = ["Newton", "NewtonState"]
 
 # Draws per parameter that a regression needs, and halves of the draws are to make sense.
 LEAST_DRAWS = 2
+# Effective draws with scores per parameter, from which the curvature is known to some per cent.
+KNOWN = 3
 # Squared standard errors below which a component is not lengthened at all.
 INSIGNIFICANT = 2.0
 # Of the radius after a step that was taken back, and after one that was taken.
@@ -63,7 +65,9 @@ class Newton(Anchor):
     """N(x + (I - C / tau)⁻¹ (m - x), tau I); the plain step, N(m, tau I), where that decreases F_tau by more.
 
     The fit must match moments, as `fit.ForwardKL` does. The curvature C is that of the scores of the draws, which
-    NUTS and HMC have, or their covariance.
+    NUTS, HMC and AdaptiveImportance have, or their covariance. From three effective draws with scores per parameter
+    on, the two steps are not compared by halves of the draws, which know less than all of them: the step is taken,
+    and taken back where the gradient at its end says that F_tau rose.
 
     Args:
         floor: least eigenvalue of I - C / tau: no direction is lengthened by more than 1 / floor.
@@ -86,8 +90,8 @@ class Newton(Anchor):
         True
     """
 
-    floor: Any = 0.02
-    max_step: Any = 2.0
+    floor: Any = 0.01
+    max_step: Any = 4.0
     curvature: str = static_field(default="full")
 
     def __post_init__(self) -> None:
@@ -165,7 +169,10 @@ class Newton(Anchor):
         error = safeguard.whitened_error(here, fit_info)
         _, back = safeguard.rise(state.last, reference, plain, error)
         step = plain + stretch(plain, 1.0)
-        take = (decreases[1] > decreases[0]) & jnp.isfinite(step).all() & ~back
+        # A half of the draws that sees a rise may be wrong where all of them know the curvature.
+        is_known = (regression.noise == 0) & (weight_ess(draws.log_weight) >= KNOWN * target.dim)
+        take = (decreases[1] > decreases[0]) | is_known
+        take &= jnp.isfinite(step).all() & ~back
         reason = jnp.where(take, 0, REASONS.index("no further decrease"))
         reason = jnp.where(back, REASONS.index("went back"), reason)
         mean = jnp.where(take, reference.unwhiten(step), fitted.mean)

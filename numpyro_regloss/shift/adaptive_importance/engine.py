@@ -61,8 +61,6 @@ COVARIANCES = ("auto", "dense", "diagonal")
 # "auto" is dense up to so many dimensions, if there are so many draws for each.
 MOST_DENSE, DRAWS_PER_DIM = 500, 4
 NUM_SAMPLES, MOST_SCOUTS = 256, 8
-# So many rounds scouts walk before a first step is believed.
-FIRST_ROUNDS = 8
 # Below, k-hat has no tail to look at.
 LEAST_DRAWS = 32
 # Of the draws, to which weights are tempered.
@@ -145,7 +143,8 @@ class AdaptiveImportance(Shift):
 
     Regularized targets mostly are. Where q is not (several modes, funnels, heavy skew), weights are uneven and the
     step is rejected: use `NUTS` or `SMC` there. Scouts, points that walk downhill from draws of the reference,
-    look for modes that the proposal lacks, for eight rounds before a first step is believed. A mode whose valley
+    look for modes that the proposal lacks: before a first step is believed they walk for eight rounds, or until 24
+    walks ended at the one mode. A mode whose valley
     holds hardly a part of the reference is not found.
 
     Args:
@@ -275,7 +274,7 @@ class AdaptiveImportance(Shift):
         proposal = jax.tree.map(lambda a, b: jnp.where(usable, a, b), proposal, fresh.proposal)
 
         def unfinished(now: _Round) -> Array:
-            young = False if now.scouts is None else now.scouts.num_rounds < FIRST_ROUNDS
+            young = False if now.scouts is None else now.scouts.young
             return (now.count < self.max_rounds) & (~now.ok | young)
 
         def one_more(now: _Round) -> _Round:
@@ -443,7 +442,9 @@ class AdaptiveImportance(Shift):
         rise = batch.potential[about] - scouts.depth
         rise /= scouts.expected_rise(before.widened(), batch.e[about])
         after = led(scouts, before, after, share)
-        return walked(scouts, after, batch.potential[-1], looked, fresh, rise), after
+        at_mean = batch.potential[-1]
+        level = at_mean - 0.5 * after.square(before.mean[None])[0]
+        return walked(scouts, after, at_mean, level, looked, fresh, rise), after
 
     def _adapted(self, proposal: Proposal, batch: _Batch, reach: Array) -> Proposal:
         # Of its own draws: others are far where the proposal is narrow, and would decide alone.

@@ -24,6 +24,8 @@ __all__ = ["Scouts", "led", "moved", "send", "walked"]
 
 # Nearer to the proposal's mean, in its standard deviations, a scout has come to the mode that is known.
 NEAR = 3.0
+# Of the rise of -log q from the proposal's mean, besides one: so nearly a draw is explained by it.
+EXPLAINED = 0.1
 # Of -log q above that at the proposal's mean: a Gaussian so high holds a four-hundredth of the other's mass.
 HIGHEST = 6.0
 # Steps after which a scout that found nothing begins anew.
@@ -34,6 +36,8 @@ MOST_RISE = 30.0
 FARTHEST = 0.5
 # Of the length of steps, where -log q fell and where it rose, and its bounds.
 LONGER, SHORTER, LONGEST, SHORTEST = 1.5, 0.5, 4.0, 1e-2
+# So many rounds scouts walk before a first step is believed, or fewer if so many walks found nothing.
+FIRST_ROUNDS, ENOUGH_HOME = 8, 24
 # In place of infinity, which has no place in a state.
 UNKNOWN = 1e30
 
@@ -51,6 +55,7 @@ class Scouts(NamedTuple):
         depth: -log q there; `UNKNOWN` if there is none.
         width: of q about it, in units of the proposal's.
         num_rounds: of all scouts, since the first.
+        num_home: walks that ended at the proposal's mode, since the first.
     """
 
     place: Array
@@ -62,6 +67,12 @@ class Scouts(NamedTuple):
     depth: Array
     width: Array
     num_rounds: Array
+    num_home: Array
+
+    @property
+    def young(self) -> Array:
+        """Whether they have not seen enough for a first step to be believed."""
+        return (self.num_rounds < FIRST_ROUNDS) & (self.known | (self.num_home < ENOUGH_HOME))
 
     @property
     def known(self) -> Array:
@@ -92,7 +103,8 @@ def send(num_scouts: int, zero: Array) -> Scouts:
     each = jnp.zeros(num_scouts, zero.dtype)
     place = jnp.broadcast_to(zero, (num_scouts, zero.size))
     high, one = jnp.full_like(zero[0], UNKNOWN), jnp.ones_like(zero[0])
-    return Scouts(place, place, each, each + high, each + OLDEST, zero, high, one, jnp.asarray(0))
+    none = jnp.asarray(0)
+    return Scouts(place, place, each, each + high, each + OLDEST, zero, high, one, none, none)
 
 
 def moved(scouts: Scouts, old: AnyGaussian, new: AnyGaussian) -> Scouts:
@@ -139,6 +151,7 @@ def walked(
     scouts: Scouts,
     proposal: Proposal,
     at_mean: Array,
+    level: Array,
     looked: tuple[Array, Array, Array],
     fresh: tuple[Array, Array, Array],
     rise: Array,
@@ -149,6 +162,7 @@ def walked(
         scouts: before.
         proposal: of the round to come.
         at_mean: -log q at the mean of the proposal that drew.
+        level: -log q at the mean of that to come, by its own curvature.
         looked: the scouts' next places, -log q and gradients there: `(scout, dim)`, `(scout,)`, `(scout, dim)`.
         fresh: the same for as many draws of the reference, from which scouts begin anew.
         rise: -log q at the draws about the witness, over what it is there where q has the width of these draws.
@@ -162,8 +176,8 @@ def walked(
         fell, _descending(proposal, looked), (scouts.place, scouts.potential, scouts.direction)
     )
     length = jnp.where(fell, LONGER, SHORTER) * scouts.length
-    away = proposal.square(place) > NEAR**2
-    fresh_away = proposal.square(fresh[0]) > NEAR**2
+    away, fresh_away = _away(proposal, level, place, potential), _away(proposal, level, *fresh[:2])
+    home = ~away & (scouts.age < OLDEST)
     idle = (potential > at_mean + HIGHEST) & (scouts.age >= OLDEST)
     anew = ~away | (potential >= UNKNOWN) | idle | (fresh_away & (fresh[1] < potential))
     place, potential, direction = _chosen(
@@ -188,7 +202,15 @@ def walked(
         depth=jnp.where(known, potential[lowest], UNKNOWN),
         width=jnp.where(known & scouts.known, scouts.width / jnp.sqrt(rise), 1.0),
         num_rounds=scouts.num_rounds + 1,
+        num_home=scouts.num_home + jnp.sum(home),
     )
+
+
+def _away(proposal: Proposal, level: Array, place: Array, potential: Array) -> Array:
+    # Neither near the proposal's mean, nor where its curvature says how high -log q is.
+    square = proposal.square(place)
+    rise = 0.5 * square
+    return (square > NEAR**2) & (jnp.abs(potential - level - rise) > 1.0 + EXPLAINED * rise)
 
 
 def _descending(proposal: Proposal, seen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
