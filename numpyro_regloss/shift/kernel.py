@@ -30,7 +30,7 @@ from numpyro.infer import HMC, BarkerMH, init_to_value
 from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_regloss._core.checks import check_count, check_integers
+from numpyro_regloss._core.checks import check_count, check_differentiable
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
@@ -175,10 +175,10 @@ class Kernel(Shift):
             The state.
 
         Raises:
-            TypeError: if the kernel follows gradients and the loss returns integers.
+            TypeError: if the kernel follows gradients and the loss returns integers or is external.
             ValueError: if the kernel cannot be set up on the model.
         """
-        check_integers(["Kernel"] * self.uses_gradient, target.loss, "shift.Kernel")
+        check_differentiable(["Kernel"] * self.uses_gradient, target.loss, "shift.Kernel")
         mean = target.reference.mean
         noise = random.normal(rng_key, (self.num_chains, target.dim), mean.dtype)
         tuning = None

@@ -12,7 +12,7 @@ import numpy as np
 from numpyro_regloss._core.checks import (
     WITHOUT_GRADIENTS,
     check_count,
-    check_integers,
+    check_differentiable,
     check_key,
     check_positive,
     check_schedule,
@@ -28,6 +28,7 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor import Proximal
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import Gaussian
+from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
@@ -116,7 +117,7 @@ class TwoStep:
                 f"{type(self.shift).__name__} have none; use shift.NUTS, HMC or AdaptiveImportance, or "
                 "fit.ForwardKL."
             )
-        check_integers(followers(self.shift, self.fit), self.loss, "TwoStep")
+        check_differentiable(followers(self.shift, self.fit), self.loss, "TwoStep")
         self.anchor.check_fit(self.fit)
         if self.record is not None and not isinstance(self.record, Record):
             raise TypeError(
@@ -147,10 +148,14 @@ class TwoStep:
         self.loss.check_captured()
         self.loss.check_precision("TwoStep.init")
         arguments = self.loss.bind(args, kwargs)
-        start = _explain(outer_step.init_state, self, rng_key, arguments)
-        state, value, gradient_ok, found = start
+        if self.loss.is_told:
+            return _explain(outer_step.first_state, self, rng_key, arguments)
+        with self.loss.watch() as watch, watch.running():
+            start = _explain(outer_step.init_state, self, rng_key, arguments)
+            state, value, gradient_ok, found = start
+            value = value if not is_concrete(value) else np.asarray(value)
         if is_concrete(value):
-            _check_start(value)
+            _check_start(value, watch)
             if not gradient_ok:
                 raise ValueError(
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
@@ -175,7 +180,8 @@ class TwoStep:
         """
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.step: state")
-        return outer_step.step(outer_step.successor(self, state), state, arguments)
+        optimizer = outer_step.successor(self, state)
+        return self.loss.listen("TwoStep.step", outer_step.step, optimizer, state, arguments)
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
@@ -194,7 +200,9 @@ class TwoStep:
         check_count(num_steps, "TwoStep.scan: num_steps")
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.scan: state")
-        return outer_step.scan(outer_step.successor(self, state), state, arguments, num_steps)
+        optimizer = outer_step.successor(self, state)
+        call = (outer_step.scan, optimizer, state, arguments, num_steps)
+        return self.loss.listen("TwoStep.scan", *call)
 
     def run(
         self,
@@ -251,6 +259,26 @@ class TwoStep:
                 "TwoStep.run: expected values, got tracers; inside of jax.jit, jax.vmap and jax.grad use "
                 "TwoStep.init and TwoStep.scan."
             )
+        with self.loss.watch() as watch:
+            result, cause = self._run(
+                rng_key, num_steps, args, kwargs, init_state, progress_bar, callback, until, watch
+            )
+        report_interruption(cause, result, num_steps)
+        report_trouble(result, self, watch.report())
+        return result
+
+    def _run(
+        self,
+        rng_key: Key,
+        num_steps: int,
+        args: tuple,
+        kwargs: dict,
+        init_state: TwoStepState | None,
+        progress_bar: bool,  # noqa: FBT001
+        callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None,
+        until: Arrived | None,
+        watch: Watch,
+    ) -> tuple[TwoStepResult, BaseException | str | None]:
         arguments = self.loss.bind(args, kwargs)
         # The first step has the loss at the start too: a long one need not be compiled for it alone.
         is_checked = init_state is not None or not self._is_checked_late
@@ -276,12 +304,14 @@ class TwoStep:
 
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
             before, optimizer = int(state.step), outer_step.successor(self, state)
-            state, rows, _ = outer_step.advance(
-                optimizer, state, arguments, np.int32(count), capacity
-            )
+            with watch.running():
+                state, rows, _ = outer_step.advance(
+                    optimizer, state, arguments, np.int32(count), capacity
+                )
+                after = int(state.step)
             if not is_checked and not before:
-                _check_start(rows.loss[0])
-            return state, rows, int(state.step) - before
+                _check_start(rows.loss[0], watch)
+            return state, rows, after - before
 
         state, history, seconds, cause = run_in_chunks(
             advance,
@@ -297,9 +327,7 @@ class TwoStep:
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
         result = TwoStepResult(params, state, history, seconds, stopped)
-        report_interruption(cause, result, num_steps)
-        report_trouble(result, self)
-        return result
+        return result, cause
 
     def draw(self, rng_key: Key | None, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
         """Draws from the shifted density at the state's reference.
@@ -350,8 +378,10 @@ class TwoStep:
 
     @property
     def _is_checked_late(self) -> bool:
+        # A simulation may take hours, and then goes along with those of the first cloud.
+        alone = self.loss.is_external
         whole = self.loss.minibatch is None
-        return self.loss.is_long and whole and not outer_step.follows_gradient(self)
+        return (self.loss.is_long and whole and not outer_step.follows_gradient(self)) or alone
 
     def _check_schedule(self, step: int, num_steps: int) -> None:
         if callable(self.tau):
@@ -383,11 +413,11 @@ class TwoStep:
         return with_context_axes(state)
 
 
-def _check_start(value: Array) -> None:
+def _check_start(value: Array | np.ndarray, watch: Watch) -> None:
     if not np.isfinite(value):
         raise ValueError(
-            f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
-            "(params, or rng_key of Loss.from_model), or look for NaN among the data."
+            f"TwoStep: expected a finite loss at the start, got {value}; choose another start (params, or rng_key "
+            f"of Loss.from_model), or look for NaN among the data. {watch.report()}".rstrip()
         )
 
 

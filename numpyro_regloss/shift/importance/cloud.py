@@ -27,6 +27,8 @@ Carry = TypeVar("Carry")
 
 # Two megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
 CHUNK_ELEMENTS = 500_000
+# Of an external loss all draws go to its workers at once, up to 64 megabytes of them.
+EXTERNAL_ELEMENTS = 16_000_000
 # Up to 64 megabytes of noise are kept for the fit, which else draws it again.
 KEPT_ELEMENTS = 16_000_000
 # Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
@@ -86,13 +88,15 @@ def lay_out(
         target: what is evaluated.
         num_samples: draws.
         chunk_size: draws at once, about, and all of them in one batch if there are no more; default: about two
-            megabytes of them, fewer when the loss holds much data.
+            megabytes of them, fewer when the loss holds much data; of an external loss all, up to 64 megabytes.
         antithetic: whether draws come in pairs.
         net_size: draws per scrambled Sobol net, a power of two; None for random noise.
 
     Returns:
         The layout.
     """
+    if chunk_size is None and target.loss.is_external:
+        chunk_size = max(16, EXTERNAL_ELEMENTS // target.dim)
     size = chunk_size
     if size is None:
         # What a loss keeps per draw is unknown; an eighth of its data is a fair guess for a network.

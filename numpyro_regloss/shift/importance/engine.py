@@ -85,8 +85,9 @@ class Importance(Shift):
             some direction), pairs would keep it for ever: only their first members, which are independent draws,
             then have a weight.
         chunk_size: draws evaluated at once; default: about two megabytes of them, fewer when the loss
-            holds much data. A Sobol net is never divided. With `num_samples` or more, each step calls the loss
-            once, on all draws and the center: for a simulator that has a price per call.
+            holds much data, and all of them of an external loss. A Sobol net is never divided. With
+            `num_samples` or more, each step calls the loss once, on all draws and the center: for a simulator that
+            has a price per call.
         noise: `"normal"`: independent ξ_j; `"sobol"`: independently scrambled Sobol nets, each of the
             largest power of two that leaves `num_scrambles` of them: smaller errors where few directions
             matter and the loss is smooth, in up to 21,201 dimensions.
