@@ -183,6 +183,69 @@ class TwoStep:
         optimizer = outer_step.successor(self, state)
         return self.loss.listen("TwoStep.step", outer_step.step, optimizer, state, arguments)
 
+    def ask(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
+        """The points at which the next step needs the loss, for those who evaluate it themselves. Pure.
+
+        For evaluations that take hours in a queue: of shifts that evaluate one cloud, such as `shift.Importance`,
+        with fits that use its draws, such as `fit.ForwardKL`. Points and state may go through files.
+
+        Args:
+            state: from `init` or `tell`; the same state has the same points.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The parameters as the user wrote them, of NumPy arrays with a leading axis of points. The last one is
+            the centre.
+
+        Raises:
+            TypeError: if the engines do not know their points before they have values.
+
+        Example:
+            >>> from jax import random
+            >>> from numpyro_regloss import schemes, shift
+            >>> loss = Loss.from_external(None, {"rate": np.zeros(2)})
+            >>> optimizer = schemes.local_entropy(loss, 0.5, shift.Importance(500))
+            >>> state = optimizer.init(random.key(0))
+            >>> for _ in range(10):
+            ...     points = optimizer.ask(state)
+            ...     values = np.sum((points["rate"] - 1.0) ** 2, axis=1)
+            ...     state, info = optimizer.tell(state, points, values)
+            >>> bool(np.all(np.abs(state.reference.mean - 1.0) < 0.2))
+            True
+        """
+        self._check_asking()
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.ask: state")
+        return _as_points(self.loss, outer_step.ask(self, state, arguments), arguments)
+
+    def tell(
+        self, state: TwoStepState, points: Any, values: Any, *args: Any, **kwargs: Any
+    ) -> tuple[TwoStepState, TwoStepInfo]:
+        """The step that `TwoStep.step` would do, from losses at the points of `ask`. Pure.
+
+        Args:
+            state: that of `ask`.
+            points: from `ask`.
+            values: the loss at each point, `(point,)`; NaN where it failed, a draw of weight zero.
+            *args: as of `ask`.
+            **kwargs: as of `ask`.
+
+        Returns:
+            The next state and what the step did.
+
+        Raises:
+            TypeError: if the engines do not know their points before they have values.
+            ValueError: if points are others than those of this state, or values not one number per point.
+        """
+        self._check_asking()
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.tell: state")
+        x = outer_step.ask(self, state, arguments)
+        _check_points(points, _as_points(self.loss, x, arguments))
+        values = _checked_values(values, len(x))
+        return outer_step.tell(self, state, arguments, values)
+
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
     ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -364,6 +427,18 @@ class TwoStep:
         _check_kind(state, "TwoStep.get_params: state")
         return self.loss.constrain(state.reference.mean, args, kwargs)
 
+    def _check_asking(self) -> None:
+        if self.fit.uses_gradient or not self.fit.uses_draws:
+            raise TypeError(
+                f"TwoStep.ask: expected a fit that evaluates no loss, such as fit.ForwardKL, got "
+                f"{type(self.fit).__name__}, which evaluates it where it has moved to; call the function by "
+                "Loss.from_external instead."
+            )
+        if self.record is not None:
+            raise TypeError(
+                "TwoStep.ask: expected no record, which evaluates the loss at more points; use record=None."
+            )
+
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
         if callable(self.tau):
@@ -411,6 +486,54 @@ class TwoStep:
                 "of them: start anew with TwoStep.init."
             )
         return with_context_axes(state)
+
+
+def _as_points(loss: Loss, x: Array, arguments: Partition) -> Any:
+    """Rows of a flat array as the user's parameters, with a leading axis."""
+
+    def constrain(row: Array) -> Any:
+        return loss.source.constrain(row, *arguments.tree)
+
+    def arrays(row: Array) -> list[Array]:
+        return [leaf for leaf in jax.tree.leaves(constrain(row)) if isinstance(leaf, jax.Array)]
+
+    rows = iter(jax.vmap(arrays)(x))
+
+    def place(leaf: Any) -> Any:
+        # A function of a module is the same at all points.
+        return np.asarray(next(rows)) if isinstance(leaf, jax.Array) else leaf
+
+    return jax.tree.map(place, constrain(x[0]))
+
+
+def _check_points(points: Any, asked: Any) -> None:
+    structures = jax.tree.structure(points), jax.tree.structure(asked)
+    pairs = zip(jax.tree.leaves(points), jax.tree.leaves(asked), strict=False)
+    same = structures[0] == structures[1] and all(
+        np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+        for a, b in pairs
+        if isinstance(b, np.ndarray)
+    )
+    if not same:
+        raise ValueError(
+            "TwoStep.tell: expected the points of TwoStep.ask for this state, got others; pass the state, the "
+            "optimizer's settings and the points of one TwoStep.ask together, in its order."
+        )
+
+
+def _checked_values(values: Any, count: int) -> Array:
+    try:
+        found = np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"TwoStep.tell: expected {count} real numbers, NaN where an evaluation failed, got {type(values)}."
+        ) from error
+    if found.shape != (count,):
+        raise ValueError(
+            f"TwoStep.tell: expected one value per point, of shape ({count},), got {found.shape}; pass NaN where "
+            "an evaluation failed."
+        )
+    return jnp.asarray(found, float)
 
 
 def _check_start(value: Array | np.ndarray, watch: Watch) -> None:

@@ -21,7 +21,15 @@ from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.importance.mirror import is_mirror, is_wider
 from numpyro_regloss.shift.importance.sobol import sobol_normal
 
-__all__ = ["Cloud", "Layout", "evaluate", "lay_out", "single_weights"]
+__all__ = [
+    "Cloud",
+    "Layout",
+    "draws_of",
+    "evaluate",
+    "kept_noise",
+    "lay_out",
+    "single_weights",
+]
 
 Carry = TypeVar("Carry")
 
@@ -283,17 +291,50 @@ def single_weights(
     return jnp.where(leave & second, -jnp.inf, log_weight)
 
 
+def kept_noise(rng_key: Key, reference: AnyGaussian, layout: Layout) -> Array | None:
+    """The offsets of the draws as `evaluate` keeps them, without an evaluation.
+
+    Args:
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud is drawn from.
+        layout: how draws lie in chunks.
+
+    Returns:
+        `(chunk, row, dim)`, or None of a cloud that is not kept.
+    """
+    if not layout.kept:
+        return None
+    offset = _offsets(rng_key, reference, layout, jnp.asarray(0))
+    offset = offset.reshape(-1, layout.chunk_size // layout.per_row, reference.dim)
+    return lax.optimization_barrier(offset)
+
+
+def draws_of(
+    rng_key: Key, reference: AnyGaussian, layout: Layout, offset: Array | None = None
+) -> Array:
+    """All draws of a cloud.
+
+    Args:
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud is drawn from.
+        layout: how draws lie in chunks.
+        offset: of the draws, if it is kept.
+
+    Returns:
+        `(draw, dim)`.
+    """
+    if offset is None:
+        draw = partial(_offsets, rng_key, reference, layout)
+        offset = lax.map(draw, jnp.arange(layout.num_segments))
+    offset = lax.optimization_barrier(offset.reshape(-1, reference.dim))
+    weights = jnp.zeros((offset.shape[0], layout.per_row))
+    return Chunk(reference.mean, offset, weights, None).x[: layout.num_samples]
+
+
 @jax.jit
 @promotes_ranks
 def _materialize(cloud: Cloud) -> Array:
-    layout = cloud.layout
-    offset = cloud.offset
-    if offset is None:
-        draw = partial(_offsets, cloud.rng_key, cloud.reference, layout)
-        offset = lax.map(draw, jnp.arange(layout.num_segments))
-    offset = offset.reshape(-1, cloud.reference.dim)
-    weights = jnp.zeros((offset.shape[0], layout.per_row))
-    return Chunk(cloud.reference.mean, offset, weights, None).x[None, : layout.num_samples]
+    return draws_of(cloud.rng_key, cloud.reference, cloud.layout, cloud.offset)[None]
 
 
 def _offsets(rng_key: Key, reference: AnyGaussian, layout: Layout, index: Array) -> Array:
