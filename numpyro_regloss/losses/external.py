@@ -33,12 +33,14 @@ class ExternalSource(FunctionSource):
     Attributes:
         user: the function and how it is called.
         kinds: of each leaf the type in which the function gets it.
+        walls: whether a rejected draw is a wall, a loss of infinity, and not NaN.
     """
 
     user: Caller = static_field()  # ty: ignore[incompatible-attribute-override]
     structure: Any = static_field()
     sites: tuple[Any, ...] = static_field()
     kinds: tuple[Any, ...] = static_field(default=())
+    walls: bool = static_field(default=False)
 
     @property
     def is_external(self) -> bool:
@@ -97,7 +99,8 @@ class ExternalSource(FunctionSource):
                 calls.append(Call((rows(part), *args), kwargs, part.stop - start))
         else:
             calls = [Call((rows(i), *args), kwargs, 0) for i, (args, kwargs) in enumerate(each)]
-        return self.user.evaluate(calls).astype(x.dtype).reshape(lead)
+        losses = self.user.evaluate(calls).astype(x.dtype).reshape(lead)
+        return np.where(np.isnan(losses), np.inf, losses).astype(x.dtype) if self.walls else losses
 
     def _columns(self, flat: np.ndarray) -> list[Callable[[Any], Any]]:
         columns, start = [], 0

@@ -310,6 +310,13 @@ class Loss:
         """Listens to what happens to the calls of an external loss while programs run."""
         return self.source.watch()
 
+    @property
+    def walled(self) -> "Loss":
+        """The same, of which rejected draws of an external loss are walls: NaN tells some samplers nothing."""
+        if not isinstance(self.source, ExternalSource):
+            return self
+        return replace_fields(self, source=replace_fields(self.source, walls=True))
+
     def listen(self, what: str, call: Callable[..., T], *args: Any) -> T:
         """Runs programs, and tells what happened to the calls of an external loss, if it is one.
 

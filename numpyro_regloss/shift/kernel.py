@@ -32,7 +32,12 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._core.checks import check_count, check_differentiable
 from numpyro_regloss._core.foreign import attribute
-from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
+from numpyro_regloss._core.pytree import (
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+    strip_weak_types,
+)
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -209,6 +214,7 @@ class Kernel(Shift):
         key_batch, rng_key = random.split(rng_key)
         # One batch for the whole shift: the chains' target must not change under them.
         target = target.on_batch(key_batch)
+        target = replace_fields(target, loss=target.loss.walled)
         start = _usable(target, state.noise)
         warm = state.warm if state.tuning is not None else jnp.asarray(False)
         keys = random.split(rng_key, self.num_chains)
