@@ -405,7 +405,7 @@ def test_calibration_of_a_solver_by_processes_equals_the_serial_one(processes):
     for name, value in simulators.TRUTH.items():
         # The last cloud is 0.01 wide.
         assert abs(float(found[0].params[name]) - value) < 0.05
-    here = Loss.from_external(simulators.in_process, PARAMS, executor=processes)
+    here = Loss.from_external(simulators.process, PARAMS, executor=processes)
     assert float(here.value(here.x0)) != float(np.float32(os.getpid()))
 
 

@@ -3,6 +3,7 @@
 """Simulators that JAX cannot trace, in a module of their own: processes import it, and it imports no JAX."""
 
 import os
+import time
 
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -34,7 +35,19 @@ def misfit(params, observed):
     return np.mean((infected(params) - observed) ** 2) / 0.02**2
 
 
-def in_process(params):
-    """Square distance from one, and which process says so: the last digits."""
+def slow_misfit(params, observed):
+    """The same by a simulator of 20 milliseconds more."""
+    time.sleep(0.02)
+    return misfit(params, observed)
+
+
+def sleep(params):
+    """Square distance from one, by a simulator of 50 milliseconds."""
+    time.sleep(0.05)
+    return np.sum((params - 1.0) ** 2)
+
+
+def process(params):
+    """Which process was called."""
     del params
     return float(os.getpid())
