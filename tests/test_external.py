@@ -436,6 +436,11 @@ class Client:
 BAD = {
     "no function": ({"fn": 3}, TypeError, "expected a function of"),
     "arguments": ({"fn": lambda: 1.0}, TypeError, "does not take its arguments"),
+    "own name": (
+        {"fn": lambda params, timeout=1.0: timeout, "timeout": 3.0},
+        TypeError,
+        "has an argument 'timeout'",
+    ),
     "params": ({"params": {"a": 1}}, TypeError, "Loss.from_external: expected floating-point"),
     "executor": ({"executor": 4}, TypeError, "pass such as ThreadPoolExecutor"),
     "client": ({"executor": Client()}, TypeError, "get_executor"),

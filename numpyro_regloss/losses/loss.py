@@ -249,6 +249,9 @@ class Loss:
             5.0
         """
         what = "Loss.from_external"
+        own = {"executor": executor, "timeout": timeout, "chunk_size": chunk_size}
+        own |= {"batch": batch or None, "on_error": None if on_error == "reject" else on_error}
+        check_own_names(fn, own, 1 + len(args), what)  # ty: ignore[invalid-argument-type]
         check_call(fn, params, args, kwargs)
         check_flag(batch, f"{what}: batch")
         check_choice(on_error, f"{what}: on_error", ("reject", "raise"))

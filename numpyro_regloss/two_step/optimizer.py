@@ -62,7 +62,7 @@ class TwoStep:
     batch size.
 
     Args:
-        loss: from `Loss.from_function` or `Loss.from_model`.
+        loss: from `Loss.from_function`, `Loss.from_model` or `Loss.from_external`.
         tau: variance of the regularizer in squared units of the (unconstrained) parameters: a positive
             number, a schedule of the step such as Optax's (built once), or one value per group of
             parameters (a pytree prefix of the parameters, a dict by site name for a model).
@@ -410,8 +410,10 @@ class TwoStep:
         state = self._checked_state(state, arguments, "TwoStep.draw: state")
         optimizer = outer_step.successor(self, state)
         if rng_key is None:
-            return outer_step.next_draws(optimizer, state, arguments)
-        return outer_step.draw(optimizer, rng_key, state, arguments)
+            call = (outer_step.next_draws, optimizer, state, arguments)
+        else:
+            call = (outer_step.draw, optimizer, rng_key, state, arguments)
+        return self.loss.listen("TwoStep.draw", *call)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The parameters at the state's centre, as the user wrote them (sites constrained).
