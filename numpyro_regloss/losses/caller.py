@@ -17,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import (
-    FIRST_EXCEPTION,
     BrokenExecutor,
     CancelledError,
     Executor,
@@ -25,6 +24,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     wait,
 )
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -59,12 +59,12 @@ class Failure(NamedTuple):
     """A call that gave no number.
 
     Attributes:
-        text: the traceback.
+        text: the traceback; nothing where another call has told one.
         is_timeout: whether it took too long.
     """
 
     text: str
-    is_timeout: bool
+    is_timeout: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
@@ -298,11 +298,12 @@ class Caller:
             for future in futures:
                 future.cancel()
             raise
-        found = []
+        found, is_told = [], False
         for task, future in zip(tasks, futures, strict=True):
             error = future.exception()
             if error is not None:
-                found += [Failure.of(error)] * len(task)
+                found += [Failure("") if is_told else Failure.of(error)] * len(task)
+                is_told = True
             elif direct:
                 found.append(_checked(future.result(), task[0], raises=raises))
             else:
@@ -319,17 +320,24 @@ class Caller:
             raise self._lost(error) from error
 
     def _await(self, futures: list[Future], heard: Callable[[], bool], *, raises: bool) -> None:
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, POLL, FIRST_EXCEPTION)
+        # Futures tell when they are done: to ask ten thousand of them at every turn takes longer than calls do.
+        done: SimpleQueue[Future] = SimpleQueue()
+        for future in futures:
+            future.add_done_callback(done.put)
+        left = len(futures)
+        while left:
             if heard():
                 raise KeyboardInterrupt
-            for future in done:
-                error = CancelledError() if future.cancelled() else future.exception()
-                if isinstance(error, BrokenExecutor | CancelledError):
-                    raise self._lost(error) from error
-                if error is not None and (raises or not isinstance(error, Exception)):
-                    raise error
+            try:
+                future = done.get(timeout=POLL)
+            except Empty:
+                continue
+            left -= 1
+            error = CancelledError() if future.cancelled() else future.exception()
+            if isinstance(error, BrokenExecutor | CancelledError):
+                raise self._lost(error) from error
+            if error is not None and (raises or not isinstance(error, Exception)):
+                raise error
 
     def _lost(self, error: BaseException) -> RuntimeError:
         return RuntimeError(

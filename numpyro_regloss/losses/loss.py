@@ -210,7 +210,8 @@ class Loss:
         `fn(params, *args, **kwargs)` gets the user's own pytree of NumPy arrays and returns a number. All draws of
         a cloud are handed over at once, and their calls run side by side in an executor of `concurrent.futures`:
         threads, processes, Dask's `client.get_executor()`, `mpi4py.futures`. The numbers do not depend on it. `fn`
-        must be a function of its arguments alone: a simulator with noise takes the seed from one of them.
+        must be a function of its arguments alone (a simulator with noise takes the seed from one of them), and in
+        threads of this process must not call JAX, whose own threads may be waiting for it.
 
         Nothing is called before a run. There are no gradients: engines that follow them are refused.
 
@@ -249,8 +250,13 @@ class Loss:
             5.0
         """
         what = "Loss.from_external"
-        own = {"executor": executor, "timeout": timeout, "chunk_size": chunk_size}
-        own |= {"batch": batch or None, "on_error": None if on_error == "reject" else on_error}
+        own = {
+            "executor": executor,
+            "batch": batch or None,
+            "on_error": None if on_error == "reject" else on_error,
+            "timeout": timeout,
+            "chunk_size": chunk_size,
+        }
         check_own_names(fn, own, 1 + len(args), what)  # ty: ignore[invalid-argument-type]
         check_call(fn, params, args, kwargs)
         check_flag(batch, f"{what}: batch")

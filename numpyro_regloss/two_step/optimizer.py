@@ -410,10 +410,10 @@ class TwoStep:
         state = self._checked_state(state, arguments, "TwoStep.draw: state")
         optimizer = outer_step.successor(self, state)
         if rng_key is None:
-            call = (outer_step.next_draws, optimizer, state, arguments)
+            call, args = outer_step.next_draws, (optimizer, state, arguments)
         else:
-            call = (outer_step.draw, optimizer, rng_key, state, arguments)
-        return self.loss.listen("TwoStep.draw", *call)
+            call, args = outer_step.draw, (optimizer, rng_key, state, arguments)
+        return self.loss.listen("TwoStep.draw", call, *args)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The parameters at the state's centre, as the user wrote them (sites constrained).
