@@ -6,7 +6,7 @@ First table: wall time of a step of 41 calls of a simulator that sleeps for 50 m
 processes, against one call after the other in the same round. Four workers take eleven turns: a ratio of 0.27.
 
 Second: the calibration of an epidemic (an SIR model by SciPy's `solve_ivp`, and 20 milliseconds of sleep) by
-`schemes.anneal`, with four processes and, where Dask is installed, on a `LocalCluster` of two workers, one of
+`schemes.anneal`, with four processes and, with the extra `dask`, on a `LocalCluster` of two workers, one of
 which is killed during the run. Columns: wall seconds, with the start of the workers; draws that failed (the
 simulator refuses infections faster than any) and were rejected; the distance of the answer from the truth; the
 largest difference of any centre from that of the serial run, which should be zero.

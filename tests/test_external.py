@@ -135,6 +135,7 @@ def test_draws_that_vary_in_all_ways(executor, settings):
         np.testing.assert_allclose(jax.vmap(of_row)(x, (y,)), own, rtol=1e-5)
 
 
+@pytest.mark.both
 def test_a_whole_cloud_with_its_center_is_one_callback():
     clouds = []
 
@@ -151,6 +152,7 @@ def test_a_whole_cloud_with_its_center_is_one_callback():
     np.testing.assert_allclose(result.centers, run(once).centers, rtol=1e-5)
 
 
+@pytest.mark.both
 def test_failures_are_rejected_draws_with_one_warning():
     found = []
     for executor in (None, THREADS):
@@ -268,6 +270,7 @@ def test_ctrl_c_keeps_the_steps_and_cancels_the_calls(executor):
     assert np.isfinite(result.state.reference.mean).all()
 
 
+@pytest.mark.both
 def test_ctrl_c_is_heard_on_other_threads():
     calls = []
 
