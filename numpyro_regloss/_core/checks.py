@@ -22,7 +22,7 @@ __all__ = [
     "WITHOUT_GRADIENTS",
     "check_choice",
     "check_count",
-    "check_integers",
+    "check_differentiable",
     "check_key",
     "check_optimizer",
     "check_own_names",
@@ -81,8 +81,10 @@ def check_choice(value: Any, what: str, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{what}: expected one of {choices}, got {value!r}.")
 
 
-def check_integers(names: list[str], loss: Any, what: str, remedy: str = WITHOUT_GRADIENTS) -> None:
-    """Refuses engines that follow gradients where the loss returns integers.
+def check_differentiable(
+    names: list[str], loss: Any, what: str, remedy: str = WITHOUT_GRADIENTS
+) -> None:
+    """Refuses engines that follow gradients where the loss returns integers or is external.
 
     Args:
         names: of the engines that do.
@@ -93,11 +95,9 @@ def check_integers(names: list[str], loss: Any, what: str, remedy: str = WITHOUT
     Raises:
         TypeError: if there are such engines and it does.
     """
-    if names and loss.returns_integers:
-        raise TypeError(
-            f"{what}: {follow(names)} gradients, and a loss that returns integers has none; use "
-            f"{remedy}."
-        )
+    why = loss.lacks_gradient if names else ""
+    if why:
+        raise TypeError(f"{what}: {follow(names)} gradients, and {why}; use {remedy}.")
 
 
 def follow(names: list[str]) -> str:

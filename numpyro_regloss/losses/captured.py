@@ -25,7 +25,7 @@ from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import Partition, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss.losses.environment import Environment, digest
 
-__all__ = ["AsRead", "UserFunction"]
+__all__ = ["AsRead", "UserFunction", "handle"]
 
 MOST_REMEMBERED = 32
 
@@ -75,7 +75,7 @@ class _Program:
                 )
         self.slots, self.arrays = slots, tuple(arrays)
         self.fingerprint = tuple(_fingerprint(jaxpr, slots) for jaxpr in jaxprs)
-        self.name = environment.tokens if environment.complete else _handle(self.fn)
+        self.name = environment.tokens if environment.complete else handle(self.fn)
         # Tracers must not outlive their trace.
         kept = is_concrete(self.arrays) and not environment.has_tracers
         self.environment = environment if kept else None
@@ -153,7 +153,7 @@ class UserFunction:
         shapes = _shapes([(bound, *some) for some in operands])
         fn = _Tree(fn) if is_tree else fn
         leaves, structure = jax.tree.flatten(shapes)
-        name = (_handle(fn), probe, settings, structure, tuple((s.shape, s.dtype) for s in leaves))
+        name = (handle(fn), probe, settings, structure, tuple((s.shape, s.dtype) for s in leaves))
         program, results = _remembered.get(name, (None, None))
         if program is None or program.has_changed:
             program = _Program(fn, probe, shapes, settings)
@@ -224,7 +224,7 @@ class AsRead:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
-        self._key = (_handle(fn), Environment(fn, by_value=True).tokens)
+        self._key = (handle(fn), Environment(fn, by_value=True).tokens)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function."""
@@ -267,7 +267,7 @@ def _name(fn: Any) -> str:
     return attribute(fn, "__qualname__") or type(fn).__name__
 
 
-def _handle(fn: Any) -> Any:
+def handle(fn: Any) -> Any:
     """The function as something to compare: which one it is, or what a method is bound to."""
     if isinstance(fn, _Tree):
         return fn
@@ -354,7 +354,7 @@ def _callback(fn: Any) -> Any:
         return fn.__code__, *map(_callback, (*held, *(fn.__defaults__ or ())))
     if isinstance(fn, bool | int | str | jax.tree_util.PyTreeDef):
         return _hashable(fn)
-    return tuple(map(_callback, fn)) if isinstance(fn, tuple | list) else _handle(fn)
+    return tuple(map(_callback, fn)) if isinstance(fn, tuple | list) else handle(fn)
 
 
 def _hashable(value: Any) -> Any:

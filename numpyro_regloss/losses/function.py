@@ -209,12 +209,15 @@ def _arrays(sites: tuple[Any, ...], x: Array, least_bits: int = 0) -> list[Any]:
     return arrays
 
 
-def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
+def flatten_params(
+    params: Any, what: str = "Loss.from_function"
+) -> tuple[Array, Any, tuple[Any, ...]]:
     """Flattens floating-point parameters into one vector.
 
     Args:
         params: a pytree of floating-point arrays or floats. Functions among its leaves (the activation
             of a network object) and numbers among the fields of a module are kept as they are.
+        what: begins error messages.
 
     Returns:
         The vector `(dim,)` in JAX's default float, the tree's structure, and one `Leaf`, `Fixed` or
@@ -239,7 +242,7 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
         kind = attribute(leaf, "dtype") or (np.dtype(float) if isinstance(leaf, float) else None)
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
             raise TypeError(
-                f"Loss.from_function: expected floating-point parameters, got {where} of type "
+                f"{what}: expected floating-point parameters, got {where} of type "
                 f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
                 "as an argument of the loss instead."
             )
@@ -249,13 +252,13 @@ def flatten_params(params: Any) -> tuple[Array, Any, tuple[Any, ...]]:
         flat.append(array.astype(float).reshape(-1))
         if not isinstance(array, Tracer) and not np.isfinite(flat[-1]).all():
             raise ValueError(
-                f"Loss.from_function: expected finite starting values, got NaN or infinity in {where}."
+                f"{what}: expected finite starting values, got NaN or infinity in {where}."
             )
         if isinstance(leaf, np.ndarray):
-            check_rounding(leaf, f"Loss.from_function: {where}")
+            check_rounding(leaf, f"{what}: {where}")
     if not sum(part.size for part in flat):
         raise ValueError(
-            "Loss.from_function: expected at least one parameter, got an empty params; pass the "
+            f"{what}: expected at least one parameter, got an empty params; pass the "
             "starting values of the parameters as the second argument (in a module as arrays)."
         )
     return jnp.concatenate(flat), structure, tuple(sites)

@@ -7,13 +7,22 @@ Only this module and the two sources below it know how parameters are stored.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_regloss._core.checks import check_key, check_own_names
+from numpyro_regloss._core.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_key,
+    check_own_names,
+    check_positive,
+)
 from numpyro_regloss._core.pytree import (
     Partition,
     is_concrete,
@@ -24,6 +33,8 @@ from numpyro_regloss._core.pytree import (
 )
 from numpyro_regloss._core.types import Array, Key, Scalar, Vector
 from numpyro_regloss.losses.arguments import Arguments, explain
+from numpyro_regloss.losses.caller import Caller, Watch, check_executor
+from numpyro_regloss.losses.external import ExternalSource, check_call, kinds_of
 from numpyro_regloss.losses.fence import fence, reads_many_numbers
 from numpyro_regloss.losses.function import FunctionSource, flatten_params
 from numpyro_regloss.losses.long_losses import is_long
@@ -34,13 +45,15 @@ from numpyro_regloss.losses.rows import check_rows
 
 __all__ = ["Loss"]
 
+T = TypeVar("T")
+
 
 @pytree_dataclass
 class Loss:
     """A loss of a flat unconstrained vector, with the data bound to it.
 
-    Build one with `Loss.from_function` or `Loss.from_model`. Arrays and floats among the bound
-    arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
+    Build one with `Loss.from_function`, `Loss.from_model` or `Loss.from_external`. Arrays and floats among the
+    bound arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
     None and functions are static, and so are arrays whose values the function needs when it is traced
     (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
     structure of parameters are the same program.
@@ -179,6 +192,88 @@ class Loss:
             explain(lambda: check_rows(source, arguments, split[1], minibatch.batch_size), "model")
         return loss
 
+    @classmethod
+    def from_external(
+        cls,
+        fn: Callable[..., Any] | None,
+        params: Any,
+        *args: Any,
+        executor: Executor | None = None,
+        batch: bool = False,
+        on_error: str = "reject",
+        timeout: float | None = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> "Loss":
+        """A loss that JAX cannot trace: a simulator, SciPy, a subprocess, a model of another framework.
+
+        `fn(params, *args, **kwargs)` gets the user's own pytree of NumPy arrays and returns a number. All draws of
+        a cloud are handed over at once, and their calls run side by side in an executor of `concurrent.futures`:
+        threads, processes, Dask's `client.get_executor()`, `mpi4py.futures`. The numbers do not depend on it. `fn`
+        must be a function of its arguments alone (a simulator with noise takes the seed from one of them), and in
+        threads of this process must not call JAX, whose own threads may be waiting for it.
+
+        Nothing is called before a run. There are no gradients: engines that follow them are refused.
+
+        Args:
+            fn: the loss; None where `TwoStep.ask` and `TwoStep.tell` take its place.
+            params: starting values, any pytree of floating-point arrays and floats; the function gets floats for
+                floats, and arrays of the same types (with the precision of JAX's default float).
+            *args: data and settings, bound as defaults; they are sent with every call. What is large and
+                does not change, the function should read by itself.
+            executor: runs the calls; None for one after the other. Processes need a function of a module.
+            batch: whether `fn` takes many draws, on a leading axis of the leaves, and returns their losses,
+                `(draw,)`.
+            on_error: `"reject"`: a call that raises, takes too long or returns NaN is a draw of weight zero, and a
+                run goes on, with one warning at its end that counts them and has the first traceback; `"raise"`:
+                the exception ends the run, with the result so far as its attribute `result`.
+            timeout: seconds that a call may take, on its worker. Python cannot stop a call: it goes on in the
+                background, so that a subprocess should have a time limit of its own.
+            chunk_size: draws per task of the executor; default: one, or with `batch` all of a cloud in one call.
+            **kwargs: the same as `args`, by name.
+
+        Returns:
+            The loss.
+
+        Raises:
+            TypeError: if `fn` does not take its arguments, parameters are not floating-point, a setting is of the
+                wrong kind, or the function cannot be sent to the processes of the executor.
+            ValueError: if parameters are missing or not finite, a setting is out of range, or the processes
+                cannot load the function.
+
+        Example:
+            >>> from concurrent.futures import ThreadPoolExecutor
+            >>> def simulate(params):
+            ...     return float(np.sum((params["rate"] - np.array([1.0, 2.0])) ** 2))
+            >>> loss = Loss.from_external(simulate, {"rate": np.zeros(2)}, executor=ThreadPoolExecutor(4))
+            >>> float(loss.value(loss.x0))
+            5.0
+        """
+        what = "Loss.from_external"
+        own = {
+            "executor": executor,
+            "batch": batch or None,
+            "on_error": None if on_error == "reject" else on_error,
+            "timeout": timeout,
+            "chunk_size": chunk_size,
+        }
+        check_own_names(fn, own, 1 + len(args), what)  # ty: ignore[invalid-argument-type]
+        check_call(fn, params, args, kwargs)
+        check_flag(batch, f"{what}: batch")
+        check_choice(on_error, f"{what}: on_error", ("reject", "raise"))
+        if timeout is not None:
+            check_positive(timeout, f"{what}: timeout")
+        if chunk_size is not None:
+            check_count(chunk_size, f"{what}: chunk_size")
+        check_executor(fn, executor)
+        x0, structure, sites = flatten_params(params, what)
+        caller = Caller.of(
+            fn, executor, batch=batch, on_error=on_error, timeout=timeout, chunk_size=chunk_size
+        )
+        source = ExternalSource(caller, structure, sites, kinds_of(params, sites))
+        arguments = Arguments(fn, 1).split(args, kwargs)  # ty: ignore[invalid-argument-type]
+        return cls(x0, arguments, source)
+
     @property
     def dim(self) -> int:
         """Number of flat unconstrained parameters."""
@@ -197,9 +292,58 @@ class Loss:
     @property
     def returns_integers(self) -> bool:
         """Whether the loss has no gradient because it returns integers or booleans."""
+        if self.is_external:
+            return False
         return not jnp.issubdtype(
             _raw_value.eval_shape(self.source, self.x0, self.arguments).dtype, jnp.floating
         )
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the loss is a Python function that JAX does not see into, from `Loss.from_external`."""
+        return self.source.is_external
+
+    @property
+    def is_told(self) -> bool:
+        """Whether there is no function: values come from `TwoStep.tell` alone."""
+        return self.is_external and self.source.user.fn is None
+
+    @property
+    def lacks_gradient(self) -> str:
+        """Why no engine may follow gradients of the loss, for an error message; or nothing."""
+        if self.is_external:
+            return "an external loss (Loss.from_external) has none, since JAX does not see into it"
+        return "a loss that returns integers has none" if self.returns_integers else ""
+
+    def watch(self) -> AbstractContextManager[Watch]:
+        """Listens to what happens to the calls of an external loss while programs run."""
+        return self.source.watch()
+
+    @property
+    def walled(self) -> "Loss":
+        """The same, of which rejected draws of an external loss are walls: NaN tells some samplers nothing."""
+        if not isinstance(self.source, ExternalSource):
+            return self
+        return replace_fields(self, source=replace_fields(self.source, walls=True))
+
+    def listen(self, what: str, call: Callable[..., T], *args: Any) -> T:
+        """Runs programs, and tells what happened to the calls of an external loss, if it is one.
+
+        Args:
+            what: begins the warning of rejected draws.
+            call: `(*args)` -> pytree of arrays.
+            *args: of the call; with tracers among them nothing runs yet.
+
+        Returns:
+            What the call returns.
+        """
+        if not self.is_external or not is_concrete((self, args)):
+            return call(*args)
+        with self.watch() as watch:
+            with watch.running():
+                out = jax.block_until_ready(call(*args))
+            watch.warn(what)
+        return out
 
     def value(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Scalar:
         """The loss at `x`.
@@ -393,6 +537,7 @@ class Loss:
     def __repr__(self) -> str:
         """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
         kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
+        kind = "from_external" if self.is_external else kind
         names = self.source.fixed_names
         fixed = f", fixed={names}" if names else ""
         return (

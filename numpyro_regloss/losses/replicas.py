@@ -6,6 +6,7 @@ The loss of replicas is the sum of their losses, so that the shifted density of 
 has rows of its own in every minibatch.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from numpyro_regloss._core.pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._core.types import Array
+from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.minibatch import Minibatch
 from numpyro_regloss.losses.source import LossSource
@@ -38,6 +40,15 @@ class ReplicaSource(LossSource):
     def user(self) -> Any:  # ty: ignore[incompatible-property-override]
         """The user's function."""
         return self.base.user
+
+    @property
+    def is_external(self) -> bool:
+        """As one replica is."""
+        return self.base.is_external
+
+    def watch(self) -> AbstractContextManager[Watch]:
+        """Listens to the calls for all replicas."""
+        return self.base.watch()
 
     @property
     def dim(self) -> int:

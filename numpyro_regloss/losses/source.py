@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a loss is made of: the protocol of functions, NumPyro models and replicas of either."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss._core.types import Array
+from numpyro_regloss.losses.caller import Watch
 
 __all__ = ["LossSource"]
 
@@ -26,6 +28,15 @@ class LossSource(Protocol):
     def fixed_names(self) -> tuple[str, ...]:
         """None, but for a function of modules with settings."""
         return ()
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the loss is a Python function that JAX calls, but does not see into; few are."""
+        return False
+
+    def watch(self) -> AbstractContextManager[Watch]:
+        """Listens to what happens to the calls of such a function while programs run."""
+        return nullcontext(Watch())
 
     @property
     def dim(self) -> int:

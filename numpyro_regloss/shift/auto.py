@@ -152,7 +152,7 @@ class Auto(Shift):
             The state.
 
         Raises:
-            TypeError: if the loss returns integers.
+            TypeError: if the loss returns integers or is external.
         """
         refused = jnp.full_like(target.reference.mean[0], self.patience if self._samples else 0.0)
         importance = self._importance(target).init(rng_key, target)

@@ -36,7 +36,7 @@ functions static, so that new numbers never recompile.
 
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from numpyro_regloss._core.types import Key
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -89,6 +89,48 @@ class Shift(Protocol):
             The next state, the draws and the info.
         """
         ...
+
+    def ask(self, rng_key: Key, state: Any, target: RegularizedLoss) -> Array:
+        """The points at which a step needs the loss, of an engine that knows them before it has any value.
+
+        Args:
+            rng_key: of the step.
+            state: of the step.
+            target: of the step.
+
+        Returns:
+            `(point, dim)`, the reference's mean last.
+
+        Raises:
+            TypeError: if later points depend on values at earlier ones.
+        """
+        del rng_key, state, target
+        raise TypeError(
+            "TwoStep.ask: expected a shift that evaluates the loss on one cloud, such as shift.Importance, got "
+            f"{type(self).__name__}, whose later points depend on the values at earlier ones; call the function "
+            "by Loss.from_external instead."
+        )
+
+    def tell(
+        self, rng_key: Key, state: Any, target: RegularizedLoss, values: Array
+    ) -> tuple[Any, Draws, Any]:
+        """What `step` returns, from losses that were evaluated elsewhere.
+
+        Args:
+            rng_key: as of `ask`.
+            state: as of `ask`.
+            target: as of `ask`.
+            values: the losses at its points, `(point,)`.
+
+        Returns:
+            The next state, the draws and the info.
+
+        Raises:
+            TypeError: if `ask` does.
+        """
+        del values
+        self.ask(rng_key, state, target)
+        raise TypeError(f"TwoStep.tell: {type(self).__name__} has `ask`, but no `tell`.")
 
     def after_rejection(self, old: Any, new: Any) -> Any:
         """The state to go on with after a rejected step: the old one, unless adaptation must go on.

@@ -30,9 +30,14 @@ from numpyro.infer import HMC, BarkerMH, init_to_value
 from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_regloss._core.checks import check_count, check_integers
+from numpyro_regloss._core.checks import check_count, check_differentiable
 from numpyro_regloss._core.foreign import attribute
-from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
+from numpyro_regloss._core.pytree import (
+    pytree_dataclass,
+    replace_fields,
+    static_field,
+    strip_weak_types,
+)
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -175,10 +180,10 @@ class Kernel(Shift):
             The state.
 
         Raises:
-            TypeError: if the kernel follows gradients and the loss returns integers.
+            TypeError: if the kernel follows gradients and the loss returns integers or is external.
             ValueError: if the kernel cannot be set up on the model.
         """
-        check_integers(["Kernel"] * self.uses_gradient, target.loss, "shift.Kernel")
+        check_differentiable(["Kernel"] * self.uses_gradient, target.loss, "shift.Kernel")
         mean = target.reference.mean
         noise = random.normal(rng_key, (self.num_chains, target.dim), mean.dtype)
         tuning = None
@@ -209,6 +214,7 @@ class Kernel(Shift):
         key_batch, rng_key = random.split(rng_key)
         # One batch for the whole shift: the chains' target must not change under them.
         target = target.on_batch(key_batch)
+        target = replace_fields(target, loss=target.loss.walled)
         start = _usable(target, state.noise)
         warm = state.warm if state.tuning is not None else jnp.asarray(False)
         keys = random.split(rng_key, self.num_chains)

@@ -27,7 +27,7 @@ from numpyro.infer import Trace_ELBO, init_to_mean
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 
-from numpyro_regloss._core.checks import check_count, check_integers, check_optimizer
+from numpyro_regloss._core.checks import check_count, check_differentiable, check_optimizer
 from numpyro_regloss._core.optimizers import adam
 from numpyro_regloss._core.pareto import pareto_khat
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
@@ -153,10 +153,10 @@ class SVI(Shift):
             The state.
 
         Raises:
-            TypeError: if the loss returns integers.
+            TypeError: if the loss returns integers or is external.
             ValueError: if the guide does not fit the model.
         """
-        check_integers(["SVI"], target.loss, "shift.SVI")
+        check_differentiable(["SVI"], target.loss, "shift.SVI")
         key_batch, rng_key = random.split(rng_key)
         _, state = self._set_up(rng_key, target.on_batch(key_batch))
         return SVIState(strip_weak_types(state.optim_state), jnp.asarray(False))

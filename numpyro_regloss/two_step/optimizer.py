@@ -12,7 +12,7 @@ import numpy as np
 from numpyro_regloss._core.checks import (
     WITHOUT_GRADIENTS,
     check_count,
-    check_integers,
+    check_differentiable,
     check_key,
     check_positive,
     check_schedule,
@@ -28,6 +28,7 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor import Proximal
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import Gaussian
+from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
@@ -61,7 +62,7 @@ class TwoStep:
     batch size.
 
     Args:
-        loss: from `Loss.from_function` or `Loss.from_model`.
+        loss: from `Loss.from_function`, `Loss.from_model` or `Loss.from_external`.
         tau: variance of the regularizer in squared units of the (unconstrained) parameters: a positive
             number, a schedule of the step such as Optax's (built once), or one value per group of
             parameters (a pytree prefix of the parameters, a dict by site name for a model).
@@ -116,7 +117,7 @@ class TwoStep:
                 f"{type(self.shift).__name__} have none; use shift.NUTS, HMC or AdaptiveImportance, or "
                 "fit.ForwardKL."
             )
-        check_integers(followers(self.shift, self.fit), self.loss, "TwoStep")
+        check_differentiable(followers(self.shift, self.fit), self.loss, "TwoStep")
         self.anchor.check_fit(self.fit)
         if self.record is not None and not isinstance(self.record, Record):
             raise TypeError(
@@ -147,10 +148,14 @@ class TwoStep:
         self.loss.check_captured()
         self.loss.check_precision("TwoStep.init")
         arguments = self.loss.bind(args, kwargs)
-        start = _explain(outer_step.init_state, self, rng_key, arguments)
-        state, value, gradient_ok, found = start
+        if self.loss.is_told:
+            return _explain(outer_step.first_state, self, rng_key, arguments)
+        with self.loss.watch() as watch, watch.running():
+            start = _explain(outer_step.init_state, self, rng_key, arguments)
+            state, value, gradient_ok, found = start
+            value = value if not is_concrete(value) else np.asarray(value)
         if is_concrete(value):
-            _check_start(value)
+            _check_start(value, watch)
             if not gradient_ok:
                 raise ValueError(
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
@@ -175,7 +180,71 @@ class TwoStep:
         """
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.step: state")
-        return outer_step.step(outer_step.successor(self, state), state, arguments)
+        optimizer = outer_step.successor(self, state)
+        return self.loss.listen("TwoStep.step", outer_step.step, optimizer, state, arguments)
+
+    def ask(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
+        """The points at which the next step needs the loss, for those who evaluate it themselves. Pure.
+
+        For evaluations that take hours in a queue: of shifts that evaluate one cloud, such as `shift.Importance`,
+        with fits that use its draws, such as `fit.ForwardKL`. Points and state may go through files.
+
+        Args:
+            state: from `init` or `tell`; the same state has the same points.
+            *args: arguments of the loss in place of the bound ones.
+            **kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            The parameters as the user wrote them, of NumPy arrays with a leading axis of points. The last one is
+            the centre.
+
+        Raises:
+            TypeError: if the engines do not know their points before they have values.
+
+        Example:
+            >>> from jax import random
+            >>> from numpyro_regloss import schemes, shift
+            >>> loss = Loss.from_external(None, {"rate": np.zeros(2)})
+            >>> optimizer = schemes.local_entropy(loss, 0.5, shift.Importance(500))
+            >>> state = optimizer.init(random.key(0))
+            >>> for _ in range(10):
+            ...     points = optimizer.ask(state)
+            ...     values = np.sum((points["rate"] - 1.0) ** 2, axis=1)
+            ...     state, info = optimizer.tell(state, points, values)
+            >>> bool(np.all(np.abs(state.reference.mean - 1.0) < 0.2))
+            True
+        """
+        self._check_asking()
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.ask: state")
+        return _as_points(self.loss, outer_step.ask(self, state, arguments), arguments)
+
+    def tell(
+        self, state: TwoStepState, points: Any, values: Any, *args: Any, **kwargs: Any
+    ) -> tuple[TwoStepState, TwoStepInfo]:
+        """The step that `TwoStep.step` would do, from losses at the points of `ask`. Pure.
+
+        Args:
+            state: that of `ask`.
+            points: from `ask`.
+            values: the loss at each point, `(point,)`; NaN where it failed, a draw of weight zero.
+            *args: as of `ask`.
+            **kwargs: as of `ask`.
+
+        Returns:
+            The next state and what the step did.
+
+        Raises:
+            TypeError: if the engines do not know their points before they have values.
+            ValueError: if points are others than those of this state, or values not one number per point.
+        """
+        self._check_asking()
+        arguments = self.loss.bind(args, kwargs)
+        state = self._checked_state(state, arguments, "TwoStep.tell: state")
+        x = outer_step.ask(self, state, arguments)
+        _check_points(points, _as_points(self.loss, x, arguments))
+        values = _checked_values(values, len(x))
+        return outer_step.tell(self, state, arguments, values)
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
@@ -194,7 +263,9 @@ class TwoStep:
         check_count(num_steps, "TwoStep.scan: num_steps")
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.scan: state")
-        return outer_step.scan(outer_step.successor(self, state), state, arguments, num_steps)
+        optimizer = outer_step.successor(self, state)
+        call = (outer_step.scan, optimizer, state, arguments, num_steps)
+        return self.loss.listen("TwoStep.scan", *call)
 
     def run(
         self,
@@ -251,6 +322,26 @@ class TwoStep:
                 "TwoStep.run: expected values, got tracers; inside of jax.jit, jax.vmap and jax.grad use "
                 "TwoStep.init and TwoStep.scan."
             )
+        with self.loss.watch() as watch:
+            result, cause = self._run(
+                rng_key, num_steps, args, kwargs, init_state, progress_bar, callback, until, watch
+            )
+        report_interruption(cause, result, num_steps)
+        report_trouble(result, self, watch.report())
+        return result
+
+    def _run(
+        self,
+        rng_key: Key,
+        num_steps: int,
+        args: tuple,
+        kwargs: dict,
+        init_state: TwoStepState | None,
+        progress_bar: bool,  # noqa: FBT001
+        callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None,
+        until: Arrived | None,
+        watch: Watch,
+    ) -> tuple[TwoStepResult, BaseException | str | None]:
         arguments = self.loss.bind(args, kwargs)
         # The first step has the loss at the start too: a long one need not be compiled for it alone.
         is_checked = init_state is not None or not self._is_checked_late
@@ -276,12 +367,14 @@ class TwoStep:
 
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
             before, optimizer = int(state.step), outer_step.successor(self, state)
-            state, rows, _ = outer_step.advance(
-                optimizer, state, arguments, np.int32(count), capacity
-            )
+            with watch.running():
+                state, rows, _ = outer_step.advance(
+                    optimizer, state, arguments, np.int32(count), capacity
+                )
+                after = int(state.step)
             if not is_checked and not before:
-                _check_start(rows.loss[0])
-            return state, rows, int(state.step) - before
+                _check_start(rows.loss[0], watch)
+            return state, rows, after - before
 
         state, history, seconds, cause = run_in_chunks(
             advance,
@@ -297,9 +390,7 @@ class TwoStep:
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
         result = TwoStepResult(params, state, history, seconds, stopped)
-        report_interruption(cause, result, num_steps)
-        report_trouble(result, self)
-        return result
+        return result, cause
 
     def draw(self, rng_key: Key | None, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
         """Draws from the shifted density at the state's reference.
@@ -319,8 +410,10 @@ class TwoStep:
         state = self._checked_state(state, arguments, "TwoStep.draw: state")
         optimizer = outer_step.successor(self, state)
         if rng_key is None:
-            return outer_step.next_draws(optimizer, state, arguments)
-        return outer_step.draw(optimizer, rng_key, state, arguments)
+            call, args = outer_step.next_draws, (optimizer, state, arguments)
+        else:
+            call, args = outer_step.draw, (optimizer, rng_key, state, arguments)
+        return self.loss.listen("TwoStep.draw", call, *args)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The parameters at the state's centre, as the user wrote them (sites constrained).
@@ -336,6 +429,18 @@ class TwoStep:
         _check_kind(state, "TwoStep.get_params: state")
         return self.loss.constrain(state.reference.mean, args, kwargs)
 
+    def _check_asking(self) -> None:
+        if self.fit.uses_gradient or not self.fit.uses_draws:
+            raise TypeError(
+                f"TwoStep.ask: expected a fit that evaluates no loss, such as fit.ForwardKL, got "
+                f"{type(self.fit).__name__}, which evaluates it where it has moved to; call the function by "
+                "Loss.from_external instead."
+            )
+        if self.record is not None:
+            raise TypeError(
+                "TwoStep.ask: expected no record, which evaluates the loss at more points; use record=None."
+            )
+
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
         if callable(self.tau):
@@ -350,8 +455,10 @@ class TwoStep:
 
     @property
     def _is_checked_late(self) -> bool:
+        # A simulation may take hours, and then goes along with those of the first cloud.
+        alone = self.loss.is_external
         whole = self.loss.minibatch is None
-        return self.loss.is_long and whole and not outer_step.follows_gradient(self)
+        return (self.loss.is_long and whole and not outer_step.follows_gradient(self)) or alone
 
     def _check_schedule(self, step: int, num_steps: int) -> None:
         if callable(self.tau):
@@ -383,11 +490,59 @@ class TwoStep:
         return with_context_axes(state)
 
 
-def _check_start(value: Array) -> None:
+def _as_points(loss: Loss, x: Array, arguments: Partition) -> Any:
+    """Rows of a flat array as the user's parameters, with a leading axis."""
+
+    def constrain(row: Array) -> Any:
+        return loss.source.constrain(row, *arguments.tree)
+
+    def arrays(row: Array) -> list[Array]:
+        return [leaf for leaf in jax.tree.leaves(constrain(row)) if isinstance(leaf, jax.Array)]
+
+    rows = iter(jax.vmap(arrays)(x))
+
+    def place(leaf: Any) -> Any:
+        # A function of a module is the same at all points.
+        return np.asarray(next(rows)) if isinstance(leaf, jax.Array) else leaf
+
+    return jax.tree.map(place, constrain(x[0]))
+
+
+def _check_points(points: Any, asked: Any) -> None:
+    structures = jax.tree.structure(points), jax.tree.structure(asked)
+    pairs = zip(jax.tree.leaves(points), jax.tree.leaves(asked), strict=False)
+    same = structures[0] == structures[1] and all(
+        np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+        for a, b in pairs
+        if isinstance(b, np.ndarray)
+    )
+    if not same:
+        raise ValueError(
+            "TwoStep.tell: expected the points of TwoStep.ask for this state, got others; pass the state, the "
+            "optimizer's settings and the points of one TwoStep.ask together, in its order."
+        )
+
+
+def _checked_values(values: Any, count: int) -> Array:
+    try:
+        found = np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"TwoStep.tell: expected {count} real numbers, NaN where an evaluation failed, got {type(values)}."
+        ) from error
+    if found.shape != (count,):
+        raise ValueError(
+            f"TwoStep.tell: expected one value per point, of shape ({count},), got {found.shape}; pass NaN where "
+            "an evaluation failed."
+        )
+    return jnp.asarray(found, float)
+
+
+def _check_start(value: Array | np.ndarray, watch: Watch) -> None:
     if not np.isfinite(value):
         raise ValueError(
-            f"TwoStep: expected a finite loss at the start, got {value}; choose another start "
-            "(params, or rng_key of Loss.from_model), or look for NaN among the data."
+            f"TwoStep: expected a finite loss at the start, got {value}; choose another start (params, or rng_key "
+            f"of Loss.from_model), or look for NaN among the data. {watch.report()}".rstrip()
         )
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "TwoStepInfo",
     "TwoStepState",
     "advance",
+    "ask",
     "draw",
     "draw_key",
     "first_state",
@@ -47,6 +48,7 @@ __all__ = [
     "scan",
     "step",
     "successor",
+    "tell",
 ]
 
 
@@ -214,14 +216,39 @@ def _step_and_draws(
     return _step(optimizer, state, arguments)
 
 
+@jax.jit
+@promotes_ranks
+def ask(optimizer: Any, state: TwoStepState, arguments: Partition) -> Array:
+    """The points at which the next step needs the loss, `(point, dim)`."""
+    key, target = _keys(state.rng_key, state.step)[0], _next_target(optimizer, state, arguments)
+    return optimizer.shift.ask(key, state.shift, target)
+
+
+@jax.jit
+@promotes_ranks
+def tell(
+    optimizer: Any, state: TwoStepState, arguments: Partition, values: Array
+) -> tuple[TwoStepState, TwoStepInfo]:
+    """`step` with the losses at the points of `ask`."""
+    return _step(optimizer, state, arguments, values)[:2]
+
+
+def _next_target(optimizer: Any, state: TwoStepState, arguments: Partition) -> RegularizedLoss:
+    here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
+    return _target(optimizer, here, arguments)
+
+
 def _step(
-    optimizer: Any, state: TwoStepState, arguments: Partition
+    optimizer: Any, state: TwoStepState, arguments: Partition, values: Array | None = None
 ) -> tuple[TwoStepState, TwoStepInfo, Draws]:
     keys = _keys(state.rng_key, state.step)
     tau = optimizer.tau_at(state.step)
     here = _rescaled(optimizer, state.reference, tau)
     target = _target(optimizer, here, arguments)
-    shift, draws, shift_info = optimizer.shift.step(keys[0], state.shift, target)
+    if values is None:
+        shift, draws, shift_info = optimizer.shift.step(keys[0], state.shift, target)
+    else:
+        shift, draws, shift_info = optimizer.shift.tell(keys[0], state.shift, target, values)
     fit, fitted, fit_info = optimizer.fit.step(keys[1], state.fit, target, draws)
     anchor, reference, anchor_info = optimizer.anchor.step(
         keys[2], state.anchor, target, draws, fitted, fit_info
@@ -345,8 +372,7 @@ def next_draws(optimizer: Any, state: TwoStepState, arguments: Partition) -> Dra
 @promotes_ranks
 def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
     """The shift's draws at the state's reference."""
-    here = _rescaled(optimizer, state.reference, optimizer.tau_at(state.step))
-    target = _target(optimizer, here, arguments)
+    target = _next_target(optimizer, state, arguments)
     return optimizer.shift.step(rng_key, state.shift, target)[1]
 
 

@@ -139,12 +139,13 @@ def remedies(history: TwoStepInfo, optimizer: Any) -> dict[str, str]:
     return {part: sentence for part, sentence in found.items() if sentence}
 
 
-def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
+def report_trouble(result: TwoStepResult, optimizer: Any, of_loss: str = "") -> None:
     """Warns once of rejected steps and of what the engines themselves have to say of the run.
 
     Args:
         result: of the run.
         optimizer: of the run.
+        of_loss: what the loss has to say of its calls.
 
     Raises:
         RejectedError: if every step was rejected.
@@ -153,6 +154,8 @@ def report_trouble(result: TwoStepResult, optimizer: Any) -> None:
     parts = [rejected and f"TwoStep.run: {rejected}", *remedies(result.history, optimizer).values()]
     message = " ".join(filter(None, parts))
     if not result.history.ok.any():
-        raise RejectedError(f"{message} No step succeeded; error.result holds the history.", result)
+        text = f"{message} No step succeeded; error.result holds the history. {of_loss}".rstrip()
+        raise RejectedError(text, result)
+    message = " ".join(filter(None, [message, of_loss]))
     if message:
         warnings.warn(message, stacklevel=3)

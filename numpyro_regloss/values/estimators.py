@@ -136,9 +136,8 @@ def local_entropy(
     what = "values.local_entropy"
     check_choice(method, f"{what}: method", METHODS)
     rng_key = _checked(rng_key, target, num_samples, what)
-    estimate = estimate_entropy(
-        rng_key, target, method=method, num_samples=num_samples, chunk_size=chunk_size
-    )
+    settings = {"method": method, "num_samples": num_samples, "chunk_size": chunk_size}
+    estimate = target.loss.listen(what, partial(estimate_entropy, **settings), rng_key, target)
     # Chains that disagree, and islands, say by an infinite error what they are there to say.
     if method not in ("bridge", "smc"):
         remedy = AUTO_REMEDY if method == "auto" else ENTROPY_REMEDY
@@ -212,7 +211,8 @@ def heat(
     """
     what = "values.heat"
     rng_key = _checked(rng_key, target, num_samples, what)
-    estimate = estimate_heat(rng_key, target, num_samples=num_samples, chunk_size=chunk_size)
+    settings = {"num_samples": num_samples, "chunk_size": chunk_size}
+    estimate = target.loss.listen(what, partial(estimate_heat, **settings), rng_key, target)
     warn_of_errors(what, {"the heat": estimate}, HEAT_REMEDY)
     return estimate
 
@@ -295,7 +295,7 @@ def _smc(num_samples: int, differentiable: bool) -> SMC:  # noqa: FBT001
 
 
 def _is_differentiable(target: RegularizedLoss) -> bool:
-    if target.loss.returns_integers:
+    if target.loss.lacks_gradient:
         return False
     try:
         if is_concrete(target):

@@ -18,7 +18,7 @@ from jax import lax, random
 from numpyro_regloss._core.checks import (
     check_choice,
     check_count,
-    check_integers,
+    check_differentiable,
     check_key,
     check_positive,
 )
@@ -106,7 +106,7 @@ def value_and_grad(
         )
     heat = kind == "heat"
     names = ['kind="heat"'] if heat else [type(engine).__name__] * engine.uses_gradient
-    check_integers(names, loss, what, REMEDY)
+    check_differentiable(names, loss, what, REMEDY)
     start = RegularizedLoss.unchecked(loss, Gaussian.isotropic(loss.x0, tau), loss.arguments, 1.0)
     if names and is_concrete(start):
         check_gradient(jax.device_get(_look(start)), names, what, REMEDY)

@@ -22,7 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import random
 
-from numpyro_regloss._core.checks import check_choice, check_count, check_key, check_optimizer
+from numpyro_regloss._core.checks import (
+    check_choice,
+    check_count,
+    check_differentiable,
+    check_key,
+    check_optimizer,
+)
 from numpyro_regloss._core.pytree import (
     all_finite,
     is_concrete,
@@ -344,7 +350,7 @@ def reverse_kl(
         The Gaussian and the info, a pair. Under `jax.jit` there are no warnings: look at `info.ok`.
 
     Raises:
-        TypeError: if an argument is of the wrong kind, or the loss returns integers.
+        TypeError: if an argument is of the wrong kind, or the loss returns integers or is external.
         ValueError: if an argument is out of range, arguments do not go together, or the gradient is zero
             everywhere around the start, though the loss is not constant.
 
@@ -370,11 +376,8 @@ def reverse_kl(
         )
     target.loss.check_captured()
     target.loss.check_precision("reverse_kl")
-    if target.loss.returns_integers:
-        raise TypeError(
-            "reverse_kl: expected a differentiable loss, got one that returns integers; use shift.Importance "
-            "with fit.ForwardKL."
-        )
+    remedy = "shift.Importance with fit.ForwardKL"
+    check_differentiable(["ReverseKL"], target.loss, "reverse_kl", remedy)
     if init is not None:
         init = check_gaussian(init, target.dim, "reverse_kl: init")
     gaussian, info, found = _fit(engine, rng_key, target, init)

@@ -106,7 +106,13 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
             slope, even = 0.5 * (above - below), 0.5 * (above + below)
         else:
             slope, even = above - below, above - below
-        return GradientEstimate(jnp.mean(slope[:, None] * noise, 0), even)
+        # Pairs of which a loss is NaN are left out, unless there is no other.
+        failed = jnp.isnan(above) | jnp.isnan(below)
+        kept = ~failed | failed.all()
+        share = jnp.mean(kept.astype(slope.dtype))
+        even = jnp.where(kept, even, jnp.mean(jnp.where(kept, even, 0.0)) / share)
+        terms = jnp.where(kept[:, None], slope[:, None] * noise, 0.0)
+        return GradientEstimate(jnp.mean(terms, 0) / share, even)
 
     return estimate
 

@@ -13,7 +13,7 @@ from jax import lax, random
 from numpyro.infer import MCMC
 from numpyro.util import find_stack_level
 
-from numpyro_regloss._core.checks import check_count, check_key
+from numpyro_regloss._core.checks import check_count, check_differentiable, check_key
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import is_concrete, replace_fields, strip_weak_types
 from numpyro_regloss._core.ranks import promotes_ranks
@@ -165,11 +165,8 @@ def _of_target(
         )
     target.loss.check_captured()
     target.loss.check_precision("score_matching")
-    if target.loss.returns_integers:
-        raise TypeError(
-            "score_matching: expected a differentiable loss, got one that returns integers; use shift.Importance "
-            "and forward_kl."
-        )
+    remedy = "shift.Importance and forward_kl"
+    check_differentiable(["score_matching"], target.loss, "score_matching", remedy)
     if init is not None:
         init = check_gaussian(init, target.dim, "score_matching: init")
     num_steps = check_count(num_steps or DEFAULT_STEPS, "score_matching: num_steps")

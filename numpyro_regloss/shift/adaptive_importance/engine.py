@@ -26,8 +26,8 @@ from numpyro_regloss._core.checks import (
     cast_fields,
     check_choice,
     check_count,
+    check_differentiable,
     check_flag,
-    check_integers,
     check_positive,
 )
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_smooth
@@ -242,11 +242,11 @@ class AdaptiveImportance(Shift):
             The state.
 
         Raises:
-            TypeError: if the loss returns integers and `gradient` is True.
+            TypeError: if the loss returns integers or is external and `gradient` is True.
         """
         del rng_key
         if self.gradient:
-            check_integers(["AdaptiveImportance"], target.loss, "shift.AdaptiveImportance")
+            check_differentiable(["AdaptiveImportance"], target.loss, "shift.AdaptiveImportance")
         return strip_weak_types(self._fresh(target.reference))
 
     def step(

@@ -27,7 +27,12 @@ from jax import lax, random
 from numpyro.infer.hmc import hmc
 from numpyro.infer.util import ParamInfo
 
-from numpyro_regloss._core.checks import cast_fields, check_count, check_integers, check_positive
+from numpyro_regloss._core.checks import (
+    cast_fields,
+    check_count,
+    check_differentiable,
+    check_positive,
+)
 from numpyro_regloss._core.pytree import is_concrete, strip_weak_types
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.threefry import unrolled
@@ -183,9 +188,9 @@ def init(settings: Settings, target: RegularizedLoss) -> HMCState:
         The state.
 
     Raises:
-        TypeError: if the loss returns integers.
+        TypeError: if the loss returns integers or is external.
     """
-    check_integers([settings.algorithm], target.loss, f"shift.{settings.algorithm}")
+    check_differentiable([settings.algorithm], target.loss, f"shift.{settings.algorithm}")
     mean = target.reference.mean
     return HMCState(
         x=jnp.broadcast_to(mean, (settings.num_chains, target.dim)),

@@ -21,12 +21,22 @@ from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.importance.mirror import is_mirror, is_wider
 from numpyro_regloss.shift.importance.sobol import sobol_normal
 
-__all__ = ["Cloud", "Layout", "evaluate", "lay_out", "single_weights"]
+__all__ = [
+    "Cloud",
+    "Layout",
+    "draws_of",
+    "evaluate",
+    "kept_noise",
+    "lay_out",
+    "single_weights",
+]
 
 Carry = TypeVar("Carry")
 
 # Two megabytes of float32 per chunk: larger leaves the cache, smaller loses the matrix product.
 CHUNK_ELEMENTS = 500_000
+# Of an external loss all draws go to its workers at once, up to 64 megabytes of them.
+EXTERNAL_ELEMENTS = 16_000_000
 # Up to 64 megabytes of noise are kept for the fit, which else draws it again.
 KEPT_ELEMENTS = 16_000_000
 # Chunks whose noise is drawn at once. From one, XLA would drop the loop between noise and loss and draw the
@@ -86,13 +96,15 @@ def lay_out(
         target: what is evaluated.
         num_samples: draws.
         chunk_size: draws at once, about, and all of them in one batch if there are no more; default: about two
-            megabytes of them, fewer when the loss holds much data.
+            megabytes of them, fewer when the loss holds much data; of an external loss all, up to 64 megabytes.
         antithetic: whether draws come in pairs.
         net_size: draws per scrambled Sobol net, a power of two; None for random noise.
 
     Returns:
         The layout.
     """
+    if chunk_size is None and target.loss.is_external:
+        chunk_size = max(16, EXTERNAL_ELEMENTS // target.dim)
     size = chunk_size
     if size is None:
         # What a loss keeps per draw is unknown; an eighth of its data is a fair guess for a network.
@@ -279,17 +291,50 @@ def single_weights(
     return jnp.where(leave & second, -jnp.inf, log_weight)
 
 
+def kept_noise(rng_key: Key, reference: AnyGaussian, layout: Layout) -> Array | None:
+    """The offsets of the draws as `evaluate` keeps them, without an evaluation.
+
+    Args:
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud is drawn from.
+        layout: how draws lie in chunks.
+
+    Returns:
+        `(chunk, row, dim)`, or None of a cloud that is not kept.
+    """
+    if not layout.kept:
+        return None
+    offset = _offsets(rng_key, reference, layout, jnp.asarray(0))
+    offset = offset.reshape(-1, layout.chunk_size // layout.per_row, reference.dim)
+    return lax.optimization_barrier(offset)
+
+
+def draws_of(
+    rng_key: Key, reference: AnyGaussian, layout: Layout, offset: Array | None = None
+) -> Array:
+    """All draws of a cloud.
+
+    Args:
+        rng_key: the key of the noise.
+        reference: the Gaussian that the cloud is drawn from.
+        layout: how draws lie in chunks.
+        offset: of the draws, if it is kept.
+
+    Returns:
+        `(draw, dim)`.
+    """
+    if offset is None:
+        draw = partial(_offsets, rng_key, reference, layout)
+        offset = lax.map(draw, jnp.arange(layout.num_segments))
+    offset = lax.optimization_barrier(offset.reshape(-1, reference.dim))
+    weights = jnp.zeros((offset.shape[0], layout.per_row))
+    return Chunk(reference.mean, offset, weights, None).x[: layout.num_samples]
+
+
 @jax.jit
 @promotes_ranks
 def _materialize(cloud: Cloud) -> Array:
-    layout = cloud.layout
-    offset = cloud.offset
-    if offset is None:
-        draw = partial(_offsets, cloud.rng_key, cloud.reference, layout)
-        offset = lax.map(draw, jnp.arange(layout.num_segments))
-    offset = offset.reshape(-1, cloud.reference.dim)
-    weights = jnp.zeros((offset.shape[0], layout.per_row))
-    return Chunk(cloud.reference.mean, offset, weights, None).x[None, : layout.num_samples]
+    return draws_of(cloud.rng_key, cloud.reference, cloud.layout, cloud.offset)[None]
 
 
 def _offsets(rng_key: Key, reference: AnyGaussian, layout: Layout, index: Array) -> Array:

@@ -33,7 +33,15 @@ from numpyro_regloss._core.stats import bisect, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
-from numpyro_regloss.shift.importance.cloud import Cloud, Layout, evaluate, lay_out, single_weights
+from numpyro_regloss.shift.importance.cloud import (
+    Cloud,
+    Layout,
+    draws_of,
+    evaluate,
+    kept_noise,
+    lay_out,
+    single_weights,
+)
 from numpyro_regloss.shift.importance.sobol import MAX_DIM
 
 __all__ = ["Cloud", "Importance", "ImportanceInfo"]
@@ -85,8 +93,9 @@ class Importance(Shift):
             some direction), pairs would keep it for ever: only their first members, which are independent draws,
             then have a weight.
         chunk_size: draws evaluated at once; default: about two megabytes of them, fewer when the loss
-            holds much data. A Sobol net is never divided. With `num_samples` or more, each step calls the loss
-            once, on all draws and the center: for a simulator that has a price per call.
+            holds much data, and all of them of an external loss. A Sobol net is never divided. With
+            `num_samples` or more, each step calls the loss once, on all draws and the center: for a simulator that
+            has a price per call.
         noise: `"normal"`: independent ξ_j; `"sobol"`: independently scrambled Sobol nets, each of the
             largest power of two that leaves `num_scrambles` of them: smaller errors where few directions
             matter and the loss is smooth, in up to 21,201 dimensions.
@@ -179,7 +188,55 @@ class Importance(Shift):
         # One batch for the whole cloud: weights of different losses cannot be compared.
         target = target.on_batch(key_batch)
         layout = self._layout(target)
-        loss, offset, center_loss, num_loss = evaluate(rng_key, target, layout, with_center=True)
+        found = evaluate(rng_key, target, layout, with_center=True)
+        return state, *self._weighted(rng_key, target, layout, *found)
+
+    def ask(self, rng_key: Key, state: tuple[()], target: RegularizedLoss) -> Array:
+        """The draws of `step`, and the reference's mean.
+
+        Args:
+            rng_key: of the step.
+            state: unused.
+            target: the target.
+
+        Returns:
+            `(num_samples + 1, dim)`.
+        """
+        del state
+        _, rng_key = random.split(rng_key)
+        x = draws_of(rng_key, target.reference, self._layout(target))
+        return jnp.concatenate([x, target.reference.mean[None]])
+
+    def tell(
+        self, rng_key: Key, state: tuple[()], target: RegularizedLoss, values: Array
+    ) -> tuple[tuple[()], Cloud, ImportanceInfo]:
+        """The cloud of `step`, weighted by losses that were evaluated elsewhere.
+
+        Args:
+            rng_key: as of `ask`.
+            state: `()`.
+            target: the target.
+            values: the losses at the points of `ask`.
+
+        Returns:
+            `()`, the cloud and its diagnostics.
+        """
+        _, rng_key = random.split(rng_key)
+        layout = self._layout(target)
+        offset = kept_noise(rng_key, target.reference, layout)
+        found = (values[:-1], offset, values[-1], values.size)
+        return state, *self._weighted(rng_key, target, layout, *found)
+
+    def _weighted(
+        self,
+        rng_key: Key,
+        target: RegularizedLoss,
+        layout: Layout,
+        loss: Array,
+        offset: Array | None,
+        center_loss: Array | None,
+        num_loss: int,
+    ) -> tuple[Cloud, ImportanceInfo]:
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.
         rejected = jnp.isnan(loss) | (loss == -jnp.inf)
         temperature, lowest = target.temperature, 0.0
@@ -212,7 +269,7 @@ class Importance(Shift):
             layout,
             center_loss,
         )
-        return state, cloud, info
+        return cloud, info
 
     def losses(self, rng_key: Key, target: RegularizedLoss) -> Array:
         """The losses alone of the cloud that `step` draws from this key, and not that of the center.

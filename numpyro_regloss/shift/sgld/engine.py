@@ -29,7 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_regloss._core.checks import check_choice, check_count, check_positive, check_schedule
+from numpyro_regloss._core.checks import (
+    check_choice,
+    check_count,
+    check_differentiable,
+    check_positive,
+    check_schedule,
+)
 from numpyro_regloss._core.linalg import power_iteration
 from numpyro_regloss._core.pytree import (
     is_concrete,
@@ -191,14 +197,11 @@ class SGLD(Shift):
             The state.
 
         Raises:
-            TypeError: if the loss returns integers.
+            TypeError: if the loss returns integers or is external.
             ValueError: if a fixed preconditioner does not fit the parameters.
         """
         mean = target.reference.mean
-        if target.loss.returns_integers:
-            raise TypeError(
-                "SGLD: expected a loss with a gradient, got one that returns integers; use shift.Importance."
-            )
+        check_differentiable(["SGLD"], target.loss, "SGLD")
         if np.shape(self.preconditioner) not in ((), mean.shape):
             raise ValueError(
                 f"SGLD: expected a preconditioner with one entry for each of the {mean.size} parameters, "

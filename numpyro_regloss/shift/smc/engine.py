@@ -181,13 +181,12 @@ class SMC(Shift):
             `()`.
 
         Raises:
-            TypeError: if moves need a gradient and the loss returns integers.
+            TypeError: if moves need a gradient and the loss has none.
         """
         del rng_key
-        if self.uses_gradient and target.loss.returns_integers:
+        if self.uses_gradient and (why := target.loss.lacks_gradient):
             raise TypeError(
-                'SMC: moves="hmc" follow gradients, and a loss that returns integers has none; use '
-                'moves="crank_nicolson".'
+                f'SMC: moves="hmc" follow gradients, and {why}; use moves="crank_nicolson".'
             )
         return ()
 
