@@ -300,7 +300,8 @@ def two_modes():
 def test_a_mode_that_no_draw_reached_is_found_before_a_step_is_believed(second):
     mean, ok, rounds, exact, sd = two_modes()(np.array([1 - second, second]))
     wrong = ok & (np.abs(mean - exact) > 0.1 * sd)
-    # Scouts walk for eight rounds, as they find something; without them each of these steps is taken, with the mean of one mode.
+    # Scouts that find something walk for eight rounds; without them each of these steps is taken, with the mean of
+    # one mode.
     assert (rounds[:, 0] == 8).all()
     assert wrong.mean() < 0.02
     # A second mode with a sixth of the mass is too much for one Gaussian; one with a fortieth is weighted.

@@ -65,9 +65,9 @@ class Newton(Anchor):
     """N(x + (I - C / tau)⁻¹ (m - x), tau I); the plain step, N(m, tau I), where that decreases F_tau by more.
 
     The fit must match moments, as `fit.ForwardKL` does. The curvature C is that of the scores of the draws, which
-    NUTS, HMC and AdaptiveImportance have, or their covariance. From three effective draws with scores per parameter
-    on, the two steps are not compared by halves of the draws, which know less than all of them: the step is taken,
-    and taken back where the gradient at its end says that F_tau rose.
+    NUTS, HMC and AdaptiveImportance have, or their covariance. With three effective draws per parameter that have
+    scores, the two steps are not compared by halves of the draws, which know less than all of them: the step is
+    taken, and taken back where the gradient at its end says that F_tau rose.
 
     Args:
         floor: least eigenvalue of I - C / tau: no direction is lengthened by more than 1 / floor.

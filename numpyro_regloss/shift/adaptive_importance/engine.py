@@ -144,8 +144,7 @@ class AdaptiveImportance(Shift):
     Regularized targets mostly are. Where q is not (several modes, funnels, heavy skew), weights are uneven and the
     step is rejected: use `NUTS` or `SMC` there. Scouts, points that walk downhill from draws of the reference,
     look for modes that the proposal lacks: before a first step is believed they walk for eight rounds, or until 24
-    walks ended at the one mode. A mode whose valley
-    holds hardly a part of the reference is not found.
+    walks have ended at the one mode. A mode whose valley holds hardly a part of the reference is not found.
 
     Args:
         num_samples: draws of a round, an even number: antithetic pairs.
