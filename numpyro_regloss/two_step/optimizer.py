@@ -32,6 +32,7 @@ from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
+from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
 from numpyro_regloss.two_step.record import Record
@@ -182,6 +183,8 @@ class TwoStep:
     ) -> tuple[TwoStepState, TwoStepInfo]:
         """Several steps as one compiled `lax.scan`. Pure, for use inside `jax.jit` and `jax.vmap`.
 
+        It keeps all infos of all steps, on the device; that of `run` need not grow with the parameters.
+
         Args:
             state: from `init` or an earlier step.
             num_steps: number of steps; a new number is a new program.
@@ -204,7 +207,9 @@ class TwoStep:
         init_state: TwoStepState | None = None,
         progress_bar: bool = True,
         callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None = None,
+        callback_every: int = 1,
         until: Arrived | None = None,
+        history: str = "auto",
         **kwargs: Any,
     ) -> TwoStepResult:
         """Runs the scheme in compiled chunks, which equal one whole run bit for bit.
@@ -216,9 +221,15 @@ class TwoStep:
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
             progress_bar: show steps, loss, tau and ESS or acceptance.
-            callback: called after every step as `callback(state, info)`; returning True stops the run.
-                Each step is then dispatched alone.
+            callback: called as `callback(state, info)` with the info of the step before; returning True stops the
+                run.
+            callback_every: steps from one call to the next; there is one after the last step too. As many are
+                dispatched together: each one alone by default.
             until: an `Arrived`, to stop where the centre has arrived; `result.stopped` says whether it did.
+            history: `"all"` keeps all infos of all steps. `"scalars"` keeps their numbers and leaves out what has
+                an axis, centres and Gaussians among it; it has `history.motion` instead, from which a report tells
+                whether the centre arrived. `"auto"` keeps all while that takes at most 256 MiB for `num_steps`.
+                What is left out is neither on the device nor on the host. No number depends on it.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
@@ -241,6 +252,7 @@ class TwoStep:
                 f"TwoStep.run: expected progress_bar as True or False, got {progress_bar!r}; bind an argument of "
                 "the loss of that name in Loss.from_function or Loss.from_model."
             )
+        check_count(callback_every, "TwoStep.run: callback_every")
         if until is not None and not isinstance(until, Arrived):
             raise TypeError(
                 f"TwoStep.run: expected until as a numpyro_regloss.Arrived or None, got {until!r}; bind an "
@@ -272,18 +284,22 @@ class TwoStep:
                 )
         self._check_schedule(int(state.step), num_steps)
         row = _explain(outer_step.row_of_history, self, state, arguments)
-        capacity = 1 if callback else history_capacity(row)
+        vectors = keeps_vectors(history, row, num_steps)
+        row = row if vectors else jax.eval_shape(scalars_of, row, state.reference)
+        capacity = 1 if callback and callback_every == 1 else history_capacity(row)
+        kept = self.record is not None and not vectors and self.record.centers_every
+        path = Path(kept) if kept else None
 
         def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
             before, optimizer = int(state.step), outer_step.successor(self, state)
             state, rows, _ = outer_step.advance(
-                optimizer, state, arguments, np.int32(count), capacity
+                optimizer, state, arguments, np.int32(count), capacity, vectors
             )
             if not is_checked and not before:
                 _check_start(rows.loss[0])
             return state, rows, int(state.step) - before
 
-        state, history, seconds, cause = run_in_chunks(
+        state, infos, seconds, cause = run_in_chunks(
             advance,
             state,
             num_steps,
@@ -293,10 +309,13 @@ class TwoStep:
             progress_bar=progress_bar,
             until=None if until is None else until.holds,
             patience=1 if until is None else until.patience,
+            callback_every=callback_every,
+            path=path,
         )
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
-        result = TwoStepResult(params, state, history, seconds, stopped)
+        centers = None if path is None else path.until(state)
+        result = TwoStepResult(params, state, infos, seconds, stopped, centers)
         report_interruption(cause, result, num_steps)
         report_trouble(result, self)
         return result
