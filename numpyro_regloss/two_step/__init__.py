@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The outer loop, which maps Gaussian to Gaussian: the optimizer, its runs and records of them."""
 
+from numpyro_regloss.two_step.checkpoint import Checkpoint
 from numpyro_regloss.two_step.motion import LeftOut, MotionInfo
 from numpyro_regloss.two_step.optimizer import TwoStep
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
@@ -11,6 +12,7 @@ from numpyro_regloss.two_step.until import Arrived
 
 __all__ = [
     "Arrived",
+    "Checkpoint",
     "LeftOut",
     "MotionInfo",
     "Record",

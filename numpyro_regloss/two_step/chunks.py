@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from numpyro_regloss.two_step.checkpoint.keeper import Keeper
 from numpyro_regloss.two_step.motion import Path
 
 __all__ = ["history_capacity", "run_in_chunks"]
@@ -48,6 +49,8 @@ def run_in_chunks(
     patience: int,
     callback_every: int = 1,
     path: Path | None = None,
+    keeper: Keeper | None = None,
+    rows: Any = None,
 ) -> tuple[Any, Any, np.ndarray, BaseException | str | None]:
     """Advances a state chunk by chunk and collects the history on the host.
 
@@ -65,22 +68,34 @@ def run_in_chunks(
         patience: see there.
         callback_every: see there.
         path: keeps centres at its own interval.
+        keeper: saves the run, and knows of its end.
+        rows: of a run that is gone on with, its infos and seconds so far; they count as steps of this one.
 
     Returns:
         The last state, the infos stacked as NumPy arrays, the wall seconds of each step (of its chunk over the
         steps in it; compilation counts to the first), and why it stopped before its time: `"arrived"`,
-        `"callback"`, what was raised on the way (Ctrl-C or an exception of the loss or the callback), or None.
+        `"callback"`, `"terminated"`, what was raised on the way (Ctrl-C or an exception of the loss or the
+        callback), or None.
 
     Raises:
         KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
     """
-    chunk, past, cause = 1, (state, None, 0), None
+    chunk, past, cause = 1, (state, rows, 0 if rows is None else len(rows[1])), None
     begun = time.perf_counter()
-    if path is not None:
+    if path is not None and not path.kept:
         path.add(state)
-    with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
+
+    def stops(rows: Any, done: int) -> bool:
+        looks, rest = divmod(done, patience)
+        if until is None or rest or not done:
+            return False
+        return until(jax.tree.map(lambda a: a[done - patience : done], rows[0]), looks)
+
+    with tqdm(total=num_steps, initial=past[2], disable=not progress_bar, desc="two-step") as bar:
         try:
-            while past[2] < num_steps:
+            # A run that had stopped by itself does so again.
+            cause = "arrived" if stops(*past[1:]) else None
+            while past[2] < num_steps and cause is None:
                 before, rows, done = past
                 count = min(chunk, num_steps - done)
                 # Where a run stops, and what is seen of it, must not depend on how it was chunked.
@@ -88,6 +103,8 @@ def run_in_chunks(
                     count = min(count, patience - done % patience)
                 if callback is not None:
                     count = min(count, callback_every - done % callback_every)
+                if keeper is not None:
+                    count = int(min(count, keeper.room(done)))
                 if path is not None:
                     count = min(count, path.every - int(before.step) % path.every)
                 start = time.perf_counter()
@@ -110,12 +127,12 @@ def run_in_chunks(
                 if callback is not None and due and callback(after, last):
                     cause = "callback"
                     break
-                looks, rest = divmod(done + count, patience)
-                if until is not None and not rest:
-                    place = slice(done + count - patience, done + count)
-                    if until(jax.tree.map(lambda a, p=place: a[p], rows[0]), looks):
-                        cause = "arrived"
-                        break
+                if stops(rows, done + count):
+                    cause = "arrived"
+                elif keeper is not None and keeper.termination.came:
+                    cause = "terminated"
+                elif keeper is not None:
+                    keeper.keep(after, rows, done + count, path)
         except (KeyboardInterrupt, Exception) as error:
             if past[1] is None:
                 raise

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_regloss._core.checks import check_count
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.fit.base import FitInfo
 
@@ -92,11 +91,14 @@ class Path:
 
     Args:
         every: interval in steps, from step 0 on.
+        before: numbers of steps and centres that were kept before.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = check_count(every, "Path: every")
+    def __init__(self, every: int, before: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        self.every = every
         self.kept: dict[int, np.ndarray] = {}
+        if before is not None:
+            self.kept |= dict(zip(before[0].tolist(), before[1], strict=True))
 
     def add(self, state: Any) -> None:
         """Keeps the centre of a state, whatever its step."""
@@ -104,9 +106,10 @@ class Path:
 
     def until(self, state: Any) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of steps and centres `(centre, dim)` up to a state, its own among them."""
-        self.add(state)
-        steps = sorted(step for step in self.kept if step <= int(state.step))
-        return np.array(steps), np.stack([self.kept[step] for step in steps])
+        last = int(state.step)
+        kept = {**self.kept, last: np.asarray(state.reference.mean)}
+        steps = sorted(step for step in kept if step <= last)
+        return np.array(steps), np.stack([kept[step] for step in steps])
 
 
 def no_vectors(what: str) -> str:

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-step scheme: reference → shifted density → fitted Gaussian → next reference."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +33,9 @@ from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
+from numpyro_regloss.two_step.checkpoint import Checkpoint
+from numpyro_regloss.two_step.checkpoint.fingerprint import fingerprint
+from numpyro_regloss.two_step.checkpoint.keeper import Keeper, history_of
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
@@ -210,13 +215,15 @@ class TwoStep:
         callback_every: int = 1,
         until: Arrived | None = None,
         history: str = "auto",
+        checkpoint: Checkpoint | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> TwoStepResult:
         """Runs the scheme in compiled chunks, which equal one whole run bit for bit.
 
         Args:
             rng_key: a random key; unused with `init_state`, which has its own.
-            num_steps: number of steps to do now, at most; a new number does not recompile.
+            num_steps: number of steps to do now, at most; with `checkpoint` in all, those done before among
+                them. A new number does not recompile.
             *args: arguments of the loss in place of the bound ones.
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
@@ -230,6 +237,10 @@ class TwoStep:
                 an axis, centres and Gaussians among it; it has `history.motion` instead, from which a report tells
                 whether the centre arrived. `"auto"` keeps all while that takes at most 256 MiB for `num_steps`.
                 What is left out is neither on the device nor on the host. No number depends on it.
+            checkpoint: a folder, or a `Checkpoint` with one, in which state and history are saved every 30 seconds
+                and at the end. Where it holds this run already, the run goes on from there, to the same bits as
+                one that was never interrupted. SIGTERM then ends the run as Ctrl-C does: after the steps under way
+                it saves and returns.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
@@ -238,7 +249,9 @@ class TwoStep:
 
         Raises:
             TypeError: if an argument is of the wrong kind.
-            ValueError: if the start or the given state is not finite.
+            ValueError: if the start or the given state is not finite; if the folder holds something else, or a run
+                that differs in some setting.
+            OSError: if the folder cannot be written.
             RejectedError: if every step was rejected.
         """
         check_count(num_steps, "TwoStep.run: num_steps")
@@ -266,52 +279,64 @@ class TwoStep:
         arguments = self.loss.bind(args, kwargs)
         # The first step has the loss at the start too: a long one need not be compiled for it alone.
         is_checked = init_state is not None or not self._is_checked_late
-        if not is_checked:
-            rng_key = check_key(rng_key, "TwoStep")
-            self.loss.check_captured()
-            state = _explain(outer_step.first_state, self, rng_key, arguments)
-        elif init_state is None:
-            state = self.init(rng_key, *args, **kwargs)
-        else:
-            self.loss.check_captured()
-            state = strip_weak_types(
-                self._checked_state(init_state, arguments, "TwoStep.run: init_state")
-            )
-            if not all(np.isfinite(part).all() for part in state.reference):
-                raise ValueError(
-                    "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
-                    "start anew with TwoStep.init."
+        if init_state is not None:
+            _check_kind(init_state, "TwoStep.run: init_state")
+            rng_key = init_state.rng_key
+        rng_key = check_key(rng_key, "TwoStep")
+        with self._keeper(
+            checkpoint, init_state or rng_key, rng_key, arguments, history, num_steps
+        ) as keeper:
+            saved = None if keeper is None else keeper.load(num_steps)
+            if saved is not None:
+                is_checked, state = True, strip_weak_types(saved.state)
+            elif init_state is not None:
+                self.loss.check_captured()
+                state = strip_weak_types(
+                    self._checked_state(init_state, arguments, "TwoStep.run: init_state")
                 )
-        self._check_schedule(int(state.step), num_steps)
-        row = _explain(outer_step.row_of_history, self, state, arguments)
-        vectors = keeps_vectors(history, row, num_steps)
-        row = row if vectors else jax.eval_shape(scalars_of, row, state.reference)
-        capacity = 1 if callback and callback_every == 1 else history_capacity(row)
-        kept = self.record is not None and not vectors and self.record.centers_every
-        path = Path(kept) if kept else None
+                if not all(np.isfinite(part).all() for part in state.reference):
+                    raise ValueError(
+                        "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
+                        "start anew with TwoStep.init."
+                    )
+            elif is_checked:
+                state = self.init(rng_key, *args, **kwargs)
+            else:
+                self.loss.check_captured()
+                state = _explain(outer_step.first_state, self, rng_key, arguments)
+            self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
+            row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
+            vectors = row.motion is None
+            capacity = 1 if callback and callback_every == 1 else history_capacity(row)
+            kept = 0 if self.record is None or vectors else self.record.centers_every
+            path = Path(kept, None if saved is None else saved.centers) if kept else None
 
-        def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
-            before, optimizer = int(state.step), outer_step.successor(self, state)
-            state, rows, _ = outer_step.advance(
-                optimizer, state, arguments, np.int32(count), capacity, vectors
+            def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
+                before, optimizer = int(state.step), outer_step.successor(self, state)
+                state, rows, _ = outer_step.advance(
+                    optimizer, state, arguments, np.int32(count), capacity, vectors
+                )
+                if not is_checked and not before:
+                    _check_start(rows.loss[0])
+                return state, rows, int(state.step) - before
+
+            state, infos, seconds, cause = run_in_chunks(
+                advance,
+                state,
+                num_steps,
+                capacity,
+                callback,
+                headline,
+                progress_bar=progress_bar,
+                until=None if until is None else until.holds,
+                patience=1 if until is None else until.patience,
+                callback_every=callback_every,
+                path=path,
+                keeper=keeper,
+                rows=None if saved is None else (saved.infos, saved.seconds),
             )
-            if not is_checked and not before:
-                _check_start(rows.loss[0])
-            return state, rows, int(state.step) - before
-
-        state, infos, seconds, cause = run_in_chunks(
-            advance,
-            state,
-            num_steps,
-            capacity,
-            callback,
-            headline,
-            progress_bar=progress_bar,
-            until=None if until is None else until.holds,
-            patience=1 if until is None else until.patience,
-            callback_every=callback_every,
-            path=path,
-        )
+            if keeper is not None:
+                cause = keeper.finish(state, (infos, seconds), path, cause)
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
         centers = None if path is None else path.until(state)
@@ -354,6 +379,35 @@ class TwoStep:
         """
         _check_kind(state, "TwoStep.get_params: state")
         return self.loss.constrain(state.reference.mean, args, kwargs)
+
+    def _row(self, state: Any, arguments: Partition, history: str, num_steps: int) -> TwoStepInfo:
+        row = _explain(outer_step.row_of_history, self, state, arguments)
+        if keeps_vectors(history, row, num_steps):
+            return row
+        return jax.eval_shape(scalars_of, row, state.reference)
+
+    @contextlib.contextmanager
+    def _keeper(
+        self,
+        checkpoint: Any,
+        start: Any,
+        rng_key: Key,
+        arguments: Partition,
+        history: str,
+        num_steps: int,
+    ) -> Iterator[Keeper | None]:
+        if checkpoint is None:
+            yield None
+            return
+        settings = Checkpoint.of(checkpoint)
+        if history == "auto":
+            # That of the run that is gone on with, however many steps are asked for now.
+            history = history_of(settings) or history
+        state = _explain(outer_step.first_state.eval_shape, self, rng_key, arguments)
+        row = self._row(state, arguments, history, num_steps)
+        print_ = fingerprint(self, arguments, start, state, row)
+        with Keeper(settings, print_, state, row) as keeper:
+            yield keeper
 
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
