@@ -17,7 +17,7 @@ __all__ = ["history_capacity", "run_in_chunks"]
 
 # A chunk runs about this long, so that the bar moves and Ctrl-C answers, at a negligible cost; in long runs this
 # share of the time so far.
-SECONDS_PER_CHUNK, MOST_SECONDS, SHARE = 0.25, 8.0, 0.05
+SECONDS_PER_CHUNK, MOST_SECONDS, SHARE = 0.25, 10.0, 0.1
 # Room for the history of one chunk on the device: at most so many bytes and so many steps.
 CHUNK_BYTES = 2**23
 CHUNK_STEPS = 512

@@ -3,8 +3,8 @@
 """What a run is, as text by name: all that its numbers depend on, so that it is told from any other.
 
 Arrays go in by their type, shape and a hash of their values, functions by their name, their code and what they
-close over, the loss by its program (a jaxpr). Code is compared within one version of Python, programs within one of
-JAX: a run may go on after an upgrade.
+close over, the loss by its program (a jaxpr). Code is compared within one version of Python, programs within one
+of JAX: a run may go on after an upgrade.
 """
 
 import hashlib

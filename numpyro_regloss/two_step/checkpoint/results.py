@@ -56,8 +56,8 @@ def save(result: TwoStepResult, path: str | os.PathLike) -> None:
         raise TypeError(f"save: expected the result of TwoStep.run, got {type(result).__name__}.")
     if np.ndim(result.history.ok) != 1:
         raise ValueError(
-            f"save: expected the result of one run, got a history of shape {np.shape(result.history.ok)}; save one "
-            "at a time, jax.tree.map(lambda a: a[0], result)."
+            f"save: expected the result of one run, got a history of shape {np.shape(result.history.ok)}; save "
+            "one at a time, jax.tree.map(lambda a: a[0], result)."
         )
     row = jax.eval_shape(lambda history: jax.tree.map(lambda a: a[0], history), result.history)
     header = {
@@ -87,7 +87,7 @@ def load(path: str | os.PathLike, optimizer: TwoStep, *args: Any, **kwargs: Any)
 
     Args:
         path: of the file.
-        optimizer: that ran, or one of the same engines and shapes: the file has numbers, the optimizer their names.
+        optimizer: that ran, or one of the same engines and shapes: the file has numbers, the optimizer names.
         *args: arguments of the loss in place of the bound ones.
         **kwargs: keyword arguments over the bound ones.
 
