@@ -173,7 +173,8 @@ class Keeper:
         """
         every, waited = self.settings.every, time.monotonic() - self._time
         due = waited >= every if isinstance(every, float) else not done % every
-        if not due or self._manager.is_saving_in_progress():
+        # Steps are counted to be met: one under way is waited for.
+        if not due or (isinstance(every, float) and self._manager.is_saving_in_progress()):
             return
         try:
             with deferred_interrupts():

@@ -104,7 +104,7 @@ def load(path: str | os.PathLike, optimizer: TwoStep, *args: Any, **kwargs: Any)
             f"load: expected the TwoStep of the run as second argument, got {type(optimizer).__name__}."
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = dict(file)
         header = json.loads(arrays["header"].tobytes())
         known = header["format"]

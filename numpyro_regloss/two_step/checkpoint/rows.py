@@ -35,9 +35,10 @@ class Rows:
         if writes:
             # Not "a+b": that writes at the end, whatever was sought.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.file = os.fdopen(descriptor, "r+b")
+            # Without a buffer: on a full disk it would be written again when the file is closed.
+            self.file = os.fdopen(descriptor, "r+b", buffering=0)
         else:
-            self.file = path.open("rb")
+            self.file = path.open("rb", buffering=0)
 
     def write(self, tree: Any, start: int) -> None:
         """Writes rows, to the disk and not only to its cache.
@@ -60,8 +61,9 @@ class Rows:
         data[:, -4:] = sums[:, None].view(np.uint8)
         self.file.truncate(start * self.size)
         self.file.seek(start * self.size)
-        self.file.write(data.data)
-        self.file.flush()
+        rest = memoryview(data.reshape(-1).data)
+        while rest:
+            rest = rest[self.file.write(rest) :]
         os.fsync(self.file.fileno())
 
     def read(self, count: int) -> Any:
@@ -76,11 +78,10 @@ class Rows:
         Raises:
             ValueError: if there are fewer, or one is damaged.
         """
-        self.file.seek(0)
-        data = np.frombuffer(self.file.read(count * self.size), np.uint8)
-        if data.size < count * self.size:
-            raise ValueError(f"{self.path} has {data.size // self.size} rows and not {count}")
-        data = data.reshape(count, self.size)
+        known = os.fstat(self.file.fileno()).st_size // self.size
+        if known < count:
+            raise ValueError(f"{self.path} has {known} rows and not {count}")
+        data = np.fromfile(self.path, np.uint8, count * self.size).reshape(count, self.size)
         sums = np.ascontiguousarray(data[:, -4:]).view("<u4").ravel()
         for i, row in enumerate(data):
             if zlib.crc32(row[:-4].data) != sums[i]:
