@@ -4,7 +4,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from numpyro_regloss.two_step import outer_step
 from numpyro_regloss.two_step.checkpoint import Checkpoint
 from numpyro_regloss.two_step.checkpoint.fingerprint import fingerprint
 from numpyro_regloss.two_step.checkpoint.keeper import Keeper, history_of
+from numpyro_regloss.two_step.checkpoint.settings import settings_of
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
@@ -395,11 +396,11 @@ class TwoStep:
         arguments: Partition,
         history: str,
         num_steps: int,
-    ) -> Iterator[Keeper | None]:
+    ) -> Generator[Keeper | None, None, None]:
         if checkpoint is None:
             yield None
             return
-        settings = Checkpoint.of(checkpoint)
+        settings = settings_of(checkpoint)
         if history == "auto":
             # That of the run that is gone on with, however many steps are asked for now.
             history = history_of(settings) or history

@@ -77,7 +77,7 @@ class Keeper:
     def __init__(
         self, settings: Checkpoint, fingerprint: dict[str, str], state: Any, row: Any
     ) -> None:
-        self.settings, self.folder = settings, settings.path
+        self.settings, self.folder = settings, pathlib.Path(settings.folder)
         self.state, self.row = state, row
         self.termination = Termination()
         self._orbax = _orbax()
@@ -374,7 +374,11 @@ def history_of(settings: Checkpoint) -> str | None:
         `"all"`, `"scalars"`, or None of a new run and of one that cannot be read, which its keeper tells.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((settings.path / MANIFEST).read_text())["fingerprint"]["history"])
+        return str(
+            json.loads((pathlib.Path(settings.folder) / MANIFEST).read_text())["fingerprint"][
+                "history"
+            ]
+        )
     return None
 
 

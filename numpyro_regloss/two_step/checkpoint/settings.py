@@ -3,13 +3,13 @@
 """Where and how often a run is saved."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from numpyro_regloss._core.checks import check_count, check_positive
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,25 @@ class Checkpoint:
         check(self.every, "Checkpoint: every (an int for steps, a float for seconds)")
         check_count(self.keep, "Checkpoint: keep")
 
-    @classmethod
-    def of(cls, given: Any) -> "Checkpoint":
-        """What `checkpoint` of a run says.
 
-        Args:
-            given: a `Checkpoint`, or a folder.
+def settings_of(given: Any) -> Checkpoint:
+    """What `checkpoint` of a run says.
 
-        Returns:
-            The settings.
+    Args:
+        given: a `Checkpoint`, or a folder.
 
-        Raises:
-            TypeError: if it is something else.
-        """
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, str | os.PathLike):
-            return cls(given)
+    Returns:
+        The settings, the folder as an absolute path.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if isinstance(given, str | os.PathLike):
+        given = Checkpoint(given)
+    if not isinstance(given, Checkpoint):
         raise TypeError(
             "TwoStep.run: expected checkpoint as a folder or a numpyro_regloss.Checkpoint, got "
             f"{type(given).__name__}; bind an argument of the loss of that name in Loss.from_function or "
             "Loss.from_model."
         )
-
-    @property
-    def path(self) -> Path:
-        """The folder, absolute."""
-        return Path(self.folder).expanduser().absolute()
+    return replace(given, folder=Path(given.folder).expanduser().absolute())

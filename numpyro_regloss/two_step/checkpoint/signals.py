@@ -4,7 +4,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,7 +34,7 @@ class Termination:
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[None]:
+def deferred_interrupts() -> Generator[None, None, None]:
     """Within it Ctrl-C waits, so that what is being saved is saved whole."""
     before = signal.getsignal(signal.SIGINT)
     if not (_in_main_thread() and callable(before)):
