@@ -77,17 +77,17 @@ def ended(process):
 
 
 def kills(number, how_many, dim, num_steps, seed=0):
-    """One row: so many processes met by a signal, and what became of their runs."""
+    """One row: signals until so many processes were met by one, and what became of their runs."""
     rng = random.Random(seed)
     whole = ended(start(None, dim, num_steps, EVERY))
     longest = LONGEST_START + whole["seconds"]
     row = {"signal": number.name, "sent": 0, "met": 0, "runs": 0, "equal": 0, "steps": num_steps}
     base, folder = Path(tempfile.mkdtemp()), None
     try:
-        while row["sent"] < how_many or folder is not None:
+        while row["met"] < how_many or folder is not None:
             folder = folder or base / str(row["runs"])
             process = start(str(folder), dim, num_steps, EVERY)
-            if row["sent"] < how_many:
+            if row["met"] < how_many:
                 time.sleep(rng.uniform(0.0, longest))
                 process.send_signal(number)
                 row["sent"] += 1
