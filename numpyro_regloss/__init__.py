@@ -17,6 +17,7 @@ from numpyro_regloss.gaussians import Gaussian, LowRankGaussian, kl_divergence
 from numpyro_regloss.losses import Loss, Minibatch, RegularizedLoss, model
 from numpyro_regloss.two_step import (
     Arrived,
+    Checkpoint,
     Record,
     RecordInfo,
     RejectedError,
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from numpyro_regloss import diagnostics, plots
     from numpyro_regloss.guides import from_guide, to_guide
     from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
+    from numpyro_regloss.two_step.checkpoint.results import load, save
 
 __all__ = [
     "Arrived",
+    "Checkpoint",
     "Gaussian",
     "Loss",
     "LowRankGaussian",
@@ -54,9 +57,11 @@ __all__ = [
     "from_guide",
     "gaussian_to_arviz",
     "kl_divergence",
+    "load",
     "model",
     "plots",
     "reverse_kl",
+    "save",
     "schedules",
     "schemes",
     "score_matching",
@@ -71,7 +76,9 @@ _LATER = {
     "diagnostics": "diagnostics",
     "from_guide": "guides",
     "gaussian_to_arviz": "io_arviz",
+    "load": "two_step.checkpoint.results",
     "plots": "plots",
+    "save": "two_step.checkpoint.results",
     "to_arviz": "io_arviz",
     "to_guide": "guides",
 }

@@ -12,10 +12,12 @@ import pytest
 from conftest import ENGINES, SIGMAS, Counter, scheme
 from jax import random
 
-from numpyro_regloss import Loss
+from numpyro_regloss import Checkpoint, Loss
 from numpyro_regloss._core.pytree import all_finite
 from numpyro_regloss.fit import FitInfo
 from numpyro_regloss.two_step import outer_step
+from numpyro_regloss.two_step.checkpoint.fingerprint import fingerprint
+from numpyro_regloss.two_step.checkpoint.keeper import Keeper
 
 CURVATURE = np.array([[2.0, 0.3], [0.3, 0.8]])
 CENTER, START, TAU, TEMPERATURE = np.array([0.7, -0.4]), np.zeros(2), 0.3, 0.8
@@ -181,6 +183,27 @@ def test_engines_and_states_pickle(name):
     back = pickle.loads(pickle.dumps(state))
     assert_equal(back, state)
     assert_equal(optimizer.step(back), optimizer.step(state))
+
+
+@pytest.mark.parametrize("name", rows("checkpoint"))
+def test_states_and_infos_survive_a_checkpoint(name, tmp_path):
+    optimizer, counter, _, state, infos = known(name)
+    arguments, start = optimizer.loss.bind(), random.key(0)
+    shapes, row = jax.eval_shape(lambda: (state, infos[0]))
+    text = fingerprint(optimizer, arguments, start, shapes, row)
+    assert "0x" not in str(text)
+    history = jax.tree.map(lambda *a: np.stack(a), *infos)
+    with Keeper(Checkpoint(tmp_path), text, shapes, row) as keeper:
+        assert keeper.load(STEPS) is None
+        assert keeper.finish(state, (history, np.zeros(STEPS)), None, None) is None
+    # Built anew, it is the same optimizer.
+    text = fingerprint(build(name, counter), arguments, start, shapes, row)
+    with Keeper(Checkpoint(tmp_path), text, shapes, row) as keeper:
+        saved = keeper.load(STEPS)
+    assert jax.tree.structure(saved.state) == jax.tree.structure(state)
+    assert_equal(saved.state, state)
+    assert_equal(saved.infos, history)
+    assert_equal(optimizer.step(saved.state), optimizer.step(state))
 
 
 @pytest.mark.parametrize("name", rows("no leaks", MOST - {"nuts_dense"}))

@@ -75,7 +75,7 @@ def test_readme_is_short_and_its_house_is_today():
 
 @pytest.mark.both
 def test_import_is_light():
-    heavy = ["arviz", "matplotlib", "optax", "pandas", "sklearn", "xarray"]
+    heavy = ["arviz", "matplotlib", "optax", "orbax", "pandas", "sklearn", "xarray"]
     heavy += [f"numpyro_regloss.{name}" for name in ("diagnostics", "guides", "io_arviz", "plots")]
     code = f"import sys, numpyro_regloss; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

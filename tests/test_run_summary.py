@@ -418,6 +418,7 @@ def test_a_look_around_the_centre(name):
     history = SimpleNamespace(
         loss=np.array([loss.value(loss.x0)]),
         reference=SimpleNamespace(mean=np.asarray(loss.x0)[None]),
+        motion=None,
     )
     look = look_around(optimizer, reference, history)
     assert [finding.name for finding in look.findings] == ([expected] if expected else [])

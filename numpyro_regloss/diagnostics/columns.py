@@ -8,9 +8,11 @@ the units of the parameters.
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from numpyro_regloss._core.pytree import fields_of
+from numpyro_regloss.two_step.motion import MotionInfo
 from numpyro_regloss.two_step.result import TwoStepResult
 from numpyro_regloss.two_step.until import pulls
 
@@ -55,17 +57,34 @@ OF_ONE_ROUND = ("ess", "rhat")
 class Motion(NamedTuple):
     """How the centre moved in the steps that were taken, `(step, dim)`, in standard deviations of the reference.
 
+    Of a history without vectors these are sketches, which are as long and add as the vectors do.
+
     Attributes:
         pull: from the centre to the fitted mean; with `Proximal` that is the step.
         error: standard errors of the fitted mean, or None where the fit has none.
         step: from one centre to the next.
         stopped: whether the run ended because it had arrived.
+        exact: lengths of a history without vectors.
+        dim: number of parameters, where it is not that of columns.
     """
 
     pull: np.ndarray
     error: np.ndarray | None
     step: np.ndarray
     stopped: bool = False
+    exact: MotionInfo | None = None
+    dim: int | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many parameters move."""
+        return self.pull.shape[1] if self.dim is None else self.dim
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Of the steps (`"step"`), pulls or errors, `(step,)`."""
+        known = self if self.exact is None else self.exact
+        lengths = fields_of(known)[name]
+        return _length(lengths) if known is self else lengths
 
 
 def run_motion(result: TwoStepResult) -> Motion:
@@ -77,9 +96,14 @@ def run_motion(result: TwoStepResult) -> Motion:
     Returns:
         The motion, rejected steps left out.
     """
+    stopped, motion = result.stopped == "arrived", result.history.motion
+    if motion is not None:
+        ok, dim = np.asarray(result.history.ok), len(result.state.reference.mean)
+        exact = jax.tree.map(lambda a: np.asarray(a)[ok], motion)
+        return Motion(*pulls(result.history), exact.step_sketch, stopped, exact, dim)
     sd = np.sqrt(np.asarray(result.history.reference.variance))
     step = (np.diff(result.centers, axis=0) / sd)[result.history.ok]
-    return Motion(*pulls(result.history), step, stopped=result.stopped == "arrived")
+    return Motion(*pulls(result.history), step, stopped)
 
 
 def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:
@@ -103,15 +127,15 @@ def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:
         "ok": ok,
         "loss": history.loss,
         "tau": np.asarray(history.tau).reshape(len(ok), -1).mean(1),
-        "step": taken(_length(motion.step)),
+        "step": taken(motion.lengths("step")),
         "num_loss": history.num_loss,
         "num_grad": history.num_grad,
         "seconds": result.seconds,
     }
     if motion.error is not None:
-        error, pull = _length(motion.error), _length(motion.pull)
+        error, pull = motion.lengths("error"), motion.lengths("pull")
         found["noise"] = taken(np.divide(error, pull, np.full(len(pull), np.inf), where=pull > 0))
-        found["error"] = taken(error / np.sqrt(motion.error.shape[1]))
+        found["error"] = taken(error / np.sqrt(motion.num_parameters))
     own = set(COLUMNS) - set(found)
     infos = [fields_of(info) for info in (history.record, history.fit, history.shift)]
     of_round = fields_of(infos[-1].get("engine"))

@@ -116,7 +116,7 @@ def _dimension(run: Run) -> str:
     if run.history.draws is None or "stability" in run.columns or error is None or not len(error):
         return ""
     noise = np.sqrt(np.median(np.sum(np.asarray(error[-window(len(error)) :], float) ** 2, -1)))
-    dim = error.shape[1]
+    dim = run.motion.num_parameters
     if not noise > MAX_NOISE or dim < MANY_PARAMETERS:
         return ""
     draws = f"{run.median('ess'):.3g} effective draws" if "ess" in run.columns else "draws"

@@ -275,8 +275,7 @@ def _residual(run: Run) -> str:
     if "curvature" in known:
         # As long as directions in which the loss is flat take to move, see `RobbinsMonro`.
         needed = np.median(1 + fit.curvature)
-        way = np.sqrt(np.sum(run.motion.pull**2, -1))
-        far = np.median(fit.residual[run.history.ok] - way) > 0
+        far = np.median(fit.residual[run.history.ok] - run.motion.lengths("pull")) > 0
         if not (needed > np.median(fit.num_steps) and far):
             return ""
         return (
@@ -285,7 +284,7 @@ def _residual(run: Run) -> str:
         )
     if "bound" not in known:
         return ""
-    limit = MAX_RESIDUAL * np.sqrt(run.motion.step.shape[1])
+    limit = MAX_RESIDUAL * np.sqrt(run.motion.num_parameters)
     if not run.often("residual", lambda residual: residual > limit):
         return ""
     return (

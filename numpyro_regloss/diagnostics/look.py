@@ -79,9 +79,13 @@ def look_around(
     keys = random.split(random.key(0), 3)
     target = RegularizedLoss.unchecked(loss, reference, loss.arguments, optimizer.temperature)
     target = target.on_batch(keys[0])
-    seen = jax.device_get(_seen(keys[1], target, history.reference.mean[-1]))
+    # Without the centre of the last step nothing tells whether the loss is still that of the run.
+    known = history.motion is None
+    center = history.reference.mean[-1] if known else reference.mean
+    seen = jax.device_get(_seen(keys[1], target, center))
     then, now = float(seen[1]), float(history.loss[-1])
-    if loss.minibatch is None and not abs(then - now) <= SAME * max(abs(now), 1e-30):
+    same = abs(then - now) <= SAME * max(abs(now), 1e-30)
+    if known and loss.minibatch is None and not same:
         what = (
             "the loss around the centre: the run had other arguments than those bound to the loss"
         )
@@ -90,6 +94,8 @@ def look_around(
     text = _of_gradients(seen[0])
     checked = ["gradients against differences"] if text or seen[0].comparable.any() else []
     unchecked = () if checked else ("gradients against differences, which are rounding here",)
+    if not known:
+        unchecked += ("whether the run had the arguments that are bound to the loss (no centres)",)
     findings = [Finding("gradient", text)] if text else []
     if curvature and not text:
         checked.append("curvature at the centre")

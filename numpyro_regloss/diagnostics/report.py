@@ -200,6 +200,10 @@ def _checked(run: Run, look: Look, optimizer: Any) -> str:
     if optimizer is None and np.any(columns["num_grad"]):
         unchecked.append("gradients against differences and curvature (pass the optimizer)")
     text = f"Checked: {', '.join(['steps', *checked])}."
+    if run.history.motion is not None:
+        text += (
+            ' The history has no centres; arrival is judged by sketches of them (history="all").'
+        )
     return f"{text} Not checked: {', '.join(unchecked)}." if unchecked else text
 
 

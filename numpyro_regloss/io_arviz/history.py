@@ -11,6 +11,7 @@ import numpy as np
 from numpyro_regloss._core.pytree import fields_of, has_fields
 from numpyro_regloss.io_arviz.draws import plain
 from numpyro_regloss.io_arviz.labels import Labels
+from numpyro_regloss.two_step.motion import no_vectors
 from numpyro_regloss.two_step.result import TwoStepResult
 from numpyro_regloss.values.estimate import Estimate
 
@@ -33,7 +34,9 @@ def history_dataset(result: TwoStepResult, labels: Labels) -> Any:
         labels: of the parameters.
 
     Returns:
-        A dataset with the dimension `iteration`, and `param` for what has a value per parameter.
+        A dataset with the dimension `iteration`, and `param` for what has a value per parameter. Of a history
+        without vectors its attribute `left_out` says so; centres that were kept have the dimension
+        `center_iteration`.
     """
     import xarray as xr  # noqa: PLC0415
 
@@ -43,22 +46,34 @@ def history_dataset(result: TwoStepResult, labels: Labels) -> Any:
         "ok": history.ok,
         "loss": history.loss,
         "tau": history.tau,
-        "center": history.reference.mean,
-        "fitted_mean": history.fitted.mean,
-        "fitted_sd": np.sqrt(np.asarray(history.fitted.variance)),
-        "step_norm": np.linalg.norm(np.diff(result.centers, axis=0), axis=-1),
         "num_loss": history.num_loss,
         "num_grad": history.num_grad,
     }
+    if history.motion is None:
+        variables |= {
+            "center": history.reference.mean,
+            "fitted_mean": history.fitted.mean,
+            "fitted_sd": np.sqrt(np.asarray(history.fitted.variance)),
+            "step_norm": np.linalg.norm(np.diff(result.centers, axis=0), axis=-1),
+        }
+    else:
+        variables["step_norm"] = history.motion.step_norm
     if result.seconds is not None:
         variables["seconds"] = result.seconds
     for part in PARTS:
         variables |= dict(_numbers(part, fields_of(history)[part]))
     dim = len(labels.flat)
-    return xr.Dataset(
+    dataset = xr.Dataset(
         {name: (_dims(name, np.shape(a)[1:], dim), plain(a)) for name, a in variables.items()},
         coords={"iteration": iterations(result), "param": labels.flat},
     )
+    if history.motion is not None:
+        dataset.attrs["left_out"] = f"{no_vectors('optimization')}."
+    if result.path is not None:
+        steps, centers = result.path
+        dataset = dataset.assign_coords(center_iteration=steps)
+        dataset["center"] = (("center_iteration", "param"), plain(centers))
+    return dataset
 
 
 def _numbers(path: str, info: Any) -> Iterator[tuple[str, Any]]:

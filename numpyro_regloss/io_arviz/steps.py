@@ -19,6 +19,7 @@ from numpyro_regloss.io_arviz.draws import check_draws, flat_dataset
 from numpyro_regloss.io_arviz.history import iterations
 from numpyro_regloss.io_arviz.labels import Labels
 from numpyro_regloss.two_step import outer_step
+from numpyro_regloss.two_step.motion import no_vectors
 
 __all__ = ["choose_steps", "step_dataset"]
 
@@ -42,9 +43,13 @@ def choose_steps(result: Any, num_numbers: int, step_draws: Any) -> list[int]:
 
     Raises:
         TypeError: if they are not numbers.
-        ValueError: if the history has no such step.
+        ValueError: if the history has no such step, or no references to draw at.
     """
     known = iterations(result)
+    if result.history.motion is not None:
+        if step_draws is None or step_draws is False:
+            return []
+        raise ValueError(f"{no_vectors('to_arviz: step_draws')}.")
     if step_draws is None or isinstance(step_draws, bool):
         taken = known[np.asarray(result.history.ok)]
         few = np.unique(np.linspace(0, len(taken) - 1, MOST_STEPS).round().astype(int))

@@ -92,7 +92,7 @@ def landscape(
     }
     path = None
     if result is not None:
-        centers = centers_of(result, history_of(result, WHAT))
+        centers = centers_of(result, history_of(result, WHAT), WHAT)
         if centers.shape[1] != dim:
             raise ValueError(
                 f"{WHAT}: expected a run with {dim} parameters, got one with {centers.shape[1]}."

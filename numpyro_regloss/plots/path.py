@@ -65,7 +65,8 @@ def trajectory(
     Over steps, one panel per coordinate: the centre, with a dark band of two Monte Carlo standard errors of the
     fitted mean, where the fit knows them, and a light one of one standard deviation of the fitted Gaussian; step 0
     is the start. Or the path in the plane of two coordinates, with the fitted Gaussian of the last step as an
-    ellipse of one standard deviation.
+    ellipse of one standard deviation. Of a history without vectors the centres that `Record(centers_every=k)`
+    kept, without bands and ellipse.
 
     Args:
         result: of `TwoStep.run`, or its history alone, of which the last centre is then missing.
@@ -81,7 +82,7 @@ def trajectory(
 
     Raises:
         TypeError: if the optimizer is something else.
-        ValueError: if a coordinate is unknown, or there are not two of them for a plane.
+        ValueError: if no centres were kept, a coordinate is unknown, or there are not two of them for a plane.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,11 +100,14 @@ def trajectory(
         raise TypeError(
             f"{WHAT}: expected the optimizer as a TwoStep or None, got {type(optimizer).__name__}."
         )
-    centers = centers_of(result, history)
+    centers = centers_of(result, history, WHAT)
     view = _view(centers, _names(optimizer, centers.shape[1]), coordinates, plane=plane)
     if plane:
         return _plane(axes, view, centers, history)
-    return _over_steps(axes, view, centers, history)
+    steps = np.arange(len(centers))
+    if history.motion is not None:
+        steps = result.center_steps - result.center_steps[0]
+    return _over_steps(axes, view, centers, history, steps)
 
 
 def _names(optimizer: TwoStep | None, dim: int) -> tuple[str, ...]:
@@ -131,7 +135,9 @@ def _view(centers: np.ndarray, names: Sequence[str], coordinates: Any, *, plane:
     if not chosen or plane and len(chosen) != 2:
         wanted = "two coordinates for a plane" if plane else "at least one coordinate"
         raise ValueError(f"{WHAT}: expected {wanted}, got {len(chosen)}.")
-    return View(tuple(wrapped(names[i]) for i in chosen), np.zeros(dim), np.eye(dim)[chosen])
+    directions = np.zeros((len(chosen), dim))
+    directions[np.arange(len(chosen)), chosen] = 1.0
+    return View(tuple(wrapped(names[i]) for i in chosen), np.zeros(dim), directions)
 
 
 def _principal(centers: np.ndarray) -> View:
@@ -149,19 +155,22 @@ def _principal(centers: np.ndarray) -> View:
     return View(tuple(labels), origin, rows)
 
 
-def _over_steps(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo) -> np.ndarray:
+def _over_steps(
+    axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo, steps: np.ndarray
+) -> np.ndarray:
     count = len(view.labels)
     axes = check_axes(axes, (count, 1), (7.5, 0.8 + 1.6 * count), WHAT, sharex=True).ravel()
-    steps, places = np.arange(len(centers)), view.project(centers)
+    places = view.project(centers)
     # What a step fitted is known after it.
-    later = steps[1:]
-    sd = view.spread(np.sqrt(np.asarray(history.fitted.variance, float)))[: later.size]
-    error = FitInfo.of(history.fit).mean_error
+    later, sd, error = steps[1:], None, FitInfo.of(history.fit).mean_error
+    if history.motion is None:
+        sd = view.spread(np.sqrt(np.asarray(history.fitted.variance, float)))[: later.size]
     error = None if error is None else view.spread(finite(error))[: later.size]
     for i, ax in enumerate(axes):
         here = places[1:, i]
-        low, high = finite(here - sd[:, i]), finite(here + sd[:, i])
-        shade(ax, later, low, high, color=SKY, alpha=0.25, label="± 1 sd of the fit")
+        if sd is not None:
+            low, high = finite(here - sd[:, i]), finite(here + sd[:, i])
+            shade(ax, later, low, high, color=SKY, alpha=0.25, label="± 1 sd of the fit")
         if error is not None:
             low, high = here - SIGMAS * error[:, i], here + SIGMAS * error[:, i]
             label = "± 2 Monte Carlo standard errors"
@@ -180,6 +189,11 @@ def _plane(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo) -> 
     (ax,) = axes
     places = view.project(centers)
     mark_path(ax, places)
+    ax.set_xlabel(view.labels[0])
+    ax.set_ylabel(view.labels[1])
+    if history.motion is not None:
+        legend_above(ax)
+        return axes
     last = type(history.fitted)(*(np.asarray(part)[-1] for part in history.fitted))
     covariance = projected_covariance(last, view.directions)
     if np.isfinite(covariance).all():
@@ -192,7 +206,5 @@ def _plane(axes: Any, view: View, centers: np.ndarray, history: TwoStepInfo) -> 
             linewidth=1.2,
             label=label,
         )
-    ax.set_xlabel(view.labels[0])
-    ax.set_ylabel(view.labels[1])
     legend_above(ax)
     return axes

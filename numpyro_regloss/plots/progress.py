@@ -74,7 +74,7 @@ def optimization(result: Any, axes: Any = None) -> np.ndarray:
     axes = check_axes(axes, (3, 1), (7.5, 7.0), WHAT, sharex=True).ravel()
     steps = np.arange(len(history.ok))
     _losses(axes[0], steps, history)
-    if history.record is None:
+    if history.record is None or history.record.decrease is None:
         _step_length(axes[1], result, history)
     else:
         _decrease(axes[1], steps, history.record)
@@ -127,15 +127,19 @@ def _scale_decreases(ax: Any, value: np.ndarray, error: np.ndarray) -> None:
 
 
 def _step_length(ax: Any, result: Any, history: TwoStepInfo) -> None:
-    moved = np.linalg.norm(np.diff(centers_of(result, history), axis=0), axis=1)
+    motion, error = history.motion, np.empty(0)
+    mean_error = FitInfo.of(history.fit).mean_error
+    if motion is None:
+        moved = np.linalg.norm(np.diff(centers_of(result, history, WHAT), axis=0), axis=1)
+        mean_error = None if mean_error is None else np.linalg.norm(finite(mean_error), axis=1)
+    else:
+        moved, mean_error = finite(motion.step_norm), motion.error_norm
     moved = np.where(moved > 0, moved, np.nan)
     steps = np.arange(len(history.ok))
     marker = marker_of(steps)
     ax.plot(steps[: moved.size], moved, color=BLACK, marker=marker, linewidth=1.0, label="step")
-    error = np.empty(0)
-    mean_error = FitInfo.of(history.fit).mean_error
     if mean_error is not None:
-        error = np.linalg.norm(finite(mean_error), axis=1)
+        error = finite(mean_error)
         label = "Monte Carlo error of the fitted mean"
         ax.plot(steps, error, color=BLUE, marker=marker, linestyle="--", linewidth=1.2, label=label)
     use_log_scale(ax, moved, error)

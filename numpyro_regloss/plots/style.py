@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from numpyro_regloss.two_step.motion import no_vectors
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
 from numpyro_regloss.two_step.result import TwoStepResult
 
@@ -121,10 +122,12 @@ def history_of(result: Any, what: str) -> TwoStepInfo:
     return history
 
 
-def centers_of(result: Any, history: TwoStepInfo) -> np.ndarray:
+def centers_of(result: Any, history: TwoStepInfo, what: str) -> np.ndarray:
     """Centres before the first step, after it, and so on: one more than steps where the last one is known."""
-    known = result.centers if isinstance(result, TwoStepResult) else history.reference.mean
-    return np.asarray(known, float)
+    is_run = isinstance(result, TwoStepResult)
+    if history.motion is not None and (not is_run or result.path is None):
+        raise ValueError(f"{no_vectors(what)}.")
+    return np.asarray(result.centers if is_run else history.reference.mean, float)
 
 
 def band(ax: Any, x: Any, value: Any, error: Any, **style: Any) -> None:

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The outer loop, which maps Gaussian to Gaussian: the optimizer, its runs and records of them."""
 
+from numpyro_regloss.two_step.checkpoint import Checkpoint
+from numpyro_regloss.two_step.motion import LeftOut, MotionInfo
 from numpyro_regloss.two_step.optimizer import TwoStep
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.record import Record, RecordInfo
@@ -10,6 +12,9 @@ from numpyro_regloss.two_step.until import Arrived
 
 __all__ = [
     "Arrived",
+    "Checkpoint",
+    "LeftOut",
+    "MotionInfo",
     "Record",
     "RecordInfo",
     "RejectedError",

@@ -10,10 +10,14 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from numpyro_regloss.two_step.checkpoint.keeper import Keeper
+from numpyro_regloss.two_step.motion import Path
+
 __all__ = ["history_capacity", "run_in_chunks"]
 
-# A chunk runs about this long, so that the bar moves and Ctrl-C answers, at a negligible cost.
-SECONDS_PER_CHUNK = 0.25
+# A chunk runs about this long, so that the bar moves and Ctrl-C answers, at a negligible cost; in long runs this
+# share of the time so far.
+SECONDS_PER_CHUNK, MOST_SECONDS, SHARE = 0.25, 10.0, 0.1
 # Room for the history of one chunk on the device: at most so many bytes and so many steps.
 CHUNK_BYTES = 2**23
 CHUNK_STEPS = 512
@@ -43,6 +47,10 @@ def run_in_chunks(
     progress_bar: bool,
     until: Callable[[Any, int], bool] | None,
     patience: int,
+    callback_every: int = 1,
+    path: Path | None = None,
+    keeper: Keeper | None = None,
+    rows: Any = None,
 ) -> tuple[Any, Any, np.ndarray, BaseException | str | None]:
     """Advances a state chunk by chunk and collects the history on the host.
 
@@ -52,50 +60,79 @@ def run_in_chunks(
         state: where to start.
         num_steps: steps to do.
         capacity: steps per chunk at most.
-        callback: called after every chunk with the state and the info of its last step; true stops.
+        callback: called after every `callback_every` steps, and after the last one, with the state and the info of
+            the step before; true stops.
         headline: what the bar shows of an info.
         progress_bar: whether there is a bar.
         until: called after every `patience` steps with their infos and the number of such calls; true stops.
         patience: see there.
+        callback_every: see there.
+        path: keeps centres at its own interval.
+        keeper: saves the run, and knows of its end.
+        rows: of a run that is gone on with, its infos and seconds so far; they count as steps of this one.
 
     Returns:
         The last state, the infos stacked as NumPy arrays, the wall seconds of each step (of its chunk over the
         steps in it; compilation counts to the first), and why it stopped before its time: `"arrived"`,
-        `"callback"`, what was raised on the way (Ctrl-C or an exception of the loss or the callback), or None.
+        `"callback"`, `"terminated"`, what was raised on the way (Ctrl-C or an exception of the loss or the
+        callback), or None.
 
     Raises:
         KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
     """
-    chunk, past, cause = 1, (state, None, 0), None
-    with tqdm(total=num_steps, disable=not progress_bar, desc="two-step") as bar:
+    chunk, past, cause = 1, (state, rows, 0 if rows is None else len(rows[1])), None
+    begun = time.perf_counter()
+    if path is not None and not path.kept:
+        path.add(state)
+
+    def stops(rows: Any, done: int) -> bool:
+        looks, rest = divmod(done, patience)
+        if until is None or rest or not done:
+            return False
+        return until(jax.tree.map(lambda a: a[done - patience : done], rows[0]), looks)
+
+    with tqdm(total=num_steps, initial=past[2], disable=not progress_bar, desc="two-step") as bar:
         try:
-            while past[2] < num_steps:
+            # A run that had stopped by itself does so again.
+            cause = "arrived" if stops(*past[1:]) else None
+            while past[2] < num_steps and cause is None:
                 before, rows, done = past
                 count = min(chunk, num_steps - done)
+                # Where a run stops, and what is seen of it, must not depend on how it was chunked.
                 if until is not None:
-                    # Where a run stops must not depend on how it was chunked.
                     count = min(count, patience - done % patience)
+                if callback is not None:
+                    count = min(count, callback_every - done % callback_every)
+                if keeper is not None:
+                    count = int(min(count, keeper.room(done)))
+                if path is not None:
+                    count = min(count, path.every - int(before.step) % path.every)
                 start = time.perf_counter()
                 after, buffers, count = advance(before, count)
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
-                seconds = (time.perf_counter() - start) / count
-                chunk = int(np.clip(SECONDS_PER_CHUNK / seconds, 1, min(2 * count, capacity)))
+                now = time.perf_counter()
+                seconds = (now - start) / count
+                wanted = np.clip(SHARE * (now - begun), SECONDS_PER_CHUNK, MOST_SECONDS)
+                chunk = int(np.clip(wanted / seconds, 1, min(2 * chunk, capacity)))
                 rows = _append(rows, (infos, np.full(count, seconds)), done, num_steps)
                 # One assignment, so that an interrupt cannot part the state from its history.
                 past = (after, rows, done + count)
+                if path is not None and not int(after.step) % path.every:
+                    path.add(after)
                 # Copies: a view would keep its whole chunk, or let a callback write into the history.
                 last = jax.tree.map(lambda a: a[-1].copy(), infos)
                 bar.set_postfix(headline(last), refresh=False)
                 bar.update(count)
-                if callback is not None and callback(after, last):
+                due = not (done + count) % callback_every or done + count == num_steps
+                if callback is not None and due and callback(after, last):
                     cause = "callback"
                     break
-                looks, rest = divmod(done + count, patience)
-                if until is not None and not rest:
-                    place = slice(done + count - patience, done + count)
-                    if until(jax.tree.map(lambda a, p=place: a[p], rows[0]), looks):
-                        cause = "arrived"
-                        break
+                if stops(rows, done + count):
+                    cause = "arrived"
+                elif keeper is not None and keeper.termination.came:
+                    cause = "terminated"
+                elif keeper is not None:
+                    keeper.keep(after, rows, done + count, path)
         except (KeyboardInterrupt, Exception) as error:
             if past[1] is None:
                 raise

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-step scheme: reference → shifted density → fitted Gaussian → next reference."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -32,7 +34,13 @@ from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
+from numpyro_regloss.two_step.asking import as_points, check_points, checked_values
+from numpyro_regloss.two_step.checkpoint import Checkpoint
+from numpyro_regloss.two_step.checkpoint.fingerprint import fingerprint
+from numpyro_regloss.two_step.checkpoint.keeper import Keeper, history_of
+from numpyro_regloss.two_step.checkpoint.settings import settings_of
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
+from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
 from numpyro_regloss.two_step.record import Record
@@ -217,7 +225,7 @@ class TwoStep:
         self._check_asking()
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.ask: state")
-        return _as_points(self.loss, outer_step.ask(self, state, arguments), arguments)
+        return as_points(self.loss, outer_step.ask(self, state, arguments), arguments)
 
     def tell(
         self, state: TwoStepState, points: Any, values: Any, *args: Any, **kwargs: Any
@@ -242,14 +250,16 @@ class TwoStep:
         arguments = self.loss.bind(args, kwargs)
         state = self._checked_state(state, arguments, "TwoStep.tell: state")
         x = outer_step.ask(self, state, arguments)
-        _check_points(points, _as_points(self.loss, x, arguments))
-        values = _checked_values(values, len(x))
+        check_points(points, as_points(self.loss, x, arguments))
+        values = checked_values(values, len(x))
         return outer_step.tell(self, state, arguments, values)
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
     ) -> tuple[TwoStepState, TwoStepInfo]:
         """Several steps as one compiled `lax.scan`. Pure, for use inside `jax.jit` and `jax.vmap`.
+
+        It keeps all infos of all steps, on the device; that of `run` need not grow with the parameters.
 
         Args:
             state: from `init` or an earlier step.
@@ -275,21 +285,35 @@ class TwoStep:
         init_state: TwoStepState | None = None,
         progress_bar: bool = True,
         callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None = None,
+        callback_every: int = 1,
         until: Arrived | None = None,
+        history: str = "auto",
+        checkpoint: Checkpoint | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> TwoStepResult:
         """Runs the scheme in compiled chunks, which equal one whole run bit for bit.
 
         Args:
             rng_key: a random key; unused with `init_state`, which has its own.
-            num_steps: number of steps to do now, at most; a new number does not recompile.
+            num_steps: number of steps to do now, at most; with `checkpoint` in all, those done before among
+                them. A new number does not recompile.
             *args: arguments of the loss in place of the bound ones.
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
             progress_bar: show steps, loss, tau and ESS or acceptance.
-            callback: called after every step as `callback(state, info)`; returning True stops the run.
-                Each step is then dispatched alone.
+            callback: called as `callback(state, info)` with the info of the step before; returning True stops the
+                run.
+            callback_every: steps from one call to the next; there is one after the last step too. As many are
+                dispatched together: each one alone by default.
             until: an `Arrived`, to stop where the centre has arrived; `result.stopped` says whether it did.
+            history: `"all"` keeps all infos of all steps. `"scalars"` keeps their numbers and leaves out what has
+                an axis, centres and Gaussians among it; it has `history.motion` instead, from which a report tells
+                whether the centre arrived. `"auto"` keeps all while that takes at most 256 MiB for `num_steps`.
+                What is left out is neither on the device nor on the host. No number depends on it.
+            checkpoint: a folder, or a `Checkpoint` with one, in which state and history are saved every 30 seconds
+                and at the end. Where it holds this run already, the run goes on from there, to the same bits as
+                one that was never interrupted. SIGTERM then ends the run as Ctrl-C does: after the steps under way
+                it saves and returns.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
@@ -298,7 +322,9 @@ class TwoStep:
 
         Raises:
             TypeError: if an argument is of the wrong kind.
-            ValueError: if the start or the given state is not finite.
+            ValueError: if the start or the given state is not finite; if the folder holds something else, or a run
+                that differs in some setting.
+            OSError: if the folder cannot be written.
             RejectedError: if every step was rejected.
         """
         check_count(num_steps, "TwoStep.run: num_steps")
@@ -312,6 +338,7 @@ class TwoStep:
                 f"TwoStep.run: expected progress_bar as True or False, got {progress_bar!r}; bind an argument of "
                 "the loss of that name in Loss.from_function or Loss.from_model."
             )
+        check_count(callback_every, "TwoStep.run: callback_every")
         if until is not None and not isinstance(until, Arrived):
             raise TypeError(
                 f"TwoStep.run: expected until as a numpyro_regloss.Arrived or None, got {until!r}; bind an "
@@ -322,75 +349,78 @@ class TwoStep:
                 "TwoStep.run: expected values, got tracers; inside of jax.jit, jax.vmap and jax.grad use "
                 "TwoStep.init and TwoStep.scan."
             )
-        with self.loss.watch() as watch:
-            result, cause = self._run(
-                rng_key, num_steps, args, kwargs, init_state, progress_bar, callback, until, watch
-            )
-        report_interruption(cause, result, num_steps)
-        report_trouble(result, self, watch.report())
-        return result
-
-    def _run(
-        self,
-        rng_key: Key,
-        num_steps: int,
-        args: tuple,
-        kwargs: dict,
-        init_state: TwoStepState | None,
-        progress_bar: bool,  # noqa: FBT001
-        callback: Callable[[TwoStepState, TwoStepInfo], bool | None] | None,
-        until: Arrived | None,
-        watch: Watch,
-    ) -> tuple[TwoStepResult, BaseException | str | None]:
         arguments = self.loss.bind(args, kwargs)
         # The first step has the loss at the start too: a long one need not be compiled for it alone.
         is_checked = init_state is not None or not self._is_checked_late
-        if not is_checked:
-            rng_key = check_key(rng_key, "TwoStep")
-            self.loss.check_captured()
-            state = _explain(outer_step.first_state, self, rng_key, arguments)
-        elif init_state is None:
-            state = self.init(rng_key, *args, **kwargs)
-        else:
-            self.loss.check_captured()
-            state = strip_weak_types(
-                self._checked_state(init_state, arguments, "TwoStep.run: init_state")
+        if init_state is not None:
+            _check_kind(init_state, "TwoStep.run: init_state")
+            rng_key = init_state.rng_key
+        rng_key = check_key(rng_key, "TwoStep")
+        start = init_state or rng_key
+        with (
+            self.loss.watch() as watch,
+            self._keeper(checkpoint, start, rng_key, arguments, history, num_steps) as keeper,
+        ):
+            saved = None if keeper is None else keeper.load(num_steps)
+            if saved is not None:
+                is_checked, state = True, strip_weak_types(saved.state)
+            elif init_state is not None:
+                self.loss.check_captured()
+                state = strip_weak_types(
+                    self._checked_state(init_state, arguments, "TwoStep.run: init_state")
+                )
+                if not all(np.isfinite(part).all() for part in state.reference):
+                    raise ValueError(
+                        "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
+                        "start anew with TwoStep.init."
+                    )
+            elif is_checked:
+                state = self.init(rng_key, *args, **kwargs)
+            else:
+                self.loss.check_captured()
+                state = _explain(outer_step.first_state, self, rng_key, arguments)
+            self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
+            row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
+            vectors = row.motion is None
+            capacity = 1 if callback and callback_every == 1 else history_capacity(row)
+            kept = 0 if self.record is None or vectors else self.record.centers_every
+            path = Path(kept, None if saved is None else saved.centers) if kept else None
+
+            def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
+                before, optimizer = int(state.step), outer_step.successor(self, state)
+                with watch.running():
+                    state, rows, _ = outer_step.advance(
+                        optimizer, state, arguments, np.int32(count), capacity, vectors
+                    )
+                    after = int(state.step)
+                if not is_checked and not before:
+                    _check_start(rows.loss[0], watch)
+                return state, rows, after - before
+
+            state, infos, seconds, cause = run_in_chunks(
+                advance,
+                state,
+                num_steps,
+                capacity,
+                callback,
+                headline,
+                progress_bar=progress_bar,
+                until=None if until is None else until.holds,
+                patience=1 if until is None else until.patience,
+                callback_every=callback_every,
+                path=path,
+                keeper=keeper,
+                rows=None if saved is None else (saved.infos, saved.seconds),
             )
-            if not all(np.isfinite(part).all() for part in state.reference):
-                raise ValueError(
-                    "TwoStep.run: expected init_state with a finite reference, got NaN or infinity; "
-                    "start anew with TwoStep.init."
-                )
-        self._check_schedule(int(state.step), num_steps)
-        row = _explain(outer_step.row_of_history, self, state, arguments)
-        capacity = 1 if callback else history_capacity(row)
-
-        def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
-            before, optimizer = int(state.step), outer_step.successor(self, state)
-            with watch.running():
-                state, rows, _ = outer_step.advance(
-                    optimizer, state, arguments, np.int32(count), capacity
-                )
-                after = int(state.step)
-            if not is_checked and not before:
-                _check_start(rows.loss[0], watch)
-            return state, rows, after - before
-
-        state, history, seconds, cause = run_in_chunks(
-            advance,
-            state,
-            num_steps,
-            capacity,
-            callback,
-            headline,
-            progress_bar=progress_bar,
-            until=None if until is None else until.holds,
-            patience=1 if until is None else until.patience,
-        )
+            if keeper is not None:
+                cause = keeper.finish(state, (infos, seconds), path, cause)
         params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
-        result = TwoStepResult(params, state, history, seconds, stopped)
-        return result, cause
+        centers = None if path is None else path.until(state)
+        result = TwoStepResult(params, state, infos, seconds, stopped, centers)
+        report_interruption(cause, result, num_steps)
+        report_trouble(result, self, watch.report())
+        return result
 
     def draw(self, rng_key: Key | None, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
         """Draws from the shifted density at the state's reference.
@@ -441,6 +471,35 @@ class TwoStep:
                 "TwoStep.ask: expected no record, which evaluates the loss at more points; use record=None."
             )
 
+    def _row(self, state: Any, arguments: Partition, history: str, num_steps: int) -> TwoStepInfo:
+        row = _explain(outer_step.row_of_history, self, state, arguments)
+        if keeps_vectors(history, row, num_steps):
+            return row
+        return jax.eval_shape(scalars_of, row, state.reference)
+
+    @contextlib.contextmanager
+    def _keeper(
+        self,
+        checkpoint: Any,
+        start: Any,
+        rng_key: Key,
+        arguments: Partition,
+        history: str,
+        num_steps: int,
+    ) -> Generator[Keeper | None, None, None]:
+        if checkpoint is None:
+            yield None
+            return
+        settings = settings_of(checkpoint)
+        if history == "auto":
+            # That of the run that is gone on with, however many steps are asked for now.
+            history = history_of(settings) or history
+        state = _explain(outer_step.first_state.eval_shape, self, rng_key, arguments)
+        row = self._row(state, arguments, history, num_steps)
+        print_ = fingerprint(self, arguments, start, state, row)
+        with Keeper(settings, print_, state, row) as keeper:
+            yield keeper
+
     def _checked_tau(self) -> Any:
         what = "TwoStep: tau (a variance, in squared units of the parameters)"
         if callable(self.tau):
@@ -488,54 +547,6 @@ class TwoStep:
                 "of them: start anew with TwoStep.init."
             )
         return with_context_axes(state)
-
-
-def _as_points(loss: Loss, x: Array, arguments: Partition) -> Any:
-    """Rows of a flat array as the user's parameters, with a leading axis."""
-
-    def constrain(row: Array) -> Any:
-        return loss.source.constrain(row, *arguments.tree)
-
-    def arrays(row: Array) -> list[Array]:
-        return [leaf for leaf in jax.tree.leaves(constrain(row)) if isinstance(leaf, jax.Array)]
-
-    rows = iter(jax.vmap(arrays)(x))
-
-    def place(leaf: Any) -> Any:
-        # A function of a module is the same at all points.
-        return np.asarray(next(rows)) if isinstance(leaf, jax.Array) else leaf
-
-    return jax.tree.map(place, constrain(x[0]))
-
-
-def _check_points(points: Any, asked: Any) -> None:
-    structures = jax.tree.structure(points), jax.tree.structure(asked)
-    pairs = zip(jax.tree.leaves(points), jax.tree.leaves(asked), strict=False)
-    same = structures[0] == structures[1] and all(
-        np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
-        for a, b in pairs
-        if isinstance(b, np.ndarray)
-    )
-    if not same:
-        raise ValueError(
-            "TwoStep.tell: expected the points of TwoStep.ask for this state, got others; pass the state, the "
-            "optimizer's settings and the points of one TwoStep.ask together, in its order."
-        )
-
-
-def _checked_values(values: Any, count: int) -> Array:
-    try:
-        found = np.asarray(values, float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"TwoStep.tell: expected {count} real numbers, NaN where an evaluation failed, got {type(values)}."
-        ) from error
-    if found.shape != (count,):
-        raise ValueError(
-            f"TwoStep.tell: expected one value per point, of shape ({count},), got {found.shape}; pass NaN where "
-            "an evaluation failed."
-        )
-    return jnp.asarray(found, float)
 
 
 def _check_start(value: Array | np.ndarray, watch: Watch) -> None:

@@ -30,6 +30,7 @@ from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.probe import Probe, probe
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.two_step.chunks import history_capacity
+from numpyro_regloss.two_step.motion import MotionInfo, scalars_of
 
 __all__ = [
     "LossOfDraws",
@@ -99,9 +100,10 @@ class TwoStepInfo(NamedTuple):
     Attributes:
         ok: whether the step was taken; a rejected one keeps the reference.
         loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one.
-        reference: the Gaussian that the step started from.
-        fitted: the Gaussian that was fitted to the shifted density.
-        tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
+        reference: the Gaussian that the step started from; `LeftOut` of a history without vectors.
+        fitted: the Gaussian that was fitted to the shifted density; likewise.
+        tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters; its mean over the
+            parameters in a history without vectors.
         shift: the shift's info.
         fit: the fit's info.
         anchor: the anchor's info.
@@ -109,6 +111,7 @@ class TwoStepInfo(NamedTuple):
         num_grad: gradient evaluations of the step.
         record: what the optimizer's `record` wrote down, or None.
         draws: the loss over the draws, or None where the shift makes none.
+        motion: how far the centre moved, in a history without vectors; else None.
     """
 
     ok: Array
@@ -123,6 +126,7 @@ class TwoStepInfo(NamedTuple):
     num_grad: Array
     record: Any = None
     draws: LossOfDraws | None = None
+    motion: MotionInfo | None = None
 
 
 def _target(optimizer: Any, reference: AnyGaussian, arguments: Partition) -> RegularizedLoss:
@@ -260,7 +264,7 @@ def _step(
     reference = keep(reference, old_reference)
     reference = _rescaled(optimizer, reference, optimizer.tau_at(state.step + 1))
     record, record_info = state.record, None
-    if optimizer.record is not None:
+    if optimizer.record is not None and optimizer.record.writes:
 
         def propose(some: Draws) -> tuple[Array, Array]:
             _, fitted, info = optimizer.fit.step(keys[1], state.fit, target, some)
@@ -316,17 +320,24 @@ def scan(
     return lax.scan(body, state, None, length=num_steps)
 
 
-@partial(jax.jit, static_argnames="capacity")
+@partial(jax.jit, static_argnames=("capacity", "vectors"))
 @promotes_ranks
 def advance(
-    optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: Array, capacity: int
+    optimizer: Any,
+    state: TwoStepState,
+    arguments: Partition,
+    num_steps: Array,
+    capacity: int,
+    vectors: bool = True,  # noqa: FBT001, FBT002
 ) -> tuple[TwoStepState, TwoStepInfo, Draws | None]:
     """`num_steps` steps or fewer, buffers whose first rows are their infos, a long loss's last draws."""
     # Fewer where the shift gives up: the state's step tells.
     # The number of steps is an argument: one program serves chunks of every length, and none of them
     # is compiled differently from another, which keeps a chunked run equal to a whole one.
     one = _step_and_draws if optimizer.loss.is_long else step
+    shorten = _whole if vectors else scalars_of
     _, row, *draws = one.eval_shape(optimizer, state, arguments)
+    row = jax.eval_shape(shorten, row, state.reference)
     buffers = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), row)
     draws = jax.tree.map(partial(_blank, state.rng_key), draws)
 
@@ -337,6 +348,7 @@ def advance(
     def body(carry: Any) -> Any:
         i, state, buffers, _ = carry
         state, info, *draws = one(optimizer, state, arguments)
+        info = shorten(info, state.reference)
         write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
         return i + 1, state, jax.tree.map(write, buffers, info), draws
 
@@ -393,6 +405,11 @@ def revisit(
     target = _target(optimizer, reference, arguments)
     shift = optimizer.shift.init(key, target)
     return strip_weak_types(state._replace(step=step, reference=reference, shift=shift))
+
+
+def _whole(info: TwoStepInfo, after: AnyGaussian) -> TwoStepInfo:
+    del after
+    return info
 
 
 def _loss_of_draws(target: RegularizedLoss, draws: Draws, center_loss: Array) -> LossOfDraws | None:

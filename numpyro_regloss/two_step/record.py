@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax, random
 from jax.scipy.special import ndtri
 
-from numpyro_regloss._core.checks import check_count, check_positive
+from numpyro_regloss._core.checks import check_count, check_flag, check_positive
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.tail import mean_with_error
 from numpyro_regloss._core.types import Array, Key
@@ -44,6 +44,8 @@ VERDICTS = {1: "decrease", 0: "not distinguishable", -1: "increase"}
 class RecordInfo(NamedTuple):
     """What was written down of one step.
 
+    The first three are None where verdicts were not asked for.
+
     Attributes:
         decrease: of the regularized loss by this step, in the units of the loss: of F_tau, cross-fitted and so
             a little too small, where the fit works from draws, else of F^H_tau; of a minibatch if there is one.
@@ -56,9 +58,9 @@ class RecordInfo(NamedTuple):
         num_grad: zero.
     """
 
-    decrease: Array
-    decrease_error: Array
-    verdict: Array
+    decrease: Array | None
+    decrease_error: Array | None
+    verdict: Array | None
     local_entropy: Estimate
     heat: Estimate
     num_loss: Array
@@ -75,6 +77,9 @@ class Record:
         num_samples: loss evaluations of the two values, which share them, and of the two sides of a heat step's
             verdict.
         confidence: of the verdicts: the level of the two-sided interval of the decrease.
+        centers_every: interval in steps at which `result.centers` has a centre where the history has no vectors
+            (`history` of `TwoStep.run`); 0 for never. Costs no evaluations.
+        verdicts: whether every step gets its verdict, which costs evaluations in heat steps.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -96,10 +101,14 @@ class Record:
     values_every: int = static_field(default=0)
     num_samples: int = static_field(default=1000)
     confidence: Any = 0.95
+    centers_every: int = static_field(default=0)
+    verdicts: bool = static_field(default=True)
 
     def __post_init__(self) -> None:
         check_count(self.values_every, "Record: values_every", 0)
         check_count(self.num_samples, "Record: num_samples", 4)
+        check_count(self.centers_every, "Record: centers_every", 0)
+        check_flag(self.verdicts, "Record: verdicts")
         confidence = check_positive(self.confidence, "Record: confidence")
         if is_concrete(confidence) and confidence >= 1:
             raise ValueError(
@@ -149,15 +158,14 @@ class Record:
             The state and the record.
         """
         keys = random.split(rng_key)
-        if draws is None:
-            change: Any = self._heat_change(keys[0], target, after)
-            num_loss = 4 * self._num_pairs
-        else:
-            change, num_loss = cross_fitted(target, draws, propose), 0
-        margin = ndtri(0.5 + 0.5 * self.confidence) * change.error
-        verdict = jnp.where(change.value > margin, 1, 0)
-        rise = -change.value - MOST_NOISE * _noise(target, change, fit_info)
-        verdict = jnp.where(rise > margin, -1, verdict)
+        said, num_loss = (None, None, None), 0
+        if self.verdicts:
+            if draws is None:
+                change: Any = self._heat_change(keys[0], target, after)
+                num_loss = 4 * self._num_pairs
+            else:
+                change = cross_fitted(target, draws, propose)
+            said = self._verdict(target, change, fit_info, ok)
         unknown = jnp.asarray(jnp.nan, target.reference.mean.dtype)
         nothing = Estimate(unknown, unknown, unknown, unknown)
         pair, due = (nothing, nothing), jnp.asarray(False)
@@ -165,9 +173,7 @@ class Record:
             due = index % self.values_every == 0
             pair = lax.cond(due, lambda: self._values(keys[1], target), lambda: pair)
         info = RecordInfo(
-            jnp.where(ok, change.value, jnp.nan),
-            jnp.where(ok, change.error, jnp.nan),
-            jnp.where(ok, verdict, 0),
+            *said,
             *pair,
             num_loss=num_loss + 2 * self._num_pairs * due,
             num_grad=jnp.asarray(0),
@@ -175,8 +181,26 @@ class Record:
         return state, info
 
     @property
+    def writes(self) -> bool:
+        """Whether something of the steps is written down, beside centres."""
+        return self.verdicts or self.values_every > 0
+
+    @property
     def _num_pairs(self) -> int:
         return -(-self.num_samples // 2)
+
+    def _verdict(
+        self, target: RegularizedLoss, change: CrossFitted, fit_info: Any, ok: Array
+    ) -> tuple[Array, Array, Array]:
+        margin = ndtri(0.5 + 0.5 * self.confidence) * change.error
+        verdict = jnp.where(change.value > margin, 1, 0)
+        rise = -change.value - MOST_NOISE * _noise(target, change, fit_info)
+        verdict = jnp.where(rise > margin, -1, verdict)
+        return (
+            jnp.where(ok, change.value, jnp.nan),
+            jnp.where(ok, change.error, jnp.nan),
+            jnp.where(ok, verdict, 0),
+        )
 
     def _values(self, rng_key: Key, target: RegularizedLoss) -> tuple[Estimate, Estimate]:
         cloud = Importance(2 * self._num_pairs)

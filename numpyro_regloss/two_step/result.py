@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss._core.pytree import fields_of
+from numpyro_regloss.two_step.motion import no_vectors
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 
 __all__ = [
@@ -30,7 +31,10 @@ class TwoStepResult(NamedTuple):
         history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
         seconds: wall time of each step, `(step,)`: that of its chunk over the steps in it; the first step has that
             of compiling. No part of the history, which depends on the key alone. None unless `run` made it.
-        stopped: why the run ended before its number of steps: `"arrived"`, `"callback"`, `"interrupted"`; or None.
+        stopped: why the run ended before its number of steps: `"arrived"`, `"callback"`, `"interrupted"` (Ctrl-C),
+            `"terminated"` (SIGTERM, where there are checkpoints); or None.
+        path: numbers of steps and centres `(centre, dim)` that `Record(centers_every=k)` kept where the history
+            has no vectors, the first and the last among them; else None.
     """
 
     params: Any
@@ -38,12 +42,25 @@ class TwoStepResult(NamedTuple):
     history: TwoStepInfo
     seconds: Any = None
     stopped: str | None = None
+    path: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def centers(self) -> np.ndarray:
-        """Centres before the first step and after every one, flat, `(step + 1, dim)`."""
+        """Centres before the first step and after every one, flat, `(step + 1, dim)`; or those that were kept."""
+        if self.path is not None:
+            return self.path[1]
+        if self.history.motion is not None:
+            raise ValueError(no_vectors("TwoStepResult.centers") + ".")
         before, last = self.history.reference.mean, self.state.reference.mean
         return np.concatenate([np.asarray(before), np.asarray(last)[None]])
+
+    @property
+    def center_steps(self) -> np.ndarray:
+        """How many steps were done at each of `centers`, those of runs before this one among them."""
+        if self.path is not None:
+            return self.path[0]
+        count, last = len(self.centers), int(self.state.step)
+        return np.arange(last + 1 - count, last + 1)
 
 
 class RejectedError(RuntimeError):
@@ -70,17 +87,18 @@ def headline(info: TwoStepInfo) -> dict[str, str]:
 def report_interruption(
     cause: BaseException | str | None, result: TwoStepResult, num_steps: int
 ) -> None:
-    """Warns of Ctrl-C, and raises anything else again with the result so far as its attribute.
+    """Warns of Ctrl-C and SIGTERM, and raises anything else again with the result so far as its attribute.
 
     Args:
         cause: what was raised on the way, or another reason.
         result: what was computed before.
         num_steps: steps that were asked for.
     """
-    if not isinstance(cause, BaseException):
+    if not isinstance(cause, BaseException) and cause != "terminated":
         return
-    message = f"TwoStep.run: interrupted after {len(result.history.ok)} of {num_steps} steps"
-    if isinstance(cause, KeyboardInterrupt):
+    ended = "terminated by SIGTERM" if cause == "terminated" else "interrupted"
+    message = f"TwoStep.run: {ended} after {len(result.history.ok)} of {num_steps} steps"
+    if not isinstance(cause, Exception):
         warnings.warn(f"{message}.", stacklevel=3)
         return
     # Another run's result, of a run within the callback, stays.

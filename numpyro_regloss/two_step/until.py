@@ -44,9 +44,13 @@ def pulls(history: TwoStepInfo) -> tuple[np.ndarray, np.ndarray | None]:
         history: of a run, or a part of it.
 
     Returns:
-        `(step, dim)` of the steps that were taken, and the same, or None where the fit has no errors.
+        `(step, dim)` of the steps that were taken, and the same, or None where the fit has no errors. In a history
+        without vectors their sketches, `(step, 61)`.
     """
     ok = np.asarray(history.ok)
+    if history.motion is not None:
+        sketch, error = history.motion.pull_sketch, history.motion.error_sketch
+        return np.asarray(sketch)[ok], None if error is None else np.asarray(error)[ok]
     sd = np.sqrt(np.asarray(history.reference.variance))
     pull = (np.asarray(history.fitted.mean) - np.asarray(history.reference.mean)) / sd
     error = FitInfo.of(history.fit).mean_error
