@@ -398,9 +398,12 @@ def difference(expected, found):
     for a, b in zip(*(jax.tree.leaves(tree, **kinds) for tree in (expected, found)), strict=True):
         if isinstance(a, Rough):
             allowed = SIGMAS * np.hypot(a.error, b.error)
-            assert np.isfinite(allowed).all()
-            largest = max(largest, np.max(np.abs(a.value - b.value) / allowed))
-            continue
+            if np.isfinite(allowed).all():
+                largest = max(largest, np.max(np.abs(a.value - b.value) / allowed))
+                continue
+            # Of an average that hangs on few draws the error is not known; a rounding is all that may differ.
+            assert np.array_equal(a.error, b.error)
+            a, b = a.value, b.value
         a, b = np.asarray(a, float), np.asarray(b, float)
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         size = max(1.0, np.max(np.abs(a), where=np.isfinite(a), initial=0.0))

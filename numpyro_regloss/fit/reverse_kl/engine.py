@@ -16,11 +16,14 @@ Heat Regularization in Deep Learning"; Opper & Archambeau (2009), "The Variation
 Revisited"; and those of the three methods.
 """
 
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import random
+from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import (
     check_choice,
@@ -76,6 +79,8 @@ DEFAULT_DRAWS, DRAWS_PER_PARAMETER = 256, 4
 # Of very many parameters the default is fewer draws, but 16 at least: so many numbers are 128 MB.
 MAX_NUMBERS, LEAST_DRAWS = 2**25, 16
 SVI_PARTICLES = 16
+# Of the residual on fixed draws: about so many standard deviations the mean may be off.
+MOST_LEFT = 0.1
 
 
 class ReverseKLState(NamedTuple):
@@ -383,8 +388,11 @@ def reverse_kl(
     gaussian, info, found = _fit(engine, rng_key, target, init)
     if is_concrete(found):
         check_gradient(jax.device_get(found), ["ReverseKL"], "reverse_kl")
-        if info.improper is not None:
-            warn_improper(info.improper, target.loss.flat_names)
+        unsettled = method != "svi" and MOST_LEFT < info.residual < np.inf
+        if info.improper is not None and np.any(info.improper):
+            warn_improper(info.improper, target.loss.flat_names, settled=not unsettled)
+        elif unsettled:
+            warnings.warn(_unsettled(info, engine), stacklevel=find_stack_level())
     return FitResult(gaussian, info)
 
 
@@ -416,6 +424,15 @@ def _fit(
     _, gaussian, info = engine._step(key_step, state, target, guard, limit)  # noqa: SLF001
     num_grad = info.num_grad + num_grad + seen.values.size
     return gaussian, strip_weak_types(info._replace(num_loss=num_loss, num_grad=num_grad)), seen
+
+
+def _unsettled(info: ReverseKLInfo, engine: ReverseKL) -> str:
+    return (
+        f"reverse_kl: the Gaussian had not settled after {int(info.num_steps)} of {engine._num_steps} steps: the "  # noqa: SLF001
+        f"gradient of its bound (info.residual) is {float(info.residual):.3g} in its standard deviations, where "
+        f"{MOST_LEFT} is little. Allow more num_steps, start nearer (init=), use covariance=\"dense\" where "
+        "directions differ much in width, or write parameters in units in which they vary by about one."
+    )
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:

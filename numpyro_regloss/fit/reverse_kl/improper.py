@@ -266,22 +266,23 @@ def still_growing(
     return growing | ((guard.variance > 0) & alone)
 
 
-def warn_improper(improper: Array, names: tuple[str, ...]) -> None:
+def warn_improper(improper: Array, names: tuple[str, ...], *, settled: bool) -> None:
     """Names the coordinates in which a target has no finite Gaussian.
 
     Args:
-        improper: which, booleans `(dim,)`.
+        improper: which, booleans `(dim,)`, one at least.
         names: of all coordinates.
+        settled: whether the fit of the others is stationary.
     """
     which = np.flatnonzero(np.asarray(improper))
-    if not len(which):
-        return
     rest = len(which) - MOST_NAMES
     listed = ", ".join(names[i] for i in which[:MOST_NAMES])
     listed += f" and {rest} more" if rest > 0 else ""
     others = ""
-    if len(which) < len(names):
+    if len(which) < len(names) and settled:
         others = " The other coordinates can be used, unless the density even grows along it."
+    elif len(which) < len(names):
+        others = " The fit of the other coordinates had not settled: allow more num_steps for them."
     warnings.warn(
         "reverse_kl: the target has no finite Gaussian. Its density does not fall off along some direction of "
         f"{listed}, where the variance would grow without end. Mean and variance of these coordinates and the "
