@@ -64,25 +64,65 @@ def numpyro_loop(loss, x0, data, num_steps, *, one_object, progress_bar=False):
     return run
 
 
-def blackjax_scan(loss, x0, data, num_steps, *, share_warmup, num_chains=1):
+def blackjax_scan(loss, x0, data, num_steps, *, share_warmup, num_chains=1, kind="window"):
     import blackjax  # noqa: PLC0415
+
+    adapted = {
+        "window": blackjax.window_adaptation,
+        "low rank": blackjax.window_adaptation_low_rank,
+    }.get(kind)
+    per_step = 1 if adapted else 2
+    mams = blackjax.adjusted_mclmc_dynamic.build_kernel(_num_integration_steps)
 
     def log_density(x, center, *data):
         return -loss(x, *data) - jnp.sum((x - center) ** 2) / (2 * TAU)
 
     def warm_up(key, density, position):
-        adaptation = blackjax.window_adaptation(blackjax.nuts, density)
+        if adapted is None:
+            return tune(key, density, position)
+        adaptation = adapted(blackjax.nuts, density)
         (_, parameters), info = adaptation.run(key, position, num_steps=NUM_WARMUP)
         return parameters, jnp.sum(info.info.num_integration_steps)
+
+    def tune(key, density, position):
+        def kernel(
+            rng_key, state, logdensity_fn, step_size, inverse_mass_matrix, integration_steps_params
+        ):
+            settings = (step_size, jnp.inf, inverse_mass_matrix, integration_steps_params)
+            return mams(rng_key, state, logdensity_fn, *settings)
+
+        key_init, key = random.split(key)
+        state = blackjax.adjusted_mclmc_dynamic.init(position, density, key_init)
+        # A tenth of these steps each for the step size and for the scales.
+        found = blackjax.adjusted_mclmc_find_L_and_step_size(
+            kernel, density, num_steps=5 * NUM_WARMUP, state=state, rng_key=key, target=0.9
+        )
+        settings, spent = found[1], jnp.asarray(found[2]) if len(found) > 2 else NUM_WARMUP
+        how_long = (settings.L / settings.step_size,)
+        return (settings.step_size, settings.inverse_mass_matrix, how_long), per_step * spent
+
+    def kernel_of(density, parameters):
+        if adapted is not None:
+            return blackjax.nuts(density, **parameters)
+        step_size, inverse_mass_matrix, how_long = parameters
+        return blackjax.adjusted_mclmc_dynamic(
+            density,
+            step_size,
+            inverse_mass_matrix=inverse_mass_matrix,
+            integration_steps_fn=_num_integration_steps,
+            integration_steps_params=how_long,
+        )
 
     def draws(key, kernel, position):
         def body(carry, key):
             state, total, spent = carry
             state, info = kernel.step(key, state)
-            return (state, total + state.position, spent + info.num_integration_steps), None
+            spent += per_step * info.num_integration_steps
+            return (state, total + state.position, spent), None
 
         count = NUM_SAMPLES // num_chains
-        start = (kernel.init(position), jnp.zeros_like(position), 0)
+        initial = kernel.init(position) if adapted else kernel.init(position, key)
+        start = (initial, jnp.zeros_like(position), jnp.asarray(0))
         (state, total, spent), _ = lax.scan(body, start, random.split(key, count))
         return state.position, total / count, spent
 
@@ -101,7 +141,7 @@ def blackjax_scan(loss, x0, data, num_steps, *, share_warmup, num_chains=1):
             parameters, warming = (
                 (shared, 0) if share_warmup else warm_up(key_warm, density, center)
             )
-            kernel = blackjax.nuts(density, **parameters)
+            kernel = kernel_of(density, parameters)
             chain = partial(draws, kernel=kernel)
             if num_chains == 1:
                 positions, mean, counts = chain(key_draw, position=positions)
@@ -122,6 +162,39 @@ def blackjax_scan(loss, x0, data, num_steps, *, share_warmup, num_chains=1):
     return lambda seed: run(random.key(seed), start, *data)
 
 
+def _num_integration_steps(key, mean):
+    from blackjax.mcmc.adjusted_mclmc_dynamic import rescale  # noqa: PLC0415
+
+    return jnp.ceil(random.uniform(key) * rescale(mean)).astype(int)
+
+
+def laps_loop(loss, x0, data, num_steps, *, num_chains=64):
+    from blackjax.adaptation.laps import laps  # noqa: PLC0415
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "chains")
+
+    def run(seed):
+        center = jnp.asarray(x0, float)
+        centers = [center]
+        for key in random.split(random.key(seed), num_steps):
+
+            def log_density(x, center=center):
+                return -loss(x, *data) - jnp.sum((x - center) ** 2) / (2 * TAU)
+
+            def draw(key, center=center):
+                return center + TAU**0.5 * random.normal(key, center.shape)
+
+            # It reads numbers back between its two phases, and so cannot be compiled as a whole.
+            *_, state = laps(
+                log_density, draw, len(x0), NUM_WARMUP, NUM_SAMPLES, num_chains, mesh, key
+            )
+            center = jnp.mean(state.position, 0)
+            centers.append(center)
+        return jnp.stack(centers), None
+
+    return run
+
+
 def chains(engine, num_chains):
     return engine(
         num_warmup=NUM_WARMUP, num_samples=NUM_SAMPLES // num_chains, num_chains=num_chains
@@ -140,6 +213,8 @@ def ours(loss, x0, data, num_steps, *, engine):
 
 
 BASE = "ours, NUTS 4 x 50"
+# One run of each: they compile again and again.
+LOOPS = ("numpyro", "blackjax, LAPS")
 CONTESTANTS = {
     "numpyro, new MCMC each step": partial(numpyro_loop, one_object=False),
     "numpyro, one MCMC, jit_model_args": partial(numpyro_loop, one_object=True),
@@ -149,11 +224,22 @@ CONTESTANTS = {
     "blackjax, cold adaptation": partial(blackjax_scan, share_warmup=False),
     "blackjax, shared warm-up": partial(blackjax_scan, share_warmup=True),
     "blackjax, shared warm-up, 4 x 50": partial(blackjax_scan, share_warmup=True, num_chains=4),
+    "blackjax, low-rank adaptation, cold": partial(
+        blackjax_scan, share_warmup=False, kind="low rank"
+    ),
+    "blackjax, low-rank adaptation, shared, 4 x 50": partial(
+        blackjax_scan, share_warmup=True, num_chains=4, kind="low rank"
+    ),
+    "blackjax, MAMS, cold": partial(blackjax_scan, share_warmup=False, kind="MAMS"),
+    "blackjax, MAMS, shared, 4 x 50": partial(
+        blackjax_scan, share_warmup=True, num_chains=4, kind="MAMS"
+    ),
+    "blackjax, LAPS, 64 chains": laps_loop,
     "ours, NUTS 1 x 200": partial(ours, engine=chains(shift.NUTS, 1)),
     BASE: partial(ours, engine=chains(shift.NUTS, 4)),
     "ours, HMC 4 x 50": partial(ours, engine=chains(shift.HMC, 4)),
-    "ours, adaptive importance 128": partial(ours, engine=shift.AdaptiveImportance(128)),
-    "ours, adaptive importance 256": partial(ours, engine=shift.AdaptiveImportance(256)),
+    "ours, Auto, 128 draws": partial(ours, engine=shift.Auto(shift.AdaptiveImportance(128))),
+    "ours, Auto": partial(ours, engine=shift.Auto()),
 }
 # One of each kind and one target, which tells whether everything runs.
 SMOKE = ("numpyro, one MCMC, jit_model_args", "blackjax, shared warm-up", BASE)
@@ -179,7 +265,7 @@ def first_run(target, label, num_steps):
         "compiles": len(compiled),
         "centers": np.asarray(out["centers"]).tolist(),
     }
-    if label.startswith("numpyro"):
+    if label.startswith(LOOPS):
         report["warm"] = harness.seconds(lambda: out["run"](1))
     return report
 
@@ -221,7 +307,7 @@ def compare(target, *, smoke):
     labels = [label for label in CONTESTANTS if not (NO_BAR and label.endswith("bar on"))]
     labels = [label for label in labels if label in SMOKE or not smoke]
     # The loops over MCMC compile dozens of programs: one run of each is enough, and as much as one process bears.
-    slow = [label for label in labels if label.startswith("numpyro")]
+    slow = [label for label in labels if label.startswith(LOOPS)]
     first = {label: [] for label in labels}
     for i in range(rounds):
         for label in labels:

@@ -13,7 +13,7 @@ from numpyro_regloss._core.checks import check_count
 from numpyro_regloss._core.pytree import Constant, Partition
 from numpyro_regloss._core.types import Key
 
-__all__ = ["Minibatch"]
+__all__ = ["Minibatch", "take_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Minibatch:
         index = jax.random.randint(rng_key, (self.batch_size,), 0, rows)
         flags, _ = self._select(arguments)
         picks = iter(flags)
-        return arguments.map(lambda leaf: _rows(leaf, index) if next(picks) else leaf)
+        return arguments.map(lambda leaf: take_rows(leaf, index) if next(picks) else leaf)
 
     def is_row(self, arguments: Partition) -> tuple[bool, ...]:
         """Which of the traced arguments are data."""
@@ -181,7 +181,16 @@ class Minibatch:
         return flags, leaves
 
 
-def _rows(leaf: Any, index: jax.Array) -> jax.Array:
+def take_rows(leaf: Any, index: jax.Array) -> jax.Array:
+    """Some rows of data, wherever these are.
+
+    Args:
+        leaf: an array with a leading axis of rows.
+        index: which, `(row,)`.
+
+    Returns:
+        The rows.
+    """
     mesh = jax.typeof(leaf).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
         return jnp.take(leaf, index, axis=0)

@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 from jax.interpreters import partial_eval
 
 from numpyro_regloss._core.pytree import Partition
+from numpyro_regloss.losses.minibatch import take_rows
 
 __all__ = ["check_rows", "likelihood_sites", "row_sites"]
 
@@ -152,8 +153,8 @@ def check_rows(
         ValueError: if terms of a site change with the batch.
     """
     x = jnp.sin(1.0 + jnp.arange(source.dim, dtype=float))
-    flags = iter(is_row)
-    batch = arguments.map(lambda leaf: leaf[:batch_size] if next(flags) else leaf)
+    flags, first = iter(is_row), jnp.arange(batch_size)
+    batch = arguments.map(lambda leaf: take_rows(leaf, first) if next(flags) else leaf)
     full, part = _log_probs(source, x, arguments), _log_probs(source, x, batch)
     for kind, sites in full.items():
         for name, site in sites.items():
