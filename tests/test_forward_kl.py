@@ -245,7 +245,7 @@ def test_control_variates_on_a_regression(regression):
         shift.NUTS(num_warmup=200, num_samples=50, num_chains=4),
         30,
     )
-    # Plain averages of 200 independent draws have 1 / 200; those of chains of this metric less, which are antithetic.
+    # Plain averages of 200 independent draws have 1 / 200; those of these chains less, since they are antithetic.
     assert plain < 0.6 / 200
     assert plain / chosen > 10
     assert chosen < 0.04 / 200
