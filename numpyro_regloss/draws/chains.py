@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains of NumPyro's `MCMC` over the devices of a mesh, in one program that serves all later runs.
 
-NumPyro hands a `chain_method` the function that runs one chain, with the data bound to it. Mapped and compiled as it
-comes, it would be a new function with new constants at every run. What it consists of decides here whether it is
-the same program; what changes from run to run are the arguments of that program.
+NumPyro hands a `chain_method` the function that runs one chain, with the data bound to it. Mapped and compiled
+as it comes, it would be a new function with new constants at every run. What it consists of decides here whether
+it is the same program; what changes from run to run are the arguments of that program.
 """
 
 import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -66,20 +67,25 @@ class ShardedChains:
             )
         if mcmc.sampler.is_ensemble_kernel:
             raise TypeError(
-                f"sharded: expected a kernel of independent chains, got {type(mcmc.sampler).__name__}, whose chains "
-                'move together; use chain_method="vectorized".'
+                f"sharded: expected a kernel of independent chains, got {type(mcmc.sampler).__name__}, whose "
+                'chains move together; use chain_method="vectorized".'
             )
-        num_devices = int(np.prod([self.mesh.shape[name] for name in self.axis]))
-        if mcmc.num_chains % num_devices:
+        devices = math.prod(self.mesh.shape[name] for name in self.axis)
+        if mcmc.num_chains % devices:
             raise ValueError(
-                f"sharded: expected num_chains as a multiple of {num_devices}, the devices along {self.axis} of the "
-                f"mesh, got {mcmc.num_chains}; take {-(-mcmc.num_chains // num_devices) * num_devices} chains, or a "
-                "smaller mesh."
+                f"sharded: expected num_chains as a multiple of {devices}, the devices along {self.axis} of the mesh, "
+                f"got {mcmc.num_chains}; take {math.ceil(mcmc.num_chains / devices) * devices} chains, or a smaller "
+                "mesh."
             )
         return functools.partial(_run, self, mcmc, run_chain.keywords)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles of an `MCMC`: devices by their number, since JAX pickles none."""
+        numbers = np.vectorize(lambda device: device.id, otypes=[int])(self.mesh.devices)
+        return _on_devices, (numbers, self.mesh.axis_names, self.axis)
+
     def put(self, leaf: Any, spec: PartitionSpec) -> Any:
-        """An array on the mesh; on that of several processes from the same array in each of them."""
+        """Puts an array on the mesh; on that of several processes from the same array in each of them."""
         sharding = NamedSharding(self.mesh, spec)
         whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
         if isinstance(leaf, Tracer) or not whole or sharding.is_fully_addressable:
@@ -91,7 +97,7 @@ class ShardedChains:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def put_data(self, leaf: Any) -> Any:
-        """An array that all chains see: a copy on each device, or divided along other axes as it was."""
+        """Puts what all chains see on the mesh: copies, or divided along other axes as it was."""
         sharding = None if isinstance(leaf, Tracer) or np.ndim(leaf) == 0 else leaf.sharding
         if not isinstance(sharding, NamedSharding) or sharding.mesh.shape != self.mesh.shape:
             return self.put(leaf, PartitionSpec())
@@ -107,12 +113,12 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
     `chain_method="vectorized"`, up to rounding. The program is compiled once: another run, another `MCMC` with the
     same settings, kernel settings and model function, and with `jit_model_args=True` new data of the same
     shapes, compile nothing. With `jit_model_args=True` arrays and floats among the model's arguments may change;
-    integers, booleans and strings size plates and choose branches as ever, and compile. Without it all arguments are constants of the
-    program, but for arrays that lie on several devices.
+    integers, booleans and strings size plates and choose branches as ever, and compile. Without it all arguments
+    are constants of the program, but for arrays that lie on several devices.
 
-    Where the mesh spans several processes, each of them makes the same call with the same key and the same data; the
-    draws then lie on all of them, and `jax.experimental.multihost_utils.process_allgather(draws, tiled=True)` brings
-    them to each. Data that are divided along another axis of the mesh stay divided. NumPyro has no progress bar
+    Where the mesh spans several processes, each of them makes the same call with the same key and the same data;
+    the draws then lie on all of them, and `jax.experimental.multihost_utils.process_allgather(draws, tiled=True)`
+    brings them to each. Data that are divided along another axis of the mesh stay divided. NumPyro has no progress bar
     for such chains and warns unless it has `progress_bar=False`; a single chain runs as ever, on one device.
 
     Args:
@@ -151,8 +157,8 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
     names = mesh.axis_names
     if axis is None and "draws" not in names and len(names) != 1:
         raise ValueError(
-            f"sharded: expected a mesh with one axis or with one named 'draws', got {names}; say which axis divides "
-            "the chains: sharded(mesh, axis=...)."
+            f"sharded: expected a mesh with one axis or with one named 'draws', got {names}; say which axis "
+            "divides the chains: sharded(mesh, axis=...)."
         )
     axis = ("draws" if "draws" in names else names[0]) if axis is None else axis
     axis = (axis,) if isinstance(axis, str) else tuple(axis)
@@ -162,19 +168,35 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
     return ShardedChains(auto, axis)
 
 
+def _on_devices(
+    numbers: np.ndarray, names: tuple[str, ...], axis: tuple[str, ...]
+) -> ShardedChains:
+    here = {device.id: device for device in jax.devices()}
+    if not set(numbers.flat) <= here.keys():
+        raise ValueError(
+            f"sharded: expected the devices {numbers.tolist()} of the mesh that was pickled, got {sorted(here)}; "
+            "load it where they are, or keep mcmc.get_samples() instead."
+        )
+    devices = np.vectorize(here.get, otypes=[object])(numbers)
+    return sharded(Mesh(devices, names), axis)
+
+
 def _run(chains: ShardedChains, mcmc: MCMC, bound: dict[str, Any], inputs: Any) -> Any:
     arguments = bound["args"], bound["kwargs"]
     bound = {name: value for name, value in bound.items() if name not in ("args", "kwargs")}
     if mcmc._jit_model_args:
-        split = Partition(arguments, lambda path: f"MCMC.run: argument {jax.tree_util.keystr(path)}")
-        leaves, static = split.leaves, (split.structure, split.static)
+        split = Partition(
+            arguments, lambda path: f"MCMC.run: argument {jax.tree_util.keystr(path)}"
+        )
+        leaves, treedef = jax.tree.flatten(split)
+        what: Hashable = treedef
 
         def join(leaves: Any) -> Any:
-            return Partition.tree_unflatten(static, leaves).tree
+            return jax.tree.unflatten(treedef, leaves).tree
 
     else:
-        leaves, static, join = _constants(arguments)
-    program = _Program(chains, mcmc, bound, join, (static, _fingerprint(bound)))
+        leaves, what, join = _constants(arguments)
+    program = _Program(chains, mcmc, bound, join, (what, _fingerprint(bound)))
     inputs = jax.tree.map(lambda leaf: chains.put(leaf, PartitionSpec(chains.axis)), inputs)
     leaves = [chains.put_data(leaf) for leaf in leaves]
     # The program has its own mesh; JAX refuses one beside that of jax.set_mesh.
@@ -239,14 +261,14 @@ class _Program:
 def _compiled(program: _Program) -> Callable[[Any, Any], Any]:
     chains = program.chains
 
-    def run_block(inputs: Any, leaves: Any) -> Any:
+    def run_chains(inputs: Any, leaves: Any) -> Any:
         return jax.vmap(functools.partial(program.run_chain, program.join(leaves)))(inputs)
 
     divided = PartitionSpec(chains.axis)
     # The axes of data stay with XLA, which divides what it computes from them.
     return jax.jit(
         jax.shard_map(
-            run_block,
+            run_chains,
             mesh=chains.mesh,
             in_specs=(divided, PartitionSpec()),
             out_specs=divided,
@@ -269,7 +291,7 @@ def _untouched(value: Any) -> Any:
 
 
 def _fingerprint(value: Any) -> Hashable:
-    """What a setting is compared by: kernels and containers by their parts, arrays of the host by their content."""
+    """What a setting is compared by: kernels and containers by their parts, arrays of the host by content."""
     if isinstance(value, MCMCKernel):
         return type(value), _fingerprint(vars(copy.copy(value)))
     if isinstance(value, dict):
