@@ -4,8 +4,8 @@
 
 Three runs of NUTS with new data of the same shapes, and one of a new `MCMC` of the same model, by NumPyro's own
 methods and by `sharded`, each in a process of its own with four simulated devices. All have
-`jit_model_args=True`. NumPyro's "parallel" has a chain per device; the others are shown with as many chains, and with
-four times as many. `compiled` counts the compilations of the last run.
+`jit_model_args=True`. NumPyro's "parallel" has a chain per device; the others are shown with as many chains, and
+with four times as many. `compiled` counts the compilations of the last run.
 """
 
 import json
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     rows = [
         harness.in_fresh_process(__file__, "--one", json.dumps([*case, *sizes])) for case in cases
     ]
-    tables = {"NUTS, 2 x %d steps, %d rows" % sizes: rows}
+    tables = {f"NUTS, 2 x {sizes[0]} steps, {sizes[1]} rows": rows}
     for title, rows in tables.items():
         harness.show(title, rows)
     harness.save(options.out, tables)

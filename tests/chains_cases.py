@@ -187,8 +187,14 @@ def on_several():
     host = run(sharded(jax.make_mesh((4,), ("draws",))))
     gathered = multihost_utils.process_allgather(sites(host), tiled=True)
     rows = multihost_utils.process_allgather(sites(mcmc), tiled=True)
-    here = sites(mcmc)["w"].is_fully_addressable
-    return gathered, {"programs": count, "rows": difference(gathered, rows), "here": here}
+    draws = sites(mcmc)["w"]
+    mean = np.asarray(draws.mean((0, 1)))
+    return gathered, {
+        "programs": count,
+        "rows": difference(gathered, rows),
+        "here": draws.is_fully_addressable,
+        "mean": mean.tolist(),
+    }
 
 
 if __name__ == "__main__":

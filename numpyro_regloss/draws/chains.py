@@ -73,9 +73,9 @@ class ShardedChains:
         devices = math.prod(self.mesh.shape[name] for name in self.axis)
         if mcmc.num_chains % devices:
             raise ValueError(
-                f"sharded: expected num_chains as a multiple of {devices}, the devices along {self.axis} of the mesh, "
-                f"got {mcmc.num_chains}; take {math.ceil(mcmc.num_chains / devices) * devices} chains, or a smaller "
-                "mesh."
+                f"sharded: expected num_chains as a multiple of {devices}, the devices along {self.axis} of the "
+                f"mesh, got {mcmc.num_chains}; take {devices * math.ceil(mcmc.num_chains / devices)} chains, or a "
+                "smaller mesh."
             )
         return functools.partial(_run, self, mcmc, run_chain.keywords)
 
@@ -118,8 +118,9 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
 
     Where the mesh spans several processes, each of them makes the same call with the same key and the same data;
     the draws then lie on all of them, and `jax.experimental.multihost_utils.process_allgather(draws, tiled=True)`
-    brings them to each. Data that are divided along another axis of the mesh stay divided. NumPyro has no progress bar
-    for such chains and warns unless it has `progress_bar=False`; a single chain runs as ever, on one device.
+    brings them to each. Data that are divided along another axis of the mesh stay divided. NumPyro has no
+    progress bar for such chains and warns unless it has `progress_bar=False`; a single chain runs as ever, on one
+    device.
 
     Args:
         mesh: the devices, from `jax.make_mesh`; its axes may be Explicit (JAX's default) or Auto.
