@@ -3,8 +3,8 @@
 """Does the memory of a cloud grow with the number of its draws?
 
 One outer step of importance sampling and moment matching, of a quadratic loss in 25,000 dimensions. The noise of
-a cloud is made from keys when the loss is evaluated, chunk by chunk, and again when the mean is fitted. `cloud GiB`
-is what the draws would take if they were kept; `above baseline MiB` is by how much the peak of the process's
+a cloud is made from keys when the loss is evaluated, chunk by chunk, and again when the mean is fitted. `cloud
+GiB` is what the draws would take if they were kept; `above baseline MiB` is by how much the peak of the process's
 memory rose from before the first step, compilation included. `step / exact` compares the step along the gradient
 with its exact value.
 """
