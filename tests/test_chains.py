@@ -150,6 +150,45 @@ def test_chains_that_are_refused():
         mcmc.run(random.key(0), init_params=jnp.zeros((4, 2)))
 
 
+READ = {"scale": 1.0, "data": np.zeros(3)}
+
+
+def helper(x):
+    return READ["scale"] * x
+
+
+class Holder:
+    def __init__(self):
+        self.data = np.zeros(2)
+
+    def model(self, x):
+        return x - self.data
+
+
+def test_what_a_model_reads_is_part_of_the_program(monkeypatch):
+    closed = np.zeros(2)
+    on_device = [jnp.zeros(2)]
+    holder = Holder()
+
+    def of_closure(x):
+        return x - closed - on_device[0]
+
+    def of_globals(x):
+        return [helper(part) for part in x]
+
+    models = [of_closure, functools.partial(of_closure), of_globals, holder.model]
+    before = [_fingerprint(NUTS(model)) for model in models]
+    assert before == [_fingerprint(NUTS(model)) for model in models]
+    assert len({*map(hash, before)}) == len(before)
+    closed[0] = 1.0
+    monkeypatch.setitem(READ, "scale", 2.0)
+    holder.data[0] = 1.0
+    after = [_fingerprint(NUTS(model)) for model in models]
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    on_device[0] = jnp.ones(2)
+    assert _fingerprint(NUTS(of_closure)) != after[0]
+
+
 def test_what_compiles_is_told_apart():
     first, second = np.zeros(2), np.zeros(2)
     same = [

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -32,6 +33,7 @@ KEPT = 16
 # What a run leaves in an `MCMC`, and what it is given anew: none of it says what the program does.
 RESULTS = {"_args", "_kwargs", "_states", "_states_flat", "_last_state", "_warmup_state"}
 CACHES = {"_init_state_cache", "_cache"}
+LIBRARIES = {"jax", "numpy", "numpyro", "numpyro_regloss"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,8 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
     Each device runs `num_chains` / devices chains, vectorized. The draws are those of
     `chain_method="vectorized"`, up to rounding. The program is compiled once: another run, another `MCMC` with the
     same settings, kernel settings and model function, and with `jit_model_args=True` new data of the same
-    shapes, compile nothing. With `jit_model_args=True` arrays and floats among the model's arguments may change;
+    shapes, compile nothing. What a model reads from closures and globals is part of the program: numbers, arrays
+    and containers of them by their values, other objects by which they are. With `jit_model_args=True` arrays and floats among the model's arguments may change;
     integers, booleans and strings size plates and choose branches as ever, and compile. Without it all arguments
     are constants of the program, but for arrays that lie on several devices.
 
@@ -291,22 +294,48 @@ def _untouched(value: Any) -> Any:
     return {k: _untouched(v) for k, v in value.items()} if type(value) is dict else value
 
 
-def _fingerprint(value: Any) -> Hashable:
+def _fingerprint(value: Any, seen: frozenset[int] = frozenset()) -> Hashable:
     """What a setting is compared by: kernels and containers by their parts, arrays of the host by content."""
     if isinstance(value, MCMCKernel):
-        return type(value), _fingerprint(vars(copy.copy(value)))
+        return type(value), _fingerprint(vars(copy.copy(value)), seen)
     if isinstance(value, dict):
-        return dict, tuple((_fingerprint(k), _fingerprint(v)) for k, v in value.items())
+        items = value.items()
+        return dict, tuple((_fingerprint(k, seen), _fingerprint(v, seen)) for k, v in items)
     if type(value) in (list, tuple):
-        return type(value), tuple(map(_fingerprint, value))
+        return type(value), tuple(_fingerprint(part, seen) for part in value)
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return np.ndarray, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, functools.partial):
+        return functools.partial, _fingerprint((value.func, value.args, value.keywords), seen)
+    if isinstance(value, types.MethodType):
+        of = vars(value.__self__) if hasattr(value.__self__, "__dict__") else {}
+        inner = seen | {id(value.__self__)}
+        reads = () if id(value.__self__) in seen else _fingerprint(dict(of), inner)
+        return _Same(value.__self__), _fingerprint(value.__func__, inner), reads
+    # A model whose data, in a closure or a global, were replaced since is another program.
+    if isinstance(value, types.FunctionType) and id(value) not in seen:
+        return value, _fingerprint(_read_by(value), seen | {id(value)})
     try:
         hash(value)
     except TypeError:
         return _Same(value)
     # 1, 1.0 and True are equal and compile different programs.
     return type(value), value
+
+
+def _read_by(function: types.FunctionType) -> dict[str, Any]:
+    """Values by name that a function finds outside of its arguments; libraries keep no data of the user's."""
+    if function.__module__.partition(".")[0] in LIBRARIES:
+        return {}
+    found = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    # A cell is empty while the function that it names is being defined.
+    reads = {name: cell.cell_contents for name, cell in found.items() if cell != types.CellType()}
+    codes = [function.__code__]
+    for code in codes:
+        # Names within the functions and comprehensions that it defines are read by it, too.
+        codes.extend(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
+        reads |= {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
+    return {name: value for name, value in reads.items() if not isinstance(value, types.ModuleType)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
