@@ -115,9 +115,10 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
     `chain_method="vectorized"`, up to rounding. The program is compiled once: another run, another `MCMC` with the
     same settings, kernel settings and model function, and with `jit_model_args=True` new data of the same
     shapes, compile nothing. What a model reads from closures and globals is part of the program: numbers, arrays
-    and containers of them by their values, other objects by which they are. With `jit_model_args=True` arrays and floats among the model's arguments may change;
-    integers, booleans and strings size plates and choose branches as ever, and compile. Without it all arguments
-    are constants of the program, but for arrays that lie on several devices.
+    and containers of them by their values, other objects by which they are. With `jit_model_args=True` arrays and
+    floats among the model's arguments may change; integers, booleans and strings size plates and choose branches
+    as ever, and compile. Without it all arguments are constants of the program, but for arrays that lie on
+    several devices.
 
     Where the mesh spans several processes, each of them makes the same call with the same key and the same data;
     the draws then lie on all of them, and `jax.experimental.multihost_utils.process_allgather(draws, tiled=True)`
