@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numpyro import __version__ as _numpyro_version  # noqa: F401
 
 from numpyro_regloss import anchor, fit, schedules, schemes, shift, values
+from numpyro_regloss.draws.chains import sharded
 from numpyro_regloss.fit.forward_kl import forward_kl
 from numpyro_regloss.fit.reverse_kl import reverse_kl
 from numpyro_regloss.fit.score_matching import score_matching
@@ -65,6 +66,7 @@ __all__ = [
     "schedules",
     "schemes",
     "score_matching",
+    "sharded",
     "shift",
     "to_arviz",
     "to_guide",

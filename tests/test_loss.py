@@ -12,12 +12,22 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from conftest import Counter
-from jax import random
+from jax import lax, random
 from numpyro import handlers
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import initialize_model, log_density, potential_energy
 
-from numpyro_regloss import Loss, Minibatch, schemes, values
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    Minibatch,
+    RegularizedLoss,
+    TwoStep,
+    fit,
+    schemes,
+    shift,
+    values,
+)
 
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -75,6 +85,72 @@ def test_dtypes_come_back_as_they_were():
         "low": jnp.bfloat16,
         "high": jnp.float32,
     }
+
+
+def half_network(params, x, y):
+    # A product of XLA's own, which refuses factors of different types.
+    hidden = jnp.tanh(lax.dot(x, params["w"]) + params["b"])
+    return jnp.mean((lax.dot(hidden, params["v"])[:, 0].astype(jnp.float32) - y) ** 2)
+
+
+def half_parameters(dtype):
+    keys = random.split(random.key(0), 3)
+    return {
+        "w": (0.3 * random.normal(keys[0], (4, 8))).astype(dtype),
+        "b": jnp.zeros(8, dtype),
+        "v": (0.3 * random.normal(keys[1], (8, 1))).astype(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_network_of_16_bits_sees_its_own_types(dtype):
+    x = random.normal(random.key(1), (64, 4))
+    y = jnp.tanh(x[:, 0])
+    params = half_parameters(dtype)
+    loss = Loss.from_function(half_network, params, x.astype(dtype), y)
+    assert loss.value(loss.x0) == half_network(params, x.astype(dtype), y)
+    optimizer = TwoStep(loss, 0.01, shift.Importance(500), fit.ForwardKL(), temperature=0.02)
+    result = optimizer.run(random.key(2), 20, progress_bar=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.params)} == {jnp.dtype(dtype)}
+    # Sums, and the centre, have the digits of JAX's default float.
+    state, history = result.state, result.history
+    assert state.reference.mean.dtype == history.loss.dtype == jnp.result_type(float)
+    assert history.fitted.mean.dtype == jnp.result_type(float)
+
+    plain = half_parameters(jnp.float32)
+    same = Loss.from_function(half_network, plain, x, y)
+    optimizer = TwoStep(same, 0.01, shift.Importance(500), fit.ForwardKL(), temperature=0.02)
+    expected = optimizer.run(random.key(2), 20, progress_bar=False).history.loss
+    # A weight of eight bits is off by 2^-9 at most, and so is the loss, relatively, give or take a factor.
+    np.testing.assert_allclose(history.loss, expected, rtol=0.05)
+    assert history.loss[-1] < 0.5 * history.loss[0]
+
+
+def total(params):
+    return jnp.sum(params["low"].astype(jnp.float32) ** 2) + jnp.sum(params["high"] ** 2)
+
+
+def test_draws_that_16_bits_round_away_are_told():
+    params = {"low": jnp.ones(3, jnp.bfloat16), "high": jnp.ones(2)}
+    loss = Loss.from_function(total, params)
+    message = (
+        "RegularizedLoss: 3 of 5 parameters have types of 16 bits, .* 0.0078 apart .* 0.001 wide"
+    )
+    with pytest.warns(UserWarning, match=message):
+        RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1e-6))
+    optimizer = TwoStep(loss, 1e-6, shift.Importance(50), fit.ForwardKL())
+    with pytest.warns(UserWarning, match="TwoStep: 3 of 5 parameters have types of 16 bits"):
+        optimizer.init(random.key(0))
+    # Silent, since warnings are errors: draws that are wide enough, and other types.
+    RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1e-4))
+    RegularizedLoss(loss, Gaussian.isotropic(jnp.zeros(5), 1e-6))
+    wide = Loss.from_function(total, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    RegularizedLoss(wide, Gaussian.isotropic(wide.x0, 1e-6))
+
+
+def test_losses_of_16_bits_are_told():
+    with pytest.warns(UserWarning, match="the loss returns bfloat16, whose 2 digits are too few"):
+        Loss.from_function(lambda p: jnp.sum(p**2), jnp.ones(3, jnp.bfloat16))
 
 
 def test_integer_valued_losses_are_cast():

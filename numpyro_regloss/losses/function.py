@@ -28,6 +28,7 @@ from numpyro_regloss.losses.source import LossSource
 __all__ = ["FunctionSource", "flatten_params"]
 
 SETTINGS = (bool, int, float, complex, str)
+FLOAT32 = float(np.finfo(np.float32).eps)
 
 
 class Leaf(NamedTuple):
@@ -81,6 +82,15 @@ class FunctionSource(LossSource):
     def names(self) -> tuple[str, ...]:
         """Names under which the parameters appear as sites of a NumPyro model."""
         return tuple(site.name for site in self._leaves)
+
+    def digits(self) -> Any:
+        """Machine epsilon of each parameter whose type has less than 32 bits, `(dim,)`, else 0; or just 0."""
+        each = [(math.prod(site.shape), float(jnp.finfo(site.dtype).eps)) for site in self._leaves]
+        if all(eps <= FLOAT32 for _, eps in each):
+            return 0.0
+        return np.concatenate([
+            np.full(n, eps if eps > FLOAT32 else 0.0, np.float32) for n, eps in each
+        ])
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """What the user's function returns; it averages or sums as it likes, so no data scale."""
@@ -183,8 +193,7 @@ class FunctionSource(LossSource):
 def _value(settings: tuple[Any, Any], fn: Any, x: Array, arguments: Partition) -> Any:
     structure, sites = settings
     args, kwargs = arguments.tree
-    # In types of less than 32 bits small steps of x would be rounded away.
-    params = jax.tree.unflatten(structure, _arrays(sites, x, least_bits=32))
+    params = jax.tree.unflatten(structure, _arrays(sites, x))
     return fn(params, *args, **kwargs)
 
 
@@ -196,15 +205,14 @@ def _probe(
     return [leaf for leaf in out if isinstance(leaf, jax.Array | np.ndarray | np.generic)], None
 
 
-def _arrays(sites: tuple[Any, ...], x: Array, least_bits: int = 0) -> list[Any]:
+def _arrays(sites: tuple[Any, ...], x: Array) -> list[Any]:
     arrays, start = [], 0
     for site in sites:
         if not isinstance(site, Leaf):
             arrays.append(site.value if isinstance(site, Fixed) else site)
             continue
         stop = start + math.prod(site.shape)
-        dtype = site.dtype if 8 * site.dtype.itemsize >= least_bits else x.dtype
-        arrays.append(x[start:stop].reshape(site.shape).astype(dtype))
+        arrays.append(x[start:stop].reshape(site.shape).astype(site.dtype))
         start = stop
     return arrays
 

@@ -6,6 +6,8 @@ Only this module and the two sources below it know how parameters are stored.
 """
 
 import functools
+import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import (
     check_choice,
@@ -32,6 +35,7 @@ from numpyro_regloss._core.pytree import (
     with_context_axes,
 )
 from numpyro_regloss._core.types import Array, Key, Scalar, Vector
+from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.arguments import Arguments, explain
 from numpyro_regloss.losses.caller import Caller, Watch, check_executor
 from numpyro_regloss.losses.external import ExternalSource, check_call, kinds_of
@@ -502,12 +506,43 @@ class Loss:
                 "x64 before."
             )
 
+    def check_digits(self, reference: AnyGaussian, what: str) -> None:
+        """Warns where parameters have so few digits that draws around them are the same to the loss.
+
+        Args:
+            reference: the Gaussian of the draws, concrete or not; nothing is said of one that is traced.
+            what: begins the warning.
+        """
+        digits = self.source.digits()
+        if not np.ndim(digits) or not is_concrete(reference):
+            return
+        mean, width = np.asarray(reference.mean), np.sqrt(np.asarray(reference.variance))
+        spacing = np.ldexp(digits, np.frexp(mean)[1] - 1) * (mean != 0)
+        # Draws of half a spacing and more are rounded here and there, and right on average.
+        lost = 2 * width < spacing
+        if 2 * lost.sum() > (digits > 0).sum():
+            warnings.warn(
+                f"{what}: {lost.sum()} of {mean.size} parameters have types of 16 bits, whose neighboring numbers "
+                f"are up to {spacing.max():.2g} apart at the centre, and draws around it are at most "
+                f"{width[lost].max():.2g} wide: to the loss they are all the same. Take a larger tau, or "
+                "parameters of type float32, and cast them within the loss if it computes in 16 bits.",
+                stacklevel=find_stack_level(),
+            )
+
     @classmethod
     def _checked(
         cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
     ) -> "Loss":
         loss = cls(x0, arguments, source, minibatch)
         loss._check_value()  # noqa: SLF001
+        out = _raw_value.eval_shape(source, x0, arguments).dtype
+        if jnp.issubdtype(out, jnp.floating) and out.itemsize < 4:
+            warnings.warn(
+                f"Loss: the loss returns {out}, whose {-math.log10(jnp.finfo(out).eps):.0f} digits are too few to "
+                "tell draws apart; compute in it as you like, but sum over the data in float32: "
+                "jnp.mean(..., dtype=float).",
+                stacklevel=find_stack_level(),
+            )
         jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
         return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
 

@@ -193,7 +193,7 @@ def probe(
     """
     gaussian = target.reference if around is None else around
     mean = gaussian.mean
-    eps = jnp.finfo(mean.dtype).eps
+    eps = np.maximum(np.finfo(mean.dtype).eps, target.loss.source.digits()).astype(mean.dtype)
     evaluate = jax.value_and_grad(target.value)
 
     def visit(silent: Array, item: Any) -> tuple[Array, tuple]:
@@ -207,7 +207,7 @@ def probe(
             value,
             gradient @ offset,
             # A point is rounded before the loss sees it.
-            eps * jnp.sqrt(jnp.sum((gradient * x) ** 2)),
+            jnp.sqrt(jnp.sum((eps * gradient * x) ** 2)),
             jnp.isfinite(gradient).all(),
             ~jnp.any(loud & silent),
         )

@@ -75,6 +75,7 @@ class RegularizedLoss:
         loss.check_precision("RegularizedLoss")
         if reference is not None:
             reference = check_gaussian(reference, loss.dim, "RegularizedLoss", "reference")
+            loss.check_digits(reference, "RegularizedLoss")
         temperature = check_positive(temperature, "RegularizedLoss: temperature")
         loss.check_captured()
         checked = self.unchecked(loss, reference, loss.bind(args, kwargs), temperature)

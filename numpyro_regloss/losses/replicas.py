@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_regloss._core.pytree import Partition, pytree_dataclass, replace_fields, static_field
 from numpyro_regloss._core.types import Array
@@ -45,6 +46,11 @@ class ReplicaSource(LossSource):
     def is_external(self) -> bool:
         """As one replica is."""
         return self.base.is_external
+
+    def digits(self) -> Any:
+        """As of one replica."""
+        digits = self.base.digits()
+        return np.tile(digits, self.num_replicas) if np.ndim(digits) else digits
 
     def watch(self) -> AbstractContextManager[Watch]:
         """Listens to the calls for all replicas."""

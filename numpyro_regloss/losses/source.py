@@ -34,6 +34,10 @@ class LossSource(Protocol):
         """Whether the loss is a Python function that JAX calls, but does not see into; few are."""
         return False
 
+    def digits(self) -> Any:
+        """Machine epsilon of each parameter whose type has less than 32 bits, `(dim,)`, else 0; or just 0."""
+        return 0.0
+
     def watch(self) -> AbstractContextManager[Watch]:
         """Listens to what happens to the calls of such a function while programs run."""
         return nullcontext(Watch())

@@ -164,6 +164,7 @@ class TwoStep:
             value = value if not is_concrete(value) else np.asarray(value)
         if is_concrete(value):
             _check_start(value, watch)
+            self.loss.check_digits(state.reference, "TwoStep")
             if not gradient_ok:
                 raise ValueError(
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "
