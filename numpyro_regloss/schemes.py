@@ -42,6 +42,7 @@ def local_entropy(
     anchor: Any = None,
     temperature: Any = 1.0,
     record: Any = None,
+    mesh: Any = None,
 ) -> TwoStep:
     """Minimizes F_tau(x) = -T log E exp(-loss(x') / T), x' ~ N(x, tau I), by moment matching.
 
@@ -54,6 +55,7 @@ def local_entropy(
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss.
         record: a `Record`, for verdicts and values in the history.
+        mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:
         The optimizer.
@@ -72,6 +74,7 @@ def local_entropy(
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,
         record=record,
+        mesh=mesh,
     )
 
 
@@ -82,6 +85,7 @@ def heat(
     anchor: Any = None,
     temperature: Any = 1.0,
     record: Any = None,
+    mesh: Any = None,
 ) -> TwoStep:
     """Minimizes F^H_tau(x) = E loss(x'), x' ~ N(x, tau I), by proximal steps.
 
@@ -92,6 +96,7 @@ def heat(
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss; only tau / T matters for the size of a step.
         record: a `Record`, for verdicts and values in the history.
+        mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:
         The optimizer.
@@ -110,6 +115,7 @@ def heat(
         anchor=Proximal() if anchor is None else anchor,
         temperature=temperature,
         record=record,
+        mesh=mesh,
     )
 
 

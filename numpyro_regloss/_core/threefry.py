@@ -21,7 +21,7 @@ from jax.extend.random import define_prng_impl
 
 from numpyro_regloss._core.types import Array, Key
 
-__all__ = ["unrolled"]
+__all__ = ["from_position", "unrolled"]
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = np.uint32(0x1BD11BDA)
@@ -40,6 +40,25 @@ def unrolled(rng_key: Key) -> Key:
     if str(jax.random.key_impl(rng_key)) != DEFAULT:
         return rng_key
     return jax.random.wrap_key_data(jax.random.key_data(rng_key), impl=_IMPLEMENTATION)
+
+
+def from_position(rng_key: Key, position: Array) -> Key | None:
+    """A key whose numbers are those of an array of `rng_key` from some position on.
+
+    Of numbers with one draw of bits each, such as `jax.random.normal` and `jax.random.uniform`.
+
+    Args:
+        rng_key: a typed key, also one of `unrolled`.
+        position: how many numbers of the array come before, of `2**32` at most.
+
+    Returns:
+        The key; None of other generators than JAX's default, which do not count.
+    """
+    if str(jax.random.key_impl(rng_key)) not in (DEFAULT, str(_IMPLEMENTATION)):
+        return None
+    data = jax.random.key_data(rng_key)
+    position = jnp.asarray(position).astype(np.uint32)
+    return jax.random.wrap_key_data(jnp.stack([*data, position]), impl=_FROM_POSITION)
 
 
 def _hash(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
@@ -90,4 +109,27 @@ _IMPLEMENTATION = define_prng_impl(
     fold_in=_fold_in,
     name="threefry2x32_unrolled",
     tag="fryu",
+)
+
+
+def _random_bits_from(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
+    low = lax.iota(np.uint32, math.prod(shape)).reshape(shape) + key[2]
+    high, low = _hash(key[:2], jnp.zeros_like(low), low)
+    if bit_width == 64:
+        return high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
+    return (high ^ low).astype(f"uint{bit_width}")
+
+
+def _no_other(*args: Any) -> Any:
+    raise NotImplementedError("keys of a position in an array draw numbers alone.")
+
+
+_FROM_POSITION = define_prng_impl(
+    key_shape=(3,),
+    seed=_no_other,
+    split=_no_other,
+    random_bits=_random_bits_from,
+    fold_in=_no_other,
+    name="threefry2x32_from_position",
+    tag="frfp",
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array
 
-__all__ = ["BatchMeans", "Chunk", "Draws", "StoredDraws"]
+__all__ = ["BatchMeans", "Chunk", "Draws", "Mergeable", "Shared", "StoredDraws", "merge"]
 
 Carry = TypeVar("Carry")
 
@@ -55,6 +55,41 @@ class Chunk(NamedTuple):
 
 
 @runtime_checkable
+class Mergeable(Protocol):
+    """A part of a carry of `Draws.fold` that is no plain sum."""
+
+    def merged(self, other: Any) -> Any:
+        """That of the draws of both, `other` being of later ones."""
+        ...
+
+
+class Shared(NamedTuple):
+    """A part of a carry that is the same after any chunk.
+
+    Attributes:
+        value: an array.
+        known: whether there was a chunk.
+    """
+
+    value: Array
+    known: Array
+
+    def merged(self, other: "Shared") -> "Shared":
+        """That of draws that there are."""
+        value = jnp.where(self.known, self.value, other.value)
+        return Shared(value, self.known | other.known)
+
+
+def merge(first: Carry, second: Carry) -> Carry:
+    """Carries of two parts of the draws as one: their numbers are added, but for what is `Mergeable`."""
+
+    def add(a: Any, b: Any) -> Any:
+        return a.merged(b) if isinstance(a, Mergeable) else a + b
+
+    return jax.tree.map(add, first, second, is_leaf=lambda node: isinstance(node, Mergeable))
+
+
+@runtime_checkable
 class Draws(Protocol):
     """What a shift hands to a fit.
 
@@ -88,7 +123,11 @@ class Draws(Protocol):
     def stats(self) -> dict[str, Array] | None: ...  # noqa: D102
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
-        """Reduces over chunks of draws: all that a fit may use when draws do not fit in memory."""
+        """Reduces over chunks of draws: all that a fit may use when draws do not fit in memory.
+
+        On a mesh each device begins with `init` and sees its own draws, and carries are put together by `merge`:
+        `init` is the carry of no draws, and `fn` adds, but for what is `Mergeable`.
+        """
         ...
 
 

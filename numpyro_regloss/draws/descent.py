@@ -251,6 +251,16 @@ class _Sums(NamedTuple):
     products: Array
     square: Array
 
+    def merged(self, other: "_Sums") -> "_Sums":
+        peak = jnp.maximum(self.peak, other.peak)
+        safe = jnp.where(jnp.isfinite(peak), peak, 0.0)
+        both = []
+        for sums in (self, other):
+            old = jnp.ones_like(sums.moments).at[0].set(jnp.exp(sums.peak - safe))
+            both.append((old * sums.moments, old[:4, None] * old[:4] * sums.products))
+        (moments, products), (more, products_too) = both
+        return _Sums(peak, moments + more, products + products_too, self.square + other.square)
+
 
 def _of_blocks(draws: Draws, slope: Array, middle: Array) -> tuple[Array, Array]:
     # Blocks are independent, and without scores there is nothing to regress on: one pass over the cloud.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.draws.base import Chunk, Draws
+from numpyro_regloss.draws.base import Chunk, Draws, Shared
 from numpyro_regloss.draws.control_variates import Chains, Control, choose, series_error
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -331,7 +331,7 @@ class _Sums(NamedTuple):
 
 
 def _mean_of_blocks(draws: Draws, weights: _Weights, zero: Array) -> tuple[Array, Array, Array]:
-    def add(carry: tuple[Array, _Sums], chunk: Chunk) -> tuple[Array, _Sums]:
+    def add(carry: tuple[Shared, _Sums], chunk: Chunk) -> tuple[Shared, _Sums]:
         sums = carry[1]
         weight, block, factor = weights.of(chunk)
         # Of a pair only the difference of the weights counts, and draws are never formed.
@@ -342,15 +342,16 @@ def _mean_of_blocks(draws: Draws, weights: _Weights, zero: Array) -> tuple[Array
             offset = jnp.sum((signed[:, None] * offset).reshape(-1, rows, offset.shape[-1]), 1)
             coefficient = jnp.ones_like(offset[:, 0])
         first, cross = jnp.stack([coefficient, factor * block * coefficient]) @ offset
-        return chunk.center, _Sums(
+        return Shared(chunk.center, jnp.asarray(True)), _Sums(
             sums.first + first,
             sums.square + (factor * coefficient**2) @ offset**2,
             sums.cross + cross,
             sums.weight + jnp.sum(factor * block**2),
         )
 
-    center, sums = draws.fold(add, (zero, _Sums.zero(zero)))
-    return center, sums.first, sums.variance
+    start = Shared(zero, jnp.asarray(False)), _Sums.zero(zero)
+    center, sums = draws.fold(add, start)
+    return center.value, sums.first, sums.variance
 
 
 def _covariance_of_blocks(

@@ -19,6 +19,7 @@ from jax import lax, random
 from jax.scipy.special import ndtri
 
 from numpyro_regloss._core.checks import check_count, check_positive
+from numpyro_regloss._core.mesh import is_divided
 from numpyro_regloss._core.pytree import (
     is_concrete,
     pytree_dataclass,
@@ -27,7 +28,7 @@ from numpyro_regloss._core.pytree import (
     strip_weak_types,
 )
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.draws.base import Chunk, Draws
+from numpyro_regloss.draws.base import Chunk, Draws, merge
 from numpyro_regloss.draws.descent import cross_fitted
 from numpyro_regloss.draws.moments import log_density_of, of_draws
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -134,7 +135,10 @@ class Rounds:
         def add(carry: Carry, item: tuple[Draws, Array]) -> tuple[Carry, None]:
             draws, log_weight = item
             draws = replace_fields(draws, log_weight=log_weight)
-            return draws.fold(lambda inner, chunk: fn(inner, self._centered(chunk)), carry), None
+            # On a mesh the chunks of a round are added apart.
+            begin = init if is_divided() else carry
+            found = draws.fold(lambda inner, chunk: fn(inner, self._centered(chunk)), begin)
+            return merge(carry, found) if is_divided() else found, None
 
         return lax.scan(add, init, (self.rounds, jnp.moveaxis(weights, 1, 0)))[0]
 

@@ -32,6 +32,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._core.checks import check_count, check_differentiable
 from numpyro_regloss._core.foreign import attribute
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import (
     pytree_dataclass,
     replace_fields,
@@ -223,7 +224,7 @@ class Kernel(Shift):
             rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), rows)
         else:
             run = partial(self._run, target, warm=warm)
-            noise, rows, tally, tuning = jax.vmap(run)(keys, start, state.tuning)
+            noise, rows, tally, tuning = divided(run)(keys, start, state.tuning)
         return self._report(target, noise, rows, tally, tuning)
 
     def after_rejection(self, old: KernelState, new: KernelState) -> KernelState:

@@ -28,6 +28,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 
 from numpyro_regloss._core.checks import check_count, check_differentiable, check_optimizer
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.optimizers import adam
 from numpyro_regloss._core.pareto import pareto_khat
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field, strip_weak_types
@@ -194,7 +195,7 @@ class SVI(Shift):
         draw = partial(_draw, svi.guide, svi.get_params(trained), drawn)
         noise, log_guide = jax.vmap(draw)(random.split(key_draw, self.num_samples))
         x = target.reference.unwhiten(noise)
-        loss = jax.vmap(drawn.value)(x)
+        loss = divided(drawn.value)(x)
         log_prior = -0.5 * (jnp.sum(noise**2, -1) + target.dim * math.log(2 * math.pi))
         log_ratio = log_prior - loss / target.temperature - log_guide
         failed = jnp.isnan(log_ratio) | (loss == -jnp.inf)

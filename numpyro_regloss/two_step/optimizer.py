@@ -19,10 +19,12 @@ from numpyro_regloss._core.checks import (
     check_positive,
     check_schedule,
 )
+from numpyro_regloss._core.mesh import check_mesh, copied
 from numpyro_regloss._core.pytree import (
     Partition,
     is_concrete,
     pytree_dataclass,
+    static_field,
     strip_weak_types,
     with_context_axes,
 )
@@ -79,6 +81,8 @@ class TwoStep:
         anchor: step 3, from `numpyro_regloss.anchor`.
         temperature: T > 0, in the units of the loss.
         record: a `Record` for verdicts and values in the history, or None.
+        mesh: devices that divide draws, particles, chains and noise among them: a `jax.sharding.Mesh` with one
+            axis `"draws"`, or None for one device. The bits do not depend on how many devices there are.
 
     Raises:
         TypeError: if a part is of the wrong kind.
@@ -106,6 +110,7 @@ class TwoStep:
     anchor: Any = Proximal()  # noqa: RUF009
     temperature: Any = 1.0
     record: Any = None
+    mesh: Any = static_field(default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
@@ -130,6 +135,12 @@ class TwoStep:
         if self.record is not None and not isinstance(self.record, Record):
             raise TypeError(
                 f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
+            )
+        object.__setattr__(self, "mesh", check_mesh(self.mesh, "TwoStep: mesh"))
+        if self.mesh is not None and self.loss.is_external:
+            raise ValueError(
+                "TwoStep: expected mesh=None with Loss.from_external, whose calls run on the host; give "
+                "Loss.from_external an executor, which divides them among its workers."
             )
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
@@ -380,6 +391,7 @@ class TwoStep:
             else:
                 self.loss.check_captured()
                 state = _explain(outer_step.first_state, self, rng_key, arguments)
+            state, arguments = copied(self.mesh, (state, arguments))
             self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
             row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
             vectors = row.motion is None
@@ -547,7 +559,7 @@ class TwoStep:
                 f"{what}: expected {types}, got {found}; it comes from other engines or other settings "
                 "of them: start anew with TwoStep.init."
             )
-        return with_context_axes(state)
+        return copied(self.mesh, with_context_axes(state))
 
 
 def _check_start(value: Array | np.ndarray, watch: Watch) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax, random
 
 from numpyro_regloss._core.checks import usable_range
+from numpyro_regloss._core.mesh import on_mesh
 from numpyro_regloss._core.pytree import (
     Partition,
     all_finite,
@@ -245,6 +246,12 @@ def _next_target(optimizer: Any, state: TwoStepState, arguments: Partition) -> R
 def _step(
     optimizer: Any, state: TwoStepState, arguments: Partition, values: Array | None = None
 ) -> tuple[TwoStepState, TwoStepInfo, Draws]:
+    return on_mesh(optimizer.mesh, _one_step)(optimizer, state, arguments, values)
+
+
+def _one_step(
+    optimizer: Any, state: TwoStepState, arguments: Partition, values: Array | None
+) -> tuple[TwoStepState, TwoStepInfo, Draws]:
     keys = _keys(state.rng_key, state.step)
     tau = optimizer.tau_at(state.step)
     here = _rescaled(optimizer, state.reference, tau)
@@ -384,8 +391,12 @@ def next_draws(optimizer: Any, state: TwoStepState, arguments: Partition) -> Dra
 @promotes_ranks
 def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
     """The shift's draws at the state's reference."""
-    target = _next_target(optimizer, state, arguments)
-    return optimizer.shift.step(rng_key, state.shift, target)[1]
+
+    def drawn(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
+        target = _next_target(optimizer, state, arguments)
+        return optimizer.shift.step(rng_key, state.shift, target)[1]
+
+    return on_mesh(optimizer.mesh, drawn)(optimizer, rng_key, state, arguments)
 
 
 @jax.jit

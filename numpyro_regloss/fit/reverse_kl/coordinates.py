@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base_draws import base_draws
@@ -246,7 +247,7 @@ def evaluator(rng_key: Key, target: RegularizedLoss) -> Callable[[Array], Evalua
         keys = random.split(rng_key, len(x) // 2)
         keys = jnp.concatenate([keys, keys])
         if x.size <= CHUNK:
-            return Evaluation(*jax.vmap(single)(keys, x))
+            return Evaluation(*divided(single)(keys, x))
         size = max(1, CHUNK // x.shape[-1])
         return Evaluation(*lax.map(lambda row: single(*row), (keys, x), batch_size=size))
 

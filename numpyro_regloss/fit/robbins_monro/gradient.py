@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.linalg import power_iteration
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -73,7 +74,7 @@ def reparametrized(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
 
     def estimate(key_batch: Key, u: Array, noise: Array) -> GradientEstimate:
         points = jnp.concatenate([u + noise, u - noise]) if antithetic else u + noise
-        found = jax.vmap(single, in_axes=(None, 0))(key_batch, points)
+        found = divided(single, in_axes=(None, 0))(key_batch, points)
         if not antithetic:
             return GradientEstimate(jnp.mean(found, 0), found)
         above, below = jnp.split(found, 2)
@@ -198,4 +199,4 @@ def _is_rounding(difference: Array, size: Array) -> Array:
 
 def _energies(target: RegularizedLoss, key_batch: Key, points: Array) -> Array:
     batch = target.on_batch(key_batch)
-    return jax.vmap(lambda u: batch.energy(target.reference.unwhiten(u)))(points)
+    return divided(lambda u: batch.energy(target.reference.unwhiten(u)))(points)

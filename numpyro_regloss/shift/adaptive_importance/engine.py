@@ -30,6 +30,7 @@ from numpyro_regloss._core.checks import (
     check_flag,
     check_positive,
 )
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_smooth
 from numpyro_regloss._core.pytree import (
     all_finite,
@@ -390,11 +391,11 @@ class AdaptiveImportance(Shift):
         e = jnp.concatenate([drawn.e, *more])
         x = target.reference.unwhiten(e)
         if self.gradient:
-            loss, slope = jax.vmap(jax.value_and_grad(target.value))(x)
+            loss, slope = divided(jax.value_and_grad(target.value))(x)
             gradient = e + target.reference.scaled_transpose(slope) / target.temperature
             failed = ~jnp.all(jnp.isfinite(gradient), -1) & (loss < jnp.inf)
         else:
-            loss, gradient = jax.vmap(target.value)(x), jnp.zeros_like(e)
+            loss, gradient = divided(target.value)(x), jnp.zeros_like(e)
             failed = jnp.zeros(loss.shape, bool)
         loss = loss.astype(x.dtype)
         # +infinity is a wall, a legitimate weight of zero; NaN and -infinity are failures of the loss.

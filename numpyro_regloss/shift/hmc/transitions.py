@@ -33,6 +33,7 @@ from numpyro_regloss._core.checks import (
     check_differentiable,
     check_positive,
 )
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import is_concrete, strip_weak_types
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.threefry import unrolled
@@ -335,7 +336,7 @@ def _kernel(
         chain = jax.tree.map(lambda a: a[0], chains)
         return jax.tree.map(lambda a: a[None], transition(chain, tuning, length))
 
-    several = jax.vmap(transition, in_axes=(0, None, None))
+    several = divided(transition, in_axes=(0, None, None))
     return single if settings.num_chains == 1 else several
 
 
@@ -354,7 +355,7 @@ def _start(
     if not settings.metric.from_scores:
         probes = probes[:0]
     points = jnp.concatenate([noise, jnp.zeros_like(noise[:1]), probes])
-    potential, gradient = jax.vmap(jax.value_and_grad(target.whitened_potential))(points)
+    potential, gradient = divided(jax.value_and_grad(target.whitened_potential))(points)
     finite = jnp.isfinite(potential) & jnp.all(jnp.isfinite(gradient), -1)
     number = settings.num_chains
 

@@ -8,13 +8,21 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random
 
+from numpyro_regloss._core.mesh import (
+    MOST_BLOCKS,
+    is_divided,
+    num_blocks,
+    sum_of_blocks,
+    values_of_blocks,
+)
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field
 from numpyro_regloss._core.ranks import promotes_ranks
-from numpyro_regloss._core.threefry import unrolled
+from numpyro_regloss._core.threefry import from_position, unrolled
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.draws.base import Chunk
+from numpyro_regloss.draws.base import Chunk, merge
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.long_losses import CENTER_FROM
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -80,6 +88,35 @@ class Layout(NamedTuple):
     def num_segments(self) -> int:
         """How often noise is made."""
         return -(-self.num_samples // self.segment_size)
+
+    @property
+    def parts(self) -> "Parts":
+        """How a mesh divides the draws: whole segments, or parts of them where there are few."""
+        atom = self.block_size // self.per_row
+        rows = self.segment_size // self.per_row
+        wanted = -(-num_blocks(self.num_samples // self.block_size) // self.num_segments)
+        # No more draws are evaluated at once than without a mesh.
+        size = -(-rows // wanted)
+        num_chunks = max(1, -(-size * self.per_row // self.chunk_size))
+        size = -(-size // (num_chunks * atom)) * num_chunks * atom
+        per_segment = -(-rows // size)
+        return Parts(size, per_segment, num_chunks, per_segment * self.num_segments)
+
+
+class Parts(NamedTuple):
+    """How a mesh divides the draws of a cloud, whatever the number of its devices.
+
+    Attributes:
+        num_rows: rows of noise per part; the last part of a segment may go beyond its end.
+        per_segment: parts of a segment.
+        num_chunks: batches in which the loss of a part is evaluated.
+        total: parts of all.
+    """
+
+    num_rows: int
+    per_segment: int
+    num_chunks: int
+    total: int
 
 
 def lay_out(
@@ -169,6 +206,8 @@ class Cloud:
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
         """Reduces over chunks, each regenerated on the way unless it was kept."""
+        if is_divided():
+            return self._fold_parts(fn, init)
         layout = self.layout
         padding = layout.num_segments * layout.segment_size - layout.num_samples
         log_weight = jnp.pad(self.log_weight[0], (0, padding), constant_values=-jnp.inf)
@@ -188,6 +227,32 @@ class Cloud:
         segments = log_weight.reshape(layout.num_segments, -1, layout.per_row)
         return lax.scan(draw_and_add, init, (jnp.arange(layout.num_segments), segments))[0]
 
+    def _fold_parts(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
+        layout, parts = self.layout, self.layout.parts
+
+        def pad(a: Array, size: int) -> Array:
+            return jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, size)), constant_values=-jnp.inf)
+
+        in_segments = layout.num_segments * layout.segment_size
+        weights = pad(self.log_weight[0], in_segments - layout.num_samples)
+        weights = weights.reshape(layout.num_segments, layout.segment_size)
+        per_part = parts.num_rows * layout.per_row
+        weights = pad(weights, parts.per_segment * per_part - layout.segment_size)
+        weights = weights.reshape(parts.total, parts.num_rows, layout.per_row)
+
+        # Of about equal size, as many as a tree has leaves: so devices have equal work.
+        num_groups = 1 << min(parts.total, MOST_BLOCKS).bit_length() - 1
+
+        def of_group(group: Array) -> Carry:
+            def add(i: Array, carry: Carry) -> Carry:
+                offset = _offsets_of_part(self.rng_key, self.reference, layout, i)
+                return fn(carry, Chunk(self.reference.mean, offset, weights[i], None))
+
+            first, end = (k * parts.total // num_groups for k in (group, group + 1))
+            return lax.fori_loop(first, end, add, init)
+
+        return sum_of_blocks(of_group, num_groups, init, merge)
+
 
 def evaluate(
     rng_key: Key, target: RegularizedLoss, layout: Layout, *, with_center: bool
@@ -205,6 +270,8 @@ def evaluate(
         Losses `(draw,)`; the offsets of the draws if they are kept, else None; the loss at the reference's mean,
         or None; the number of evaluations.
     """
+    if is_divided():
+        return _evaluate_parts(rng_key, target, layout)
     if layout.at_once:
         return _evaluate_at_once(rng_key, target, layout, with_center=with_center)
 
@@ -235,6 +302,27 @@ def evaluate(
     if with_center:
         loss, center = loss[:, :-1], loss[0, -1]
     return loss.reshape(-1)[: layout.num_samples], offset, center, num_loss
+
+
+def _evaluate_parts(
+    rng_key: Key, target: RegularizedLoss, layout: Layout
+) -> tuple[Array, None, None, int]:
+    # Noise is not kept: it would lie on the device that made it, and draws lie on all.
+    parts = layout.parts
+
+    def of_chunk(offset: Array) -> Array:
+        pairs = jnp.zeros((offset.shape[0], layout.per_row))
+        return jax.vmap(target.value)(Chunk(target.reference.mean, offset, pairs, None).x)
+
+    def of_part(index: Array) -> Array:
+        offset = _offsets_of_part(rng_key, target.reference, layout, index)
+        if parts.num_chunks == 1:
+            return of_chunk(offset)
+        return lax.map(of_chunk, offset.reshape(parts.num_chunks, -1, target.dim)).reshape(-1)
+
+    loss = values_of_blocks(of_part, parts.total)
+    segments = loss.reshape(layout.num_segments, -1)[:, : layout.segment_size]
+    return segments.reshape(-1)[: layout.num_samples], None, None, loss.size
 
 
 def _evaluate_at_once(
@@ -335,6 +423,35 @@ def draws_of(
 @promotes_ranks
 def _materialize(cloud: Cloud) -> Array:
     return draws_of(cloud.rng_key, cloud.reference, cloud.layout, cloud.offset)[None]
+
+
+def _offsets_of_part(rng_key: Key, reference: AnyGaussian, layout: Layout, index: Array) -> Array:
+    # The rows that `_offsets` has there.
+    parts = layout.parts
+    segment, part = jnp.divmod(index, parts.per_segment)
+    if parts.per_segment == 1:
+        return lax.optimization_barrier(_offsets(rng_key, reference, layout, segment))
+    key = random.fold_in(unrolled(rng_key), segment)
+    first, dim = part * parts.num_rows, reference.dim
+    if layout.sobol:
+        size = layout.block_size // layout.per_row
+        num_nets = layout.segment_size // layout.block_size
+        nets = first // size + jnp.arange(parts.num_rows // size)
+        keys = random.split(key, num_nets)[jnp.minimum(nets, num_nets - 1)]
+        noise = lax.map(partial(sobol_normal, num_draws=size, dim=dim), keys)
+        noise = noise.reshape(-1, dim).astype(reference.mean.dtype)
+    else:
+        shape, dtype = (parts.num_rows, dim), reference.mean.dtype
+        at = from_position(key, first.astype(jnp.uint32) * np.uint32(dim))
+        if at is None:
+            # Of other generators all noise of the segment is made.
+            rows = max(layout.segment_size // layout.per_row, parts.num_rows * parts.per_segment)
+            noise = random.normal(key, (layout.segment_size // layout.per_row, dim), dtype)
+            noise = jnp.pad(noise, ((0, rows - len(noise)), (0, 0)))
+            noise = lax.dynamic_slice_in_dim(noise, first, parts.num_rows)
+        else:
+            noise = random.normal(at, shape, dtype)
+    return lax.optimization_barrier(reference.scaled(noise))
 
 
 def _offsets(rng_key: Key, reference: AnyGaussian, layout: Layout, index: Array) -> Array:

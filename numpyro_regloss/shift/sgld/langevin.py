@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.checks import cast_fields, check_positive
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, strip_weak_types
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array, Key
@@ -267,7 +268,7 @@ def gradients(target: RegularizedLoss, keys: Key, j: Array | int, x: Array) -> t
     if len(x) == 1:
         # Without a batch axis, which makes other and often slower products of matrices.
         return jax.tree.map(lambda a: a[None], single(keys[0], x[0]))
-    return jax.vmap(single)(keys, x)
+    return divided(single)(keys, x)
 
 
 def pull(reference: AnyGaussian, temperature: Array | float) -> Callable[[Array], Array]:

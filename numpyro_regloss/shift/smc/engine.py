@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_positive
+from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import (
     is_concrete,
     pytree_dataclass,
@@ -303,9 +304,9 @@ class SMC(Shift):
             return target.energy(target.reference.unwhiten(noise))
 
         if self.uses_gradient:
-            energy, gradient = jax.vmap(jax.value_and_grad(energy_at))(noise)
+            energy, gradient = divided(jax.value_and_grad(energy_at))(noise)
         else:
-            energy, gradient = jax.vmap(energy_at)(noise), None
+            energy, gradient = divided(energy_at)(noise), None
         energy, failed = bounded_energy(energy)
         return Particles(noise, energy, gradient), jnp.sum(failed)
 

@@ -54,7 +54,8 @@ def fingerprint(
     loss = optimizer.loss
     found = {"precision": str(loss.x0.dtype), "number of parameters": str(loss.dim)}
     for name, value in fields_of(optimizer).items():
-        found |= dict(_described(name, value))
+        # A run goes on where there are more devices, or fewer.
+        found |= {} if name == "mesh" else dict(_described(name, value))
     found |= dict(_described("arguments of the loss", arguments.tree))
     found["start (the loss's params)"] = _array(loss.x0)
     found |= dict(_described("loss.minibatch", loss.minibatch))

@@ -1,0 +1,196 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs engines on one simulated device and on several, for `test_mesh.py`.
+
+    JAX_NUM_CPU_DEVICES=8 python tests/mesh_cases.py GROUP
+
+A process of its own: JAX counts its devices once. One line of JSON per case: its name and what was found.
+"""
+
+import json
+import re
+import sys
+import tempfile
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+from jax.sharding import AxisType
+from numpyro.infer import BarkerMH
+from numpyro.infer.autoguide import AutoDiagonalNormal
+
+from numpyro_regloss import Loss, TwoStep, anchor, fit, shift
+from numpyro_regloss.two_step import RejectedError, outer_step
+
+KEY, STEPS = random.key(0), 3
+INPUTS = random.normal(random.key(1), (32, 5))
+OUTPUTS = jnp.sin(jnp.sum(INPUTS, 1))
+START = {"w": 0.3 * random.normal(random.key(2), (5, 4)), "v": jnp.full(4, 0.5)}
+
+
+def network(params, x, y):
+    return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2)
+
+
+LOSS = Loss.from_function(network, START, INPUTS, OUTPUTS)
+CHAINS = dict(num_warmup=20, num_samples=20, num_chains=8)
+ENGINES = {
+    "importance": (shift.Importance(1000), fit.ForwardKL("diagonal")),
+    "importance_chunks": (
+        shift.Importance(9001, chunk_size=64, antithetic=False),
+        fit.ForwardKL("dense"),
+    ),
+    "importance_sobol": (shift.Importance(512, noise="sobol", ess=0.3), fit.ForwardKL()),
+    "importance_newton": (
+        shift.Importance(400, pareto_smoothing=True),
+        fit.ForwardKL(),
+        anchor.Newton(),
+    ),
+    "importance_low_rank": (shift.Importance(1000), fit.ForwardKL("low_rank", rank=2)),
+    "adaptive": (shift.Adaptive(shift.Importance(100), max_rounds=4), fit.ForwardKL()),
+    "adaptive_importance": (shift.AdaptiveImportance(), fit.ForwardKL("diagonal")),
+    "adaptive_importance_values": (
+        shift.AdaptiveImportance(gradient=False),
+        fit.ForwardKL(),
+    ),
+    "smc": (shift.SMC(200, num_islands=2), fit.ForwardKL()),
+    "robbins_monro": (shift.Implicit(), fit.RobbinsMonro(10, num_pairs=4)),
+    "robbins_monro_score": (
+        shift.Implicit(),
+        fit.RobbinsMonro(10, num_pairs=8, gradient="score"),
+    ),
+    "reverse_kl": (shift.Implicit(), fit.ReverseKL("diagonal", "natural")),
+    "svi": (shift.SVI(AutoDiagonalNormal, num_steps=20, num_samples=100), fit.ForwardKL()),
+    "nuts": (shift.NUTS(**CHAINS), fit.ForwardKL()),
+    "hmc": (shift.HMC(**CHAINS), fit.ForwardKL()),
+    "sgld": (shift.SGLD(0.02, num_samples=30, num_chains=8), fit.ForwardKL()),
+    "kernel": (shift.Kernel(BarkerMH, **CHAINS), fit.ForwardKL()),
+}
+# Of one draw more than a device has, and not as many as devices share evenly.
+DIVISIONS = {"one": 1, "three": 3, "explicit": 4, "eight": 8}
+
+
+def mesh_of(name):
+    kind = AxisType.Explicit if name == "explicit" else AxisType.Auto
+    count = DIVISIONS[name]
+    return jax.make_mesh((count,), ("draws",), axis_types=(kind,), devices=jax.devices()[:count])
+
+
+def optimizer_of(name, mesh):
+    engine, method, *at = ENGINES[name]
+    parts = engine, method, *(at or [anchor.Proximal()])
+    return TwoStep(LOSS, 0.01, *parts, temperature=0.05, mesh=mesh)
+
+
+def numbers_of(result):
+    # Evaluations are more where draws fill blocks.
+    info, count = result.history, ".num_loss"
+    kept = (info.reference, info.fitted, info.loss, info.shift, result.params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(kept)
+    return [leaf for path, leaf in leaves if not jax.tree_util.keystr(path).endswith(count)]
+
+
+def distance(first, second):
+    pairs = [
+        (np.asarray(a, float), np.asarray(b, float)) for a, b in zip(first, second, strict=True)
+    ]
+    found = [
+        np.max(np.abs(a - b) / (1.0 + np.abs(a)), where=np.isfinite(a), initial=0.0)
+        for a, b in pairs
+    ]
+    return float(max(found))
+
+
+def compare(name, divisions):
+    """Relative differences from the run on as many devices as there are; zero of equal bits."""
+
+    def run(mesh):
+        try:
+            return optimizer_of(name, mesh).run(KEY, STEPS, progress_bar=False)
+        except RejectedError as error:
+            return error.result  # whose draws tell as much
+
+    runs = {
+        kind: numbers_of(run(mesh))
+        for kind, mesh in {"none": None, **{k: mesh_of(k) for k in divisions}}.items()
+    }
+    expected = runs["eight"]
+    return {kind: distance(expected, run) for kind, run in runs.items() if kind != "eight"}
+
+
+def program(num_samples, count):
+    """Bytes that collectives gather in one step, and the largest array of draws on a device."""
+    loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(dim := 50))
+    parts = shift.Importance(num_samples, antithetic=False), fit.ForwardKL()
+    mesh = jax.make_mesh((count,), ("draws",), devices=jax.devices()[:count])
+    optimizer = TwoStep(loss, 0.01, *parts, mesh=mesh)
+    state = optimizer.init(KEY)
+    text = outer_step.step.lower(optimizer, state, loss.bind()).compile().as_text()
+    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-\w+|reduce-scatter|collective-\w+)\(", text)
+    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape, _ in found]
+    rows = [int(n) for n in re.findall(rf"f32\[(\d+),{dim}\]", text)]
+    return {
+        "kinds": sorted({kind for _, _, kind in found}),
+        "losses": 4 * max(sizes),
+        "others": 4 * (sum(sizes) - max(sizes)),
+        "rows": max(rows),
+        "dim": dim,
+    }
+
+
+def evaluations(count):
+    """How often a loss was evaluated in a step, on all devices together."""
+    calls = []
+
+    def fn(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.sum(x**2)
+
+    loss = Loss.from_function(fn, jnp.ones(2))
+    mesh = jax.make_mesh((count,), ("draws",), devices=jax.devices()[:count])
+    optimizer = TwoStep(loss, 0.01, shift.Importance(160), fit.ForwardKL(), mesh=mesh)
+    state = optimizer.init(KEY)
+    jax.effects_barrier()
+    calls.clear()
+    jax.block_until_ready(optimizer.step(state))
+    jax.effects_barrier()
+    return len(calls)
+
+
+def resume(name):
+    """Whether a run that began on one device goes on under a mesh to the bits of one under it."""
+    expected = numbers_of(optimizer_of(name, mesh_of("eight")).run(KEY, 4, progress_bar=False))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(checkpoint=folder, progress_bar=False)
+        optimizer_of(name, mesh_of("one")).run(KEY, 2, **settings)
+        found = numbers_of(optimizer_of(name, mesh_of("eight")).run(KEY, 4, **settings))
+    return all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+GROUPS = {
+    "few": {
+        "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
+        "robbins_monro": lambda: compare("robbins_monro", ["one", "eight"]),
+        "resume": lambda: resume("robbins_monro"),
+        "evaluations": lambda: [evaluations(1), evaluations(8)],
+        "program": lambda: program(4096, 8),
+    },
+    "engines": {name: lambda name=name: compare(name, [*DIVISIONS]) for name in ENGINES},
+    "programs": {
+        "small": lambda: program(4096, 8),
+        "large": lambda: program(1_000_000, 8),
+    },
+}
+
+
+def main(group, *names):
+    warnings.simplefilter("ignore")
+    for name, case in GROUPS[group].items():
+        if not names or name in names:
+            print(json.dumps([name, case()]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
