@@ -127,10 +127,12 @@ def in_one_batch(*, smoke):
         return jax.lax.map(norm, centers)
 
     rows = []
-    for count in (192, 256):
-        optimizer = TwoStep(
-            loss, TAU, shift.AdaptiveImportance(count), fit.ForwardKL(), anchor.Newton()
-        )
+    for count, step in [
+        (192, anchor.Newton()),
+        (192, anchor.Newton(floor=0.01, max_step=4.0)),
+        (256, anchor.Newton(floor=0.01, max_step=4.0)),
+    ][-1 if smoke else 0 :]:
+        optimizer = TwoStep(loss, TAU, shift.AdaptiveImportance(count), fit.ForwardKL(), step)
         steps, gradients, at_budget, refused = [], [], [], 0
         for seed in range(1 if smoke else 20):
             run = optimizer.run(random.key(seed), 2 if smoke else 20, progress_bar=False)
@@ -144,6 +146,7 @@ def in_one_batch(*, smoke):
         arrived = [count for count in gradients if count is not None]
         rows.append({
             "draws": count,
+            "floor": float(step.floor),
             "seeds": len(gradients),
             "arrived": len(arrived),
             "within budget": sum(count <= BUDGET for count in arrived),

@@ -90,8 +90,8 @@ class Newton(Anchor):
         True
     """
 
-    floor: Any = 0.01
-    max_step: Any = 4.0
+    floor: Any = 0.02
+    max_step: Any = 2.0
     curvature: str = static_field(default="full")
 
     def __post_init__(self) -> None:
