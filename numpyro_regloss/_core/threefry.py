@@ -74,10 +74,13 @@ def _hash(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
     return x, y
 
 
-def _hash_positions(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+def _hash_positions(
+    key: Array, shape: tuple[int, ...], first: Array | None = None
+) -> tuple[Array, Array]:
     if math.prod(shape) >= 2**32:
         raise ValueError(f"expected fewer than 2**32 random numbers at once, got shape {shape}.")
     low = lax.iota(np.uint32, math.prod(shape)).reshape(shape)
+    low = low if first is None else low + first
     return _hash(key, jnp.zeros_like(low), low)
 
 
@@ -94,8 +97,10 @@ def _fold_in(key: Array, data: Any) -> Array:
     return jnp.stack(_hash(key, jnp.zeros_like(data), data))
 
 
-def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
-    high, low = _hash_positions(key, shape)
+def _random_bits(
+    key: Array, bit_width: int, shape: tuple[int, ...], first: Array | None = None
+) -> Array:
+    high, low = _hash_positions(key, shape, first)
     if bit_width == 64:
         return high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
     return (high ^ low).astype(f"uint{bit_width}")
@@ -113,11 +118,7 @@ _IMPLEMENTATION = define_prng_impl(
 
 
 def _random_bits_from(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
-    low = lax.iota(np.uint32, math.prod(shape)).reshape(shape) + key[2]
-    high, low = _hash(key[:2], jnp.zeros_like(low), low)
-    if bit_width == 64:
-        return high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
-    return (high ^ low).astype(f"uint{bit_width}")
+    return _random_bits(key[:2], bit_width, shape, key[2])
 
 
 def _no_other(*args: Any) -> Any:
