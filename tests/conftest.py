@@ -3,7 +3,9 @@
 """Shared by all tests: engines by name, trace and compile counters, tolerances."""
 
 import gc
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +178,23 @@ def scheme(name, loss, tau, temperature=1.0):
 
 # Docstrings that show what ArviZ made, or draw; the others are tested on the first stack.
 BOTH_DOCTESTS = ("io_arviz", "plots.", "diagnostics")
+
+
+def on_devices(script: Path, group: str, num_devices: int) -> list[Any]:
+    """What a script of cases prints, one line of JSON per case, with so many simulated devices.
+
+    A process of its own: JAX counts its devices once, and what goes wrong there may end Python.
+    """
+    done = subprocess.run(
+        [sys.executable, script, group],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(num_devices), "XLA_FLAGS": QUICK_FLAGS},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def pytest_addoption(parser):

@@ -2,17 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws that devices of a mesh divide: the same bits on any number of them, and what they send each other."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_FLAGS
+from conftest import on_devices
 from jax import random
 
 from numpyro_regloss import Loss, TwoStep, fit, shift
@@ -27,16 +23,7 @@ PARTS = shift.Importance(100), fit.ForwardKL()
 
 
 def found_by(group):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, group],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": QUICK_FLAGS},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    return dict(on_devices(SCRIPT, group, 8))
 
 
 def loss():

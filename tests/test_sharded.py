@@ -2,14 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data on several devices give the numbers of one device: engines, values, fits and views."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK_FLAGS, long
+from conftest import long, on_devices
 
 SCRIPT = Path(__file__).parent / "sharded_cases.py"
 # A mesh of Explicit axes ends in the same program as one of Auto axes.
@@ -23,16 +19,7 @@ REFUSED = {("fit_of_parallel_chains", "context"), ("parallel_chains", "context")
     ("group", "least"), [("few", 4), long("engines", 30), long("values_and_fits", 15)]
 )
 def test_several_devices_give_the_numbers_of_one(group, least):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, group],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": QUICK_FLAGS},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = on_devices(SCRIPT, group, 4)
     names = list(dict.fromkeys(name for name, _, _ in lines))
     kinds = [kind for kind in KINDS if group != "few" or kind != "auto"]
     assert [(name, kind) for name, kind, _ in lines] == [(n, k) for n in names for k in kinds]
