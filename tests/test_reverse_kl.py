@@ -637,6 +637,16 @@ def test_a_target_that_has_no_gaussian_is_told(name):
         np.testing.assert_allclose(gaussian.variance[1], 1e6, rtol=0.01)
 
 
+def test_a_fit_that_has_not_settled_says_so():
+    loss = Loss.from_function(lambda x: jnp.sum(x**4), np.full(2, 3.0))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 4.0))
+    with pytest.warns(UserWarning, match="not settled after 2 of 2 steps.*num_steps"):
+        info = reverse_kl(KEY, target, "diagonal", num_steps=2).info
+    assert info.ok
+    assert info.residual > MOST_LEFT
+    assert reverse_kl(KEY, target, "diagonal").info.residual < MOST_LEFT
+
+
 def test_a_flat_direction_within_compiled_code_and_beyond_many_dimensions():
     # More parameters than draws: what nothing depends on is found all the same.
     loss = Loss.from_function(lambda x: 0.5 * jnp.sum((x[:-2] - 1.0) ** 2), np.zeros(150))
