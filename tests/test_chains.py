@@ -168,7 +168,10 @@ class Holder:
 def test_what_a_model_reads_is_part_of_the_program(monkeypatch):
     closed = np.zeros(2)
     on_device = [jnp.zeros(2)]
-    holder = Holder()
+    holder, other = Holder(), Holder()
+
+    def of_object(x):
+        return x - other.data
 
     def of_closure(x):
         return x - closed - on_device[0]
@@ -176,13 +179,14 @@ def test_what_a_model_reads_is_part_of_the_program(monkeypatch):
     def of_globals(x):
         return [helper(part) for part in x]
 
-    models = [of_closure, functools.partial(of_closure), of_globals, holder.model]
+    models = [of_closure, functools.partial(of_closure), of_globals, holder.model, of_object]
     before = [_fingerprint(NUTS(model)) for model in models]
     assert before == [_fingerprint(NUTS(model)) for model in models]
     assert len({*map(hash, before)}) == len(before)
     closed[0] = 1.0
     monkeypatch.setitem(READ, "scale", 2.0)
     holder.data[0] = 1.0
+    other.data = np.ones(2)
     after = [_fingerprint(NUTS(model)) for model in models]
     assert all(a != b for a, b in zip(before, after, strict=True))
     on_device[0] = jnp.ones(2)

@@ -25,6 +25,8 @@ from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._core.pytree import Partition, with_context_axes
+from numpyro_regloss.losses.captured import AsRead, handle
+from numpyro_regloss.losses.environment import digest
 
 __all__ = ["ShardedChains", "sharded"]
 
@@ -33,7 +35,6 @@ KEPT = 16
 # What a run leaves in an `MCMC`, and what it is given anew: none of it says what the program does.
 RESULTS = {"_args", "_kwargs", "_states", "_states_flat", "_last_state", "_warmup_state"}
 CACHES = {"_init_state_cache", "_cache"}
-LIBRARIES = {"jax", "numpy", "numpyro", "numpyro_regloss"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,58 +296,24 @@ def _untouched(value: Any) -> Any:
     return {k: _untouched(v) for k, v in value.items()} if type(value) is dict else value
 
 
-def _fingerprint(value: Any, seen: frozenset[int] = frozenset()) -> Hashable:
+def _fingerprint(value: Any) -> Hashable:
     """What a setting is compared by: kernels and containers by their parts, arrays of the host by content."""
     if isinstance(value, MCMCKernel):
-        return type(value), _fingerprint(vars(copy.copy(value)), seen)
+        return type(value), _fingerprint(vars(copy.copy(value)))
     if isinstance(value, dict):
-        items = value.items()
-        return dict, tuple((_fingerprint(k, seen), _fingerprint(v, seen)) for k, v in items)
+        return dict, tuple((_fingerprint(k), _fingerprint(v)) for k, v in value.items())
     if type(value) in (list, tuple):
-        return type(value), tuple(_fingerprint(part, seen) for part in value)
+        return type(value), tuple(map(_fingerprint, value))
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return np.ndarray, value.dtype.str, value.shape, value.tobytes()
+        return digest(value)
     if isinstance(value, functools.partial):
-        return functools.partial, _fingerprint((value.func, value.args, value.keywords), seen)
-    if isinstance(value, types.MethodType):
-        of = vars(value.__self__) if hasattr(value.__self__, "__dict__") else {}
-        inner = seen | {id(value.__self__)}
-        reads = () if id(value.__self__) in seen else _fingerprint(dict(of), inner)
-        return _Same(value.__self__), _fingerprint(value.__func__, inner), reads
-    # A model whose data, in a closure or a global, were replaced since is another program.
-    if isinstance(value, types.FunctionType) and id(value) not in seen:
-        return value, _fingerprint(_read_by(value), seen | {id(value)})
+        return functools.partial, _fingerprint((value.func, value.args, value.keywords))
+    # A model whose data were replaced since, wherever it reads them, is another program.
+    if isinstance(value, types.FunctionType | types.MethodType):
+        return AsRead(value)
     try:
         hash(value)
     except TypeError:
-        return _Same(value)
+        return handle(value)
     # 1, 1.0 and True are equal and compile different programs.
     return type(value), value
-
-
-def _read_by(function: types.FunctionType) -> dict[str, Any]:
-    """Values by name that a function finds outside of its arguments; libraries keep no data of the user's."""
-    if function.__module__.partition(".")[0] in LIBRARIES:
-        return {}
-    found = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    # A cell is empty while the function that it names is being defined.
-    reads = {name: cell.cell_contents for name, cell in found.items() if cell != types.CellType()}
-    codes = [function.__code__]
-    for code in codes:
-        # Names within the functions and comprehensions that it defines are read by it, too.
-        codes.extend(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
-        reads |= {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
-    return {name: value for name, value in reads.items() if not isinstance(value, types.ModuleType)}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Same:
-    """A value without a hash, such as an array of a device, compared by identity and kept alive for that."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
