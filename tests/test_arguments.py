@@ -13,7 +13,9 @@ import pytest
 from conftest import Counter
 from jax import random
 
-from numpyro_regloss import Loss, Minibatch, RegularizedLoss, schemes, shift
+from numpyro_regloss import Loss, Minibatch, RegularizedLoss, TwoStep, anchor, fit, schemes, shift
+from numpyro_regloss.losses.factorizations import equations
+from numpyro_regloss.two_step import outer_step
 
 pytestmark = pytest.mark.both
 
@@ -234,3 +236,22 @@ def test_ranks_may_not_be_promoted_by_the_user():
             schemes.heat(loss, 0.1),
         ):
             assert optimizer.run(random.key(0), 1, progress_bar=False).state.step == 1
+
+
+@pytest.mark.parametrize("chosen", [None, "bfloat16"])
+def test_products_are_in_full_precision_and_the_loss_as_the_user_chose(chosen):
+    rows, dim = 7, 5
+    matrix = np.ones((rows, dim), np.float32)
+    with jax.default_matmul_precision(chosen):
+        loss = Loss.from_function(lambda x: jnp.sum((matrix @ x) ** 2), np.zeros(dim))
+        optimizer = TwoStep(loss, 0.1, shift.Auto(), fit.ForwardKL("dense"), anchor.Newton())
+        program = outer_step.step.trace(optimizer, optimizer.init(random.key(0)), loss.bind())
+    seen = {True: set(), False: set()}
+    for equation in equations(program.jaxpr.jaxpr):
+        if equation.primitive.name == "dot_general":
+            users = any(rows in variable.aval.shape for variable in equation.invars)
+            seen[users].add(str(equation.params["precision"]))
+    assert len(seen[True]) == 1
+    assert ("HIGHEST" in seen[True].pop()) is False
+    assert len(seen[False]) == 1
+    assert "HIGHEST" in seen[False].pop()

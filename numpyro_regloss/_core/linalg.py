@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 
 __all__ = [
     "PowerIteration",
@@ -41,7 +41,7 @@ def after(first: Float[Array, ""], value: Float[Array, "*shape"]) -> Float[Array
 
 
 @partial(jax.jit, static_argnames="floor")
-@promotes_ranks
+@own_settings
 def cholesky_with_floor(
     matrix: Float[Array, "dim dim"], floor: float = 1e-6
 ) -> tuple[Float[Array, "dim dim"], Bool[Array, ""]]:

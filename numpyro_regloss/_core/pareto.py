@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 
 __all__ = ["MAX_KHAT", "pareto_khat", "pareto_smooth"]
 
@@ -29,7 +29,7 @@ _MIN_TAIL = 5
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def pareto_smooth(
     log_weight: Float[Array, " draw"],
 ) -> tuple[Float[Array, " draw"], Float[Array, ""]]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 
 __all__ = [
     "bisect",
@@ -137,7 +137,7 @@ def bisect(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def effective_sample_size(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
     """Effective sample size of the mean of Markov chains, ArviZ's `method="mean"`.
 
@@ -191,7 +191,7 @@ def effective_sample_size(x: Float[Array, "chain draw *event"]) -> Float[Array, 
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def split_rhat(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
     """Split R-hat of Markov chains, not rank-normalized, ArviZ's `method="split"`.
 
@@ -217,7 +217,7 @@ def split_rhat(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def monte_carlo_error(x: Float[Array, "chain draw *event"]) -> Float[Array, "*event"]:
     """Standard error of the mean of Markov chains, `sd / sqrt(ess)`, ArviZ's `mcse` of the mean.
 

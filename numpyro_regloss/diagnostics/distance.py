@@ -27,7 +27,7 @@ from jax import lax
 
 from numpyro_regloss._core.checks import check_count, check_key
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import normalize_log_weight, weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.agreement import chains_rhat, disagreement
@@ -177,7 +177,7 @@ def gaussian_fit(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Array, ...]:
     weight = normalize_log_weight(log_weight).reshape(-1)
     mean, sd, z = standardized(x.reshape(-1, x.shape[-1]), weight)
@@ -208,7 +208,7 @@ def _marginals(x: Array, log_weight: Array, gaussian: AnyGaussian) -> tuple[Arra
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _divergences(
     x: Array, log_weight: Array, gaussian: AnyGaussian, target: RegularizedLoss, y: Array
 ) -> tuple[Estimate, Estimate, Array, Estimate]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.diagnostics.arrival import Finding
 from numpyro_regloss.losses.probe import STEP, Probe, probe
@@ -105,6 +106,7 @@ def look_around(
 
 
 @jax.jit
+@own_settings
 def _seen(rng_key: Key, target: RegularizedLoss, x: Array) -> tuple[Probe, Array]:
     return probe(rng_key, target, NUM_PROBES), target.value(x)
 
@@ -169,12 +171,14 @@ def _of_curvature(rng_key: Key, target: RegularizedLoss, *, uses_draws: bool) ->
 
 
 @jax.jit
+@own_settings
 def _rise(target: RegularizedLoss, points: Array) -> Array:
     energy = lax.map(lambda point: target.energy(target.reference.unwhiten(point)), points)
     return jnp.mean(energy) - target.energy(target.reference.mean)
 
 
 @jax.jit
+@own_settings
 def _curvature(target: RegularizedLoss, points: Array, direction: Array) -> tuple[Array, Array]:
     # In units of the reference and of T: the mean product of Hessian and direction, and every quotient.
     slope = jax.grad(lambda noise: target.energy(target.reference.unwhiten(noise)))

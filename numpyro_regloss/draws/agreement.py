@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import fdtri
 
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.draws.base import Draws
@@ -34,6 +35,7 @@ MOST_NAMES = 5
 
 
 @jax.jit
+@own_settings
 def chains_rhat(draws: Draws) -> Array:
     """Split R-hat of every coordinate.
 

@@ -132,7 +132,8 @@ class Gaussian(NamedTuple):
     def covariance(self) -> Array:
         """`(*batch, dim, dim)`."""
         if self.structure == "dense":
-            return self.scale @ self.scale.mT
+            # Accelerators round factors to three digits unless told.
+            return jnp.matmul(self.scale, self.scale.mT, precision="highest")
         variance = jnp.broadcast_to(self._per_parameter() ** 2, self.mean.shape)
         return variance[..., None] * jnp.eye(self.dim, dtype=variance.dtype)
 
@@ -174,13 +175,13 @@ class Gaussian(NamedTuple):
     def scaled(self, noise: Array) -> Array:
         """The product scale @ noise, of the shape of `noise`."""
         if self.structure == "dense":
-            return jnp.einsum("...ij,...j->...i", self.scale, noise)
+            return jnp.einsum("...ij,...j->...i", self.scale, noise, precision="highest")
         return self._per_parameter() * noise
 
     def scaled_transpose(self, gradient: Array) -> Array:
         """The product scaleᵀ @ gradient: the gradient in whitened coordinates."""
         if self.structure == "dense":
-            return jnp.einsum("...ji,...j->...i", self.scale, gradient)
+            return jnp.einsum("...ji,...j->...i", self.scale, gradient, precision="highest")
         return self._per_parameter() * gradient
 
     def whiten(self, x: Array) -> Array:

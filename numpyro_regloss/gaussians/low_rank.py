@@ -89,7 +89,7 @@ class LowRankGaussian(NamedTuple):
     def covariance(self) -> Array:
         """`(*batch, dim, dim)`; of dim² elements, unlike all else here."""
         diagonal = self.diagonal[..., None] * jnp.eye(self.dim, dtype=self.diagonal.dtype)
-        return diagonal + self.factor @ self.factor.mT
+        return diagonal + _matmul(self.factor, self.factor.mT)
 
     @property
     def variance(self) -> Array:
@@ -158,20 +158,27 @@ class LowRankGaussian(NamedTuple):
     def _capacitance(self) -> Array:
         # Cholesky factor of I + WᵀW.
         weights = self._weights()
-        return jnp.linalg.cholesky(weights.mT @ weights + jnp.eye(self.rank, dtype=weights.dtype))
+        return jnp.linalg.cholesky(
+            _matmul(weights.mT, weights) + jnp.eye(self.rank, dtype=weights.dtype)
+        )
 
     def _root(self, x: Array, *, inverse: bool = False) -> Array:
         # (I + W Wᵀ)^(±1/2) = I + W V diag(c) Vᵀ Wᵀ with V, λ of WᵀW and c = ((1 + λ)^(±1/2) - 1) / λ.
         weights = self._weights()
-        value, vector = jnp.linalg.eigh(weights.mT @ weights)
+        value, vector = jnp.linalg.eigh(_matmul(weights.mT, weights))
         root = jnp.sqrt(1.0 + jnp.maximum(value, 0.0))
         c = -1.0 / (root * (root + 1.0)) if inverse else 1.0 / (root + 1.0)
-        rotated = weights @ vector
+        rotated = _matmul(weights, vector)
         return x + _product(rotated, c * _product(rotated.mT, x))
 
 
+def _matmul(a: Array, b: Array) -> Array:
+    # Accelerators round factors to three digits unless told.
+    return jnp.matmul(a, b, precision="highest")
+
+
 def _product(matrix: Array, x: Array) -> Array:
-    return jnp.einsum("...ij,...j->...i", matrix, x)
+    return jnp.einsum("...ij,...j->...i", matrix, x, precision="highest")
 
 
 def _solve(lower: Array, columns: Array) -> Array:

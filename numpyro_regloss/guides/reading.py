@@ -21,7 +21,7 @@ from numpyro.infer import autoguide
 from numpyro_regloss._core.checks import check_choice, check_count, check_key
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._core.pytree import Partition, with_context_axes
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import weight_ess
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -231,7 +231,7 @@ def _log_weight(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _losses(loss: Loss, x: Array, arguments: Partition) -> Array:
     return jax.lax.map(lambda x: loss.evaluate(x, arguments), x, batch_size=batch_size(len(x)))
 

@@ -19,7 +19,7 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.util import compute_log_probs
 
 from numpyro_regloss._core.pytree import Partition, is_concrete
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.losses.captured import AsRead
 from numpyro_regloss.losses.numpyro_model import ModelSource
@@ -198,7 +198,7 @@ def _latent_site(guide: AutoContinuous) -> Callable[[], Any]:
 
 
 @partial(jax.jit, static_argnames=("guide", "num_samples"))
-@promotes_ranks
+@own_settings
 def _draw_latents(
     guide: AutoContinuous, params: dict, rng_key: Key, num_samples: int
 ) -> tuple[Array, Array]:
@@ -214,7 +214,7 @@ def _draw_latents(
 
 
 @partial(jax.jit, static_argnames=("guide", "num_samples"))
-@promotes_ranks
+@own_settings
 def _draw_sites(
     guide: Callable[..., Any],
     params: dict,

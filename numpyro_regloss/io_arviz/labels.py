@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 
 from numpyro_regloss._core.pytree import Partition
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.numpyro_model import ModelSource
@@ -199,7 +199,7 @@ def _trace_of(model: Any, loss: Loss, x: Array, arguments: Partition) -> dict[st
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _observed(loss: Loss, arguments: Partition) -> dict[str, Array]:
     def observed(model: Any, x: Array, arguments: Partition) -> dict[str, Array]:
         return {

@@ -45,9 +45,14 @@ _remembered: OrderedDict[Any, tuple["_Program", Any]] = OrderedDict()
 class _Program:
     """A traced function: the static half of `UserFunction`."""
 
-    def __init__(self, fn: Any, probe: Callable[..., Any], operands: Any, settings: Any) -> None:
+    def __init__(
+        self, fn: Any, probe: Callable[..., Any], operands: Any, settings: Any, precision: Any
+    ) -> None:
         self.fn, self.probe, self.operands, self.settings = fn, probe, operands, settings
-        self._trace()
+        # Of matrix products, as the user chose when he built the loss.
+        self.precision = precision
+        with jax.default_matmul_precision(precision):
+            self._trace()
         parts = (self.name, settings, self.fingerprint)
         key = _keys.get(parts)
         if key is None or key.is_private:
@@ -92,11 +97,11 @@ class _Program:
             return
         if not thorough and not environment.changed():
             return
-        now = _Program(self.fn, self.probe, self.operands, self.settings)
+        now = self._anew()
         same = now.slots == self.slots
         if same and now.fingerprint != self.fingerprint:
             # Unless two traces that follow each other differ as well: then they say nothing.
-            again = _Program(self.fn, self.probe, self.operands, self.settings)
+            again = self._anew()
             same = again.fingerprint != now.fingerprint
         if not same:
             raise ValueError(
@@ -105,6 +110,9 @@ class _Program:
                 "arguments of the function."
             )
         self.environment = now.environment
+
+    def _anew(self) -> "_Program":
+        return _Program(self.fn, self.probe, self.operands, self.settings, self.precision)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Program) and self.key is other.key
@@ -116,7 +124,7 @@ class _Program:
         return _name(self.fn)
 
     def __reduce__(self) -> Any:
-        return _Program, (self.fn, self.probe, self.operands, self.settings)
+        return _Program, (self.fn, self.probe, self.operands, self.settings, self.precision)
 
 
 @pytree_dataclass
@@ -153,10 +161,14 @@ class UserFunction:
         shapes = _shapes([(bound, *some) for some in operands])
         fn = _Tree(fn) if is_tree else fn
         leaves, structure = jax.tree.flatten(shapes)
-        name = (handle(fn), probe, settings, structure, tuple((s.shape, s.dtype) for s in leaves))
+        # Said at every product, or its derivative would have that of the code around it.
+        chosen = jax.config.jax_default_matmul_precision  # ty: ignore[missing-attribute]
+        precision = chosen or "default"
+        kinds = tuple((s.shape, s.dtype) for s in leaves)
+        name = (handle(fn), probe, settings, structure, kinds, precision)
         program, results = _remembered.get(name, (None, None))
         if program is None or program.has_changed:
-            program = _Program(fn, probe, shapes, settings)
+            program = _Program(fn, probe, shapes, settings, precision)
             results = program.results
             _remembered.pop(name, None)
             if program.environment is not None:
@@ -191,6 +203,10 @@ class UserFunction:
         Returns:
             What `body` returns.
         """
+        with jax.default_matmul_precision(self.program.precision):
+            return self._call(body, *operands)
+
+    def _call(self, body: Callable[..., Any], *operands: Any) -> Any:
         same = all(a is b for a, b in zip(self.captured, self.program.arrays, strict=True))
         if not self.captured or same and is_concrete((self.captured, self.bound, operands)):
             return body(self.fn, *operands)

@@ -23,7 +23,7 @@ from numpyro_regloss._core.pytree import (
     replace_fields,
     strip_weak_types,
 )
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.fit.base import FitInfo
@@ -156,7 +156,7 @@ def _usable(tau: Array) -> Array:
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def first_state(optimizer: Any, rng_key: Key, arguments: Partition) -> TwoStepState:
     """The first state."""
     key_run, key_shift, key_fit = random.split(rng_key, 3)
@@ -178,7 +178,7 @@ def first_state(optimizer: Any, rng_key: Key, arguments: Partition) -> TwoStepSt
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def init_state(
     optimizer: Any, rng_key: Key, arguments: Partition
 ) -> tuple[TwoStepState, Array, Array, Probe | None]:
@@ -205,7 +205,7 @@ def follows_gradient(optimizer: Any) -> bool:
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def step(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -214,7 +214,7 @@ def step(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _step_and_draws(
     optimizer: Any, state: TwoStepState, arguments: Partition
 ) -> tuple[TwoStepState, TwoStepInfo, Draws]:
@@ -222,7 +222,7 @@ def _step_and_draws(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def ask(optimizer: Any, state: TwoStepState, arguments: Partition) -> Array:
     """The points at which the next step needs the loss, `(point, dim)`."""
     key, target = _keys(state.rng_key, state.step)[0], _next_target(optimizer, state, arguments)
@@ -230,7 +230,7 @@ def ask(optimizer: Any, state: TwoStepState, arguments: Partition) -> Array:
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def tell(
     optimizer: Any, state: TwoStepState, arguments: Partition, values: Array
 ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -315,7 +315,7 @@ def _one_step(
 
 
 @partial(jax.jit, static_argnames="num_steps")
-@promotes_ranks
+@own_settings
 def scan(
     optimizer: Any, state: TwoStepState, arguments: Partition, num_steps: int
 ) -> tuple[TwoStepState, TwoStepInfo]:
@@ -328,7 +328,7 @@ def scan(
 
 
 @partial(jax.jit, static_argnames=("capacity", "vectors"))
-@promotes_ranks
+@own_settings
 def advance(
     optimizer: Any,
     state: TwoStepState,
@@ -388,7 +388,7 @@ def next_draws(optimizer: Any, state: TwoStepState, arguments: Partition) -> Dra
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition) -> Draws:
     """The shift's draws at the state's reference."""
 
@@ -400,14 +400,14 @@ def draw(optimizer: Any, rng_key: Key, state: TwoStepState, arguments: Partition
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def draw_key(rng_key: Key, step: Array) -> Key:
     """The key from which the run with this key makes the draws of a step."""
     return _keys(rng_key, step)[0]
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def revisit(
     optimizer: Any, state: TwoStepState, step: Array, reference: AnyGaussian, arguments: Partition
 ) -> TwoStepState:

@@ -18,7 +18,7 @@ from jax import lax, random
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_key
 from numpyro_regloss._core.pytree import all_finite, is_concrete
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import monte_carlo_error
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
@@ -308,7 +308,7 @@ def _is_differentiable(target: RegularizedLoss) -> bool:
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _has_gradient(target: RegularizedLoss) -> Array:
     probes = target.reference.sample(random.key(0), (NUM_PROBES,))
     value, gradient = jax.vmap(jax.value_and_grad(target.value))(probes)
@@ -318,13 +318,13 @@ def _has_gradient(target: RegularizedLoss) -> Array:
 
 
 @partial(jax.jit, static_argnames="engine")
-@promotes_ranks
+@own_settings
 def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) -> ImportanceEstimate:
     return entropy_of_pairs(engine.losses(rng_key, target), target.temperature)
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEstimate, StoredDraws]:
     info: SMCInfo
     _, draws, info = engine.step(rng_key, (), target)
@@ -336,7 +336,7 @@ def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEsti
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@promotes_ranks
+@own_settings
 def _by_gaussian(
     rng_key: Key, target: RegularizedLoss, draws: StoredDraws, num_samples: int, chunk_size: int
 ) -> GaussianEstimate:
@@ -346,7 +346,7 @@ def _by_gaussian(
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@promotes_ranks
+@own_settings
 def _by_scores(
     rng_key: Key, target: RegularizedLoss, num_samples: int, chunk_size: int
 ) -> tuple[GaussianEstimate, Estimate]:
@@ -366,7 +366,7 @@ def _by_scores(
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@promotes_ranks
+@own_settings
 def _by_bridge(
     rng_key: Key,
     target: RegularizedLoss,
@@ -417,6 +417,6 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
 
 
 @partial(jax.jit, static_argnames="engine")
-@promotes_ranks
+@own_settings
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
     return heat_of_pairs(engine.losses(rng_key, target))

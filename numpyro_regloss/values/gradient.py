@@ -23,6 +23,7 @@ from numpyro_regloss._core.checks import (
     check_positive,
 )
 from numpyro_regloss._core.pytree import is_concrete, with_context_axes
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.fit.forward_kl import ForwardKL
 from numpyro_regloss.gaussians.gaussian import Gaussian
@@ -131,11 +132,13 @@ def value_and_grad(
 
 
 @jax.jit
+@own_settings
 def _look(target: RegularizedLoss) -> Probe:
     key = random.key(0)
     return probe(key, target.on_batch(key))
 
 
+@own_settings
 def _local_entropy(
     keys: list[Key], target: RegularizedLoss, engine: Any, num_samples: int, *, shared: bool
 ) -> tuple[Estimate, Array]:
@@ -151,6 +154,7 @@ def _local_entropy(
     return estimate, target.temperature * offset / target.reference.variance
 
 
+@own_settings
 def _heat(rng_key: Key, target: RegularizedLoss, num_samples: int) -> tuple[Estimate, Array]:
     reference, evaluate = target.reference, jax.vmap(jax.value_and_grad(target.value))
 

@@ -29,7 +29,7 @@ from jax.scipy.special import logsumexp
 
 from numpyro_regloss._core.checks import check_count, check_key, check_positive
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import weight_ess
 from numpyro_regloss._core.tail import tail_error
 from numpyro_regloss._core.types import Array, Key
@@ -316,7 +316,7 @@ def _grid(
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@promotes_ranks
+@own_settings
 def _evaluate(
     rng_key: Key,
     target: RegularizedLoss,

@@ -23,7 +23,7 @@ from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import check_choice
 from numpyro_regloss._core.pytree import all_finite, is_concrete, pytree_dataclass, static_field
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.agreement import chains_rhat, disagreement
 from numpyro_regloss.draws.base import Draws
@@ -257,7 +257,7 @@ def _fit(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _jitted_fit(
     method: ForwardKL, draws: Draws, log_density: Array | None
 ) -> tuple[AnyGaussian, ForwardKLInfo]:

@@ -39,7 +39,7 @@ from numpyro_regloss._core.pytree import (
     static_field,
     strip_weak_types,
 )
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.draws.base_draws import round_up
@@ -397,7 +397,7 @@ def reverse_kl(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _fit(
     engine: ReverseKL, rng_key: Key, target: RegularizedLoss, init: AnyGaussian | None
 ) -> tuple[AnyGaussian, ReverseKLInfo, Probe]:

@@ -16,7 +16,7 @@ from numpyro.util import find_stack_level
 from numpyro_regloss._core.checks import check_count, check_differentiable, check_key
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import is_concrete, replace_fields, strip_weak_types
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.draws.base_draws import round_up
@@ -183,13 +183,13 @@ def _of_target(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _jitted_fit(method: ScoreMatching, draws: Draws) -> tuple[AnyGaussian, ScoreMatchingInfo]:
     return fit_draws(method, draws, None)
 
 
 @partial(jax.jit, static_argnames=("num_steps", "num_draws"))
-@promotes_ranks
+@own_settings
 def _jitted_iterations(
     method: ScoreMatching,
     rng_key: Key,
@@ -239,7 +239,7 @@ def _with_scores(draws: Any, samples: Any, loss: Loss | None) -> Draws:
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _scores(loss: Loss, x: Array) -> Array:
     flat = x.reshape(-1, x.shape[-1])
     size = max(1, CHUNK // x.shape[-1])

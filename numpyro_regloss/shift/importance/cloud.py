@@ -19,7 +19,7 @@ from numpyro_regloss._core.mesh import (
     values_of_blocks,
 )
 from numpyro_regloss._core.pytree import pytree_dataclass, static_field
-from numpyro_regloss._core.ranks import promotes_ranks
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.threefry import from_position, unrolled
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Chunk, merge
@@ -420,7 +420,7 @@ def draws_of(
 
 
 @jax.jit
-@promotes_ranks
+@own_settings
 def _materialize(cloud: Cloud) -> Array:
     return draws_of(cloud.rng_key, cloud.reference, cloud.layout, cloud.offset)[None]
 
