@@ -30,7 +30,7 @@ from numpyro_regloss.two_step import (
 
 if TYPE_CHECKING:
     __version__: str
-    from numpyro_regloss import diagnostics, plots
+    from numpyro_regloss import diagnostics, plots, transforms
     from numpyro_regloss.guides import from_guide, to_guide
     from numpyro_regloss.io_arviz import gaussian_to_arviz, to_arviz
     from numpyro_regloss.two_step.checkpoint.results import load, save
@@ -70,10 +70,11 @@ __all__ = [
     "shift",
     "to_arviz",
     "to_guide",
+    "transforms",
     "values",
 ]
 
-# What looks at results or deals with guides, a fifth of all modules, is loaded at its first use.
+# What looks at results, deals with guides or needs Optax, a fifth of all modules, is loaded at its first use.
 _LATER = {
     "diagnostics": "diagnostics",
     "from_guide": "guides",
@@ -83,6 +84,7 @@ _LATER = {
     "save": "two_step.checkpoint.results",
     "to_arviz": "io_arviz",
     "to_guide": "guides",
+    "transforms": "transforms",
 }
 
 

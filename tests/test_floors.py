@@ -22,7 +22,7 @@ FLOORS = [
     {"anchor"},
     {"values", "guides"},
     {"two_step"},
-    {"schemes", "diagnostics", "io_arviz"},
+    {"schemes", "diagnostics", "io_arviz", "transforms"},
     {"plots"},
     {""},
     {"__main__"},
