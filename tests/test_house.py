@@ -88,9 +88,12 @@ def test_what_is_said_twice_agrees():
     oldest = f"JAX {bounds['jax']}, NumPyro {bounds['numpyro']} and ArviZ {bounds['arviz']}"
     assert f"Python {project['requires-python'][2:]} or newer; {oldest}" in README
     extras = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ", README, re.MULTILINE)
-    assert set(re.findall(r"\w+", " ".join(extras))) == {
-        *project["optional-dependencies"]
-    } - {"bench", "docs", "rivals", "test"}  # which CONTRIBUTING names, or serve the tests
+    assert set(re.findall(r"\w+", " ".join(extras))) == {*project["optional-dependencies"]} - {
+        "bench",
+        "docs",
+        "rivals",
+        "test",
+    }  # which CONTRIBUTING names, or serve the tests
 
 
 @pytest.mark.both
