@@ -2,13 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation site: `python -m sphinx -W --keep-going docs docs/_build`."""
 
+import html
+import json
 import re
+import tomllib
 from pathlib import Path
+
+from numpy.typing import ArrayLike
+from sphinx.util.typing import stringify_annotation
 
 from numpyro_regloss import __version__
 
 project = "numpyro_regloss"
-author = "Contributors to the numpyro_regloss project"
+author = "numpyro_regloss contributors"
+repository = tomllib.loads(Path(__file__).parent.with_name("pyproject.toml").read_text())[
+    "project"
+]["urls"]["Repository"]
 release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
@@ -18,8 +27,10 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 
-# Docstrings name shapes and units in words; jaxtyping's annotations would say them again, at length.
-autodoc_typehints = "none"
+# In signatures and beside the parameters that docstrings describe.
+autodoc_typehints = "both"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 add_module_names = False
@@ -27,7 +38,7 @@ maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-napoleon_attr_annotations = False
+napoleon_attr_annotations = True
 # Single backticks are links where they name something documented, and code elsewhere.
 default_role = "py:obj"
 
@@ -35,6 +46,13 @@ html_theme = "furo"
 html_title = f"numpyro_regloss {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_logo = html_favicon = "_static/logo.svg"
+html_theme_options = {
+    "source_repository": repository,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [{"name": "Repository", "url": repository, "html": "Repository", "class": ""}],
+}
 html_math_renderer = "mathml"
 html_show_copyright = False
 html_show_sphinx = False
@@ -56,16 +74,40 @@ NOTEBOOKS = (
 
 
 def prepare_page(app, docname, source):
-    """The contents of the page of notebooks, of which there may be none; doctests without their last line."""
+    """The notebooks and their figures on the page of notebooks; doctests without their last line."""
     source[0] = source[0].replace("\n\n```\n", "\n```\n")
     if docname != "notebooks":
         return
     found = sorted(path.stem for path in Path(app.srcdir, "notebooks").glob("*.ipynb"))
+    # Of notebooks there may be none.
     names = [name for name in NOTEBOOKS if name in found]
     names += [name for name in found if name not in NOTEBOOKS]
     if names:
         pages = "\n".join(f"notebooks/{name}" for name in names)
+        shown = "\n".join(
+            figure for name in names for figure in figures(Path(app.srcdir, "notebooks"), name)
+        )
         source[0] += f"\n```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
+        source[0] += (
+            f'\n## Gallery\n\nA figure leads to its notebook.\n\n<div class="gallery">\n{shown}\n</div>\n'
+        )
+
+
+def figures(folder, name):
+    """The figures of a notebook, as links to it; their captions are its title and the heading above."""
+    title = heading = ""
+    for cell in json.loads((folder / f"{name}.ipynb").read_text())["cells"]:
+        for level, text in re.findall(r"^(#+) (.*)$", "".join(cell["source"]), re.MULTILINE):
+            if cell["cell_type"] == "markdown":
+                title, heading = (text, "") if level == "#" else (title, text)
+        for output in cell.get("outputs", ()):
+            picture = "".join(output.get("data", {}).get("image/png", "")).replace("\n", "")
+            if picture:
+                says = html.escape(f"{title} {heading}".strip())
+                yield (
+                    f'<a href="notebooks/{name}.html"><img alt="{says}" src="data:image/png;base64,{picture}">'
+                    f"<span><b>{html.escape(title)}</b> {html.escape(heading)}</span></a>"
+                )
 
 
 def docstring_to_rst(app, what, name, obj, options, lines):
@@ -96,9 +138,36 @@ def skip_fields(app, what, name, obj, skip, options):
     return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
 
 
-def hide_protocol_signature(app, what, name, obj, options, signature, returns):
-    """Nobody calls a protocol."""
-    return ("", returns) if getattr(obj, "_is_protocol", False) else None
+# What `numpy.typing.ArrayLike` is made of.
+ARRAY_LIKE = re.sub(r"(?:[A-Za-z_]\w*\.)+(?=\w)", "", stringify_annotation(ArrayLike))
+
+
+def short_type(text):
+    """A type as the code writes it: without modules, and `ArrayLike` for all that it stands for."""
+    text = re.sub(r"\bClassVar\[(\w+)\]", r"\1", re.sub(r"~?\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", text))
+    return text.replace(ARRAY_LIKE, "ArrayLike")
+
+
+def shorten_signature(app, what, name, obj, options, signature, returns):
+    """Types of a signature in short; nobody calls a protocol."""
+    if getattr(obj, "_is_protocol", False):
+        return "", returns
+    if signature is None:
+        return None
+    # Not default values, which may be names of a module.
+    signature = re.sub(r"~(?:[A-Za-z_]\w*\.)+(?=\w)|\bjaxlib\._jax\.", "", signature)
+    return signature.replace(ARRAY_LIKE, "ArrayLike"), returns and short_type(returns)
+
+
+def shorten_fields(app, domain, objtype, content):
+    """Types of parameters and attributes in short, before they become links."""
+    from docutils import nodes
+
+    for field in content.findall(nodes.field):
+        name, body = field.children
+        if name.astext().split()[0] in {"type", "vartype", "rtype"}:
+            for text in list(body.findall(nodes.Text)):
+                text.parent.replace(text, nodes.Text(short_type(text.astext())))
 
 
 def find_reference(app, env, node, contnode):
@@ -114,6 +183,21 @@ def find_reference(app, env, node, contnode):
         if entry is not None:
             return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode)
     return None
+
+
+def mend_links_of_sources(app, pagename, templatename, context, doctree):
+    """Links from sources to the reference, of what is exported under another name than it was defined with."""
+    if not pagename.startswith("_modules/") or "body" not in context:
+        return
+    objects = app.env.domains["py"].objects
+
+    def link(match):
+        name = match[1].removeprefix("numpyro_regloss.")
+        entries = (objects.get(f"numpyro_regloss.{scope}{name}") for scope in (*SCOPES, "guides."))
+        entry = next(filter(None, entries), None)
+        return f'#{entry.node_id}"' if entry else match[0]
+
+    context["body"] = re.sub(r'#(numpyro_regloss\.[\w.]+)"', link, context["body"])
 
 
 def visit_math(self, node):
@@ -132,6 +216,9 @@ def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
-    app.connect("autodoc-process-signature", hide_protocol_signature)
+    app.connect("autodoc-process-signature", shorten_signature)
+    # After autodoc, which puts types there.
+    app.connect("object-description-transform", shorten_fields, priority=800)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_reference)
+    app.connect("html-page-context", mend_links_of_sources)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation site builds without a warning, links lead somewhere, and every public name has an entry."""
 
+import html
 import importlib
 import re
 import subprocess
@@ -79,9 +80,7 @@ def test_every_public_name_has_an_entry(site):
 
 
 def test_links_within_the_site(site):
-    pages = {
-        page: page.read_text() for page in site.rglob("*.html") if "_modules" not in page.parts
-    }
+    pages = {page: page.read_text() for page in site.rglob("*.html")}
     anchors = {
         page.resolve(): set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()
     }
@@ -97,6 +96,27 @@ def test_links_within_the_site(site):
             ):
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert broken == []
+
+
+def test_types_are_shown_in_short(site):
+    text = "".join(page.read_text() for page in site.glob("api/*.html"))
+    shown = html.unescape(re.sub(r"<[^>]+>", "", text))
+    assert "covariance: str = 'reference'" in shown
+    assert "covariance (str)" in shown
+    assert "mean_error (Array)" in shown
+    assert re.findall(r"\S*(?:_jax\.|_SupportsArray|ClassVar)\S*", shown) == []
+
+
+def test_figures_lead_to_their_notebooks(site):
+    names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    page = (site / "notebooks.html").read_text()
+    assert set(re.findall(r'<a href="notebooks/(\w+)\.html"><img', page)) == names
+
+
+def test_the_build_leaves_the_tree_as_it_was(site):
+    # `_build` is where CONTRIBUTING says that a reader may build it.
+    folders = {path.name for path in DOCS.iterdir() if path.is_dir()} - {"_build", "__pycache__"}
+    assert folders == {"_static", "api", "notebooks"}
 
 
 def test_no_markup_shows(site):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def same_report(printed, shown):
 
 
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 ENGINE_PAGE = (ROOT / "docs" / "engine.md").read_text()
 
 
@@ -63,14 +65,35 @@ def test_readme_shows_what_its_code_prints(capsys):
         same_report(capsys.readouterr().out, shown)
 
 
-def test_readme_is_short_and_its_house_is_today():
+def test_readme_is_short_and_the_house_is_today():
     assert len(README.splitlines()) <= 150
     tree = ROOT / "numpyro_regloss"
     folders = {p.name for p in tree.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    (floors,) = re.findall(r"```text\n(_core <.*?)```", README, re.DOTALL)
+    (floors,) = re.findall(r"```text\n\s*(_core <.*?)```", CONTRIBUTING, re.DOTALL)
     assert set(re.findall(r"\w+", floors)) == (folders | {"schemes", "schedules"}) - {"problems"}
     (shown,) = re.findall(r"```text\n(numpyro_regloss/.*?)```", ENGINE_PAGE, re.DOTALL)
     assert set(re.findall(r"^  (\w+)/", shown, re.MULTILINE)) == folders
+
+
+def test_what_is_said_twice_agrees():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    version, repository = project["version"], project["urls"]["Repository"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [version]
+    assert re.findall(r"^repository-code: (.*)$", citation, re.MULTILINE) == [repository]
+    cited = (ROOT / "docs" / "citing.md").read_text()
+    assert re.findall(r"version = \{(.*)\}", cited) == [version]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    bounds = dict(name.split(">=") for name in project["dependencies"])
+    oldest = f"JAX {bounds['jax']}, NumPyro {bounds['numpyro']} and ArviZ {bounds['arviz']}"
+    assert f"Python {project['requires-python'][2:]} or newer; {oldest}" in README
+    extras = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ", README, re.MULTILINE)
+    assert set(re.findall(r"\w+", " ".join(extras))) == {*project["optional-dependencies"]} - {
+        "bench",
+        "docs",
+        "rivals",
+        "test",
+    }  # which CONTRIBUTING names, or serve the tests
 
 
 @pytest.mark.both
