@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from numpyro_regloss._core.processes import placed
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Array
 
@@ -103,7 +104,8 @@ def copied(mesh: Mesh | None, tree: T) -> T:
     if mesh is None or not is_concrete(tree):
         return tree
     _check_context(mesh)
-    return jax.device_put(tree, jax.NamedSharding(_inner(mesh), PartitionSpec()))
+    same = jax.NamedSharding(_inner(mesh), PartitionSpec())
+    return jax.tree.map(lambda leaf: placed(leaf, same), tree)
 
 
 def _check_context(mesh: Mesh) -> None:
