@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.sharding import AxisType
 from numpyro.infer import BarkerMH
 from numpyro.infer.autoguide import AutoDiagonalNormal
 
-from numpyro_regloss import Loss, TwoStep, anchor, fit, shift
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, anchor, fit, shift, values
 from numpyro_regloss.two_step import RejectedError, outer_step
 
 KEY, STEPS = random.key(0), 3
@@ -69,6 +70,7 @@ ENGINES = {
     "kernel": (shift.Kernel(BarkerMH, **CHAINS), fit.ForwardKL()),
 }
 # Of one draw more than a device has, and not as many as devices share evenly.
+VALUES = ("heat", "profile", "landscape", "gradient of heat", "gradient of local_entropy")
 DIVISIONS = {"one": 1, "three": 3, "explicit": 4, "eight": 8}
 
 
@@ -108,16 +110,45 @@ def compare(name, divisions):
 
     def run(mesh):
         try:
-            return optimizer_of(name, mesh).run(KEY, STEPS, progress_bar=False)
+            result = optimizer_of(name, mesh).run(KEY, STEPS, progress_bar=False)
         except RejectedError as error:
-            return error.result  # whose draws tell as much
+            result = error.result  # whose draws tell as much
+        return numbers_of(result)
 
-    runs = {
-        kind: numbers_of(run(mesh))
-        for kind, mesh in {"none": None, **{k: mesh_of(k) for k in divisions}}.items()
-    }
+    return differences(run, divisions)
+
+
+def differences(run, divisions):
+    """The same of any function of a mesh that returns numbers."""
+    meshes = {"none": None, **{k: mesh_of(k) for k in divisions}}
+    runs = {kind: run(mesh) for kind, mesh in meshes.items()}
     expected = runs["eight"]
     return {kind: distance(expected, run) for kind, run in runs.items() if kind != "eight"}
+
+
+def value(what, mesh):
+    """Numbers of one function of `values`."""
+    reference = Gaussian.isotropic(LOSS.x0, 0.01)
+    target = RegularizedLoss(LOSS, reference, temperature=0.005)
+    settings = {"num_samples": 500, "mesh": mesh}
+    if what in values.METHODS:
+        found = values.local_entropy(KEY, target, method=what, **settings)
+    elif what == "heat":
+        found = values.heat(KEY, target, **settings)
+    elif what == "profile":
+        taus = {"taus": [0.001, 0.01], "temperature": 0.05}
+        report = values.profile(KEY, LOSS, method="importance", **taus, **settings)
+        found = report.local_entropy, report.heat
+    elif what == "landscape":
+        names = ["w[0,0]", "v[1]"]
+        grid = {"directions": names, "num_points": 5, "tau": 0.01, "mesh": mesh}
+        report = values.landscape(KEY, LOSS, num_samples=64, chunk_size=16, **grid)
+        found = report.loss, report.local_entropy, report.heat
+    else:
+        kind = what.removeprefix("gradient of ")
+        call = values.value_and_grad(LOSS, 0.01, kind=kind, temperature=0.05, **settings)
+        found = call(START, KEY), jax.jit(call)(START, KEY)
+    return jax.tree.leaves(found)
 
 
 def program(num_samples, count):
@@ -173,9 +204,15 @@ GROUPS = {
     "few": {
         "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
         "robbins_monro": lambda: compare("robbins_monro", ["one", "eight"]),
+        "heat": lambda: differences(partial(value, "heat"), ["one", "explicit", "eight"]),
         "resume": lambda: resume("robbins_monro"),
         "evaluations": lambda: [evaluations(1), evaluations(8)],
         "program": lambda: program(4096, 8),
+    },
+    "values": {
+        what: lambda what=what: differences(partial(value, what), [*DIVISIONS])
+        # Chains of a bridge are those of `nuts`, and take minutes.
+        for what in (*(method for method in values.METHODS if method != "bridge"), *VALUES)
     },
     "engines": {name: lambda name=name: compare(name, [*DIVISIONS]) for name in ENGINES},
     "programs": {

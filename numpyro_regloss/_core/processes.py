@@ -94,6 +94,7 @@ def here(tree: T) -> T:
     def local(leaf: Any) -> Any:
         if (
             not isinstance(leaf, jax.Array)
+            or isinstance(leaf, Tracer)
             or leaf.is_fully_addressable
             or not leaf.is_fully_replicated
         ):

@@ -140,12 +140,8 @@ class TwoStep:
             raise TypeError(
                 f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
             )
-        object.__setattr__(self, "mesh", check_mesh(self.mesh, "TwoStep: mesh"))
-        if self.mesh is not None and self.loss.is_external:
-            raise ValueError(
-                "TwoStep: expected mesh=None with Loss.from_external, whose calls run on the host; give "
-                "Loss.from_external an executor, which divides them among its workers."
-            )
+        mesh = check_mesh(self.mesh, "TwoStep: mesh", external=self.loss.is_external)
+        object.__setattr__(self, "mesh", mesh)
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
         )
