@@ -17,12 +17,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
+from jax import lax, random
 from jax.sharding import AxisType
 from numpyro.infer import BarkerMH
 from numpyro.infer.autoguide import AutoDiagonalNormal
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, anchor, fit, shift, values
+from numpyro_regloss._core.mesh import AXIS, is_divided
 from numpyro_regloss.two_step import RejectedError, outer_step
 
 KEY, STEPS = random.key(0), 3
@@ -70,6 +71,18 @@ ENGINES = {
     "kernel": (shift.Kernel(BarkerMH, **CHAINS), fit.ForwardKL()),
 }
 # Of one draw more than a device has, and not as many as devices share evenly.
+# Engines of every kind that devices divide, whose loops are as long on any number of them.
+DIVIDED = (
+    "importance",
+    "importance_chunks",
+    "importance_sobol",
+    "adaptive_importance_values",
+    "smc",
+    "robbins_monro",
+    "robbins_monro_score",
+    "reverse_kl",
+    "sgld",
+)
 VALUES = ("heat", "profile", "landscape", "gradient of heat", "gradient of local_entropy")
 DIVISIONS = {"one": 1, "three": 3, "explicit": 4, "eight": 8}
 
@@ -190,6 +203,33 @@ def evaluations(count):
     return len(calls)
 
 
+def work(name):
+    """How often a step evaluated its loss, on one device and on eight: in all, and on the busiest."""
+    found = []
+    for count in (1, 8):
+        calls = []
+
+        def fn(x, calls=calls):
+            # The device that calls is the one whose number is there.
+            here = lax.axis_index(AXIS) if is_divided() else -1
+            jax.debug.callback(calls.append, here)
+            return jnp.sum((x - 1.0) ** 2)
+
+        loss = Loss.from_function(fn, jnp.zeros(3))
+        mesh = jax.make_mesh((count,), ("draws",), devices=jax.devices()[:count])
+        engine, method, *at = ENGINES[name]
+        parts = engine, method, *(at or [anchor.Proximal()])
+        optimizer = TwoStep(loss, 0.01, *parts, temperature=0.05, mesh=mesh)
+        state = optimizer.init(KEY)
+        jax.effects_barrier()
+        calls.clear()
+        jax.block_until_ready(optimizer.step(state))
+        jax.effects_barrier()
+        by_device = [sum(int(call) == device for call in calls) for device in range(count)]
+        found.append([len(calls), max(by_device)])
+    return found
+
+
 def resume(name):
     """Whether a run that began on one device goes on under a mesh to the bits of one under it."""
     expected = numbers_of(optimizer_of(name, mesh_of("eight")).run(KEY, 4, progress_bar=False))
@@ -215,6 +255,7 @@ GROUPS = {
         for what in (*(method for method in values.METHODS if method != "bridge"), *VALUES)
     },
     "engines": {name: lambda name=name: compare(name, [*DIVISIONS]) for name in ENGINES},
+    "work": {name: lambda name=name: work(name) for name in DIVIDED},
     "programs": {
         "small": lambda: program(4096, 8),
         "large": lambda: program(1_000_000, 8),

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -141,6 +142,11 @@ def together(folder):
     found["scalars"] = bits(again) == bits(whole) and hash_of(again.path) == hash_of(whole.path)
     other = heat(local, temperature=2.0)
     found["another run"] = said(lambda: other.run(key, STEPS, **settings, **QUIET))
+    # A mesh of its own devices is a run of its own, in which no other takes part.
+    own = jax.make_mesh((len(jax.local_devices()),), ("draws",), devices=jax.local_devices())
+    mine = replace(heat(local), mesh=own)
+    apart = folder / f"of process {here}"
+    found["apart"] = bits(mine.run(key, STEPS - 3 * here, checkpoint=apart, **QUIET))
     alone = TwoStep(given, 0.1, shift.Implicit(), fit.RobbinsMonro(10))
     found["no mesh"] = bits(alone.run(key, 2, **QUIET))
     if jax.process_count() > 1:

@@ -78,6 +78,16 @@ def test_values_have_the_same_bits_on_any_number_of_devices():
         assert max(away.values()) < 1e-2, (name, away)
 
 
+@pytest.mark.long
+def test_each_device_has_its_share_of_the_work():
+    found = found_by("work")
+    assert len(found) >= 9
+    for name, ((one, alone), (_, busiest)) in found.items():
+        assert one == alone, name
+        # An eighth, where blocks divide evenly and but for centres and starts, which are evaluated on each.
+        assert busiest <= alone / 4, (name, found[name])
+
+
 @pytest.mark.both
 @pytest.mark.long
 def test_what_is_sent_does_not_grow_with_the_draws_but_for_their_losses():

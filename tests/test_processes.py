@@ -2,7 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of several processes: the same result in each, one folder, and none is lost when one of them is."""
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import jax
 import numpy as np
 import processes_cases as cases
 import pytest
-from conftest import finish, start_on
+from conftest import QUICK_FLAGS, finish, start_on
 
 from numpyro_regloss import Loss
 from numpyro_regloss._core.processes import OF_A_PEER, LostProcessError, Processes, here
@@ -73,6 +77,7 @@ def test_all_processes_have_the_same_result(tmp_path):
         assert found[name] == other[name] == one[name], name
     assert found["entropy"] == found["entropy, data of all"]
     assert found["scalars"] is True
+    assert found["apart"] == one["apart"] == one["heat"] != other["apart"]
     assert found["no mesh"] == other["no mesh"]
     assert abs(found["mean"] - other["mean"]) < 1e-6
     for each in (found, other):
@@ -126,6 +131,43 @@ def test_a_process_that_is_killed_within_a_step(tmp_path):
     (again,) = start_on(SCRIPT, tmp_path, "resumed slow")
     found = finish(again)
     assert found["again"] == found["whole"]
+
+
+def told_by_slurm(number, port):
+    # Its job number says the port.
+    job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "127.0.0.1"}
+    mine = {"SLURM_NTASKS": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+    return [], job | mine
+
+
+def told_by_skypilot(number, port):
+    return [f"127.0.0.1:{port}", "2", str(number)], {}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("told", [told_by_slurm, told_by_skypilot])
+def test_the_script_of_the_page(tmp_path, told):
+    page = (SCRIPT.parent.parent / "docs" / "scale.md").read_text()
+    text = page.partition("This is `train.py`:")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "train.py").write_text(text)
+    ports = iter(range(61500, 65500))
+    port = next(port for port in ports if is_free(port))
+    started = []
+    for number in range(2):
+        where, variables = told(number, port)
+        command = [sys.executable, tmp_path / "train.py", tmp_path / "run", *where]
+        variables |= {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": QUICK_FLAGS}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=os.environ | variables, **pipes))
+    found = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], found
+    assert "after 100 steps" in found[0][0]
+    assert steps_in(tmp_path / "run")[-1] == 100
+
+
+def is_free(port):
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) != 0
 
 
 def test_a_process_by_itself_asks_nobody():
