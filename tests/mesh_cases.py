@@ -244,7 +244,7 @@ GROUPS = {
     "few": {
         "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
         "robbins_monro": lambda: compare("robbins_monro", ["one", "eight"]),
-        "heat": lambda: differences(partial(value, "heat"), ["one", "explicit", "eight"]),
+        "heat": lambda: differences(partial(value, "heat"), ["one", "eight"]),
         "resume": lambda: resume("robbins_monro"),
         "evaluations": lambda: [evaluations(1), evaluations(8)],
         "program": lambda: program(4096, 8),
