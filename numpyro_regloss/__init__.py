@@ -19,6 +19,7 @@ from numpyro_regloss.losses import Loss, Minibatch, RegularizedLoss, model
 from numpyro_regloss.two_step import (
     Arrived,
     Checkpoint,
+    LostProcessError,
     Record,
     RecordInfo,
     RejectedError,
@@ -40,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "Gaussian",
     "Loss",
+    "LostProcessError",
     "LowRankGaussian",
     "Minibatch",
     "Record",

@@ -129,6 +129,7 @@ def entropy_sgd(
     averaging_decay: Any = 0.75,
     noise: str = "normal",
     optimizer: Any = None,
+    mesh: Any = None,
 ) -> TwoStep:
     """Entropy-SGD: short cold Langevin chains, exponential averages, and an optimizer for the outer steps.
 
@@ -148,6 +149,7 @@ def entropy_sgd(
         noise: `"normal"` or `"two_point"`, which is cheaper.
         optimizer: an Optax optimizer, built once; a rate of one is a step all the way to the average. Default:
             that rate with a Nesterov momentum of 0.9.
+        mesh: devices of the run, see `TwoStep`; the one chain is not divided, but what a `Record` evaluates is.
 
     Returns:
         The optimizer.
@@ -164,7 +166,7 @@ def entropy_sgd(
     """
     shift = SGLD(step_size, num_samples, averaging_decay=averaging_decay, noise=noise)
     anchor = Optax(momentum() if optimizer is None else optimizer, direction="displacement")
-    return TwoStep(loss, tau, shift, ForwardKL(), anchor, temperature)
+    return TwoStep(loss, tau, shift, ForwardKL(), anchor, temperature, mesh=mesh)
 
 
 def parle(
@@ -179,6 +181,7 @@ def parle(
     averaging_decay: Any = 0.75,
     noise: str = "normal",
     optimizer: Any = None,
+    mesh: Any = None,
 ) -> TwoStep:
     """Parle: replicas of Entropy-SGD, each with its own centre and batches, that attract each other.
 
@@ -201,6 +204,7 @@ def parle(
         averaging_decay: see `entropy_sgd`.
         noise: see `entropy_sgd`.
         optimizer: see `entropy_sgd`; one for all replicas.
+        mesh: see `entropy_sgd`.
 
     Returns:
         The optimizer, of the loss of all replicas.
@@ -236,6 +240,7 @@ def parle(
         averaging_decay=averaging_decay,
         noise=noise,
         optimizer=optimizer,
+        mesh=mesh,
     )
     tied = Tied(base.anchor.optimizer, np.asarray(coupling, all_replicas.x0.dtype), num_replicas)
     return dataclasses.replace(base, anchor=Optax(tied, direction="displacement"))
@@ -249,6 +254,7 @@ def anneal(
     last_width: Any = None,
     num_samples: int = 1000,
     ess: float = 0.4,
+    mesh: Any = None,
 ) -> TwoStep:
     """Looks for the global minimum of a loss with many local ones, without gradients.
 
@@ -268,6 +274,7 @@ def anneal(
             sqrt(num_samples); in the same forms; default: `width` / 10,000.
         num_samples: loss evaluations per step, one for the centre aside: some tens per parameter.
         ess: effective sample size as a share of the cloud.
+        mesh: devices that divide the cloud, see `TwoStep`.
 
     Returns:
         The optimizer, to be run for `num_steps` steps.
@@ -299,7 +306,8 @@ def anneal(
             f"schemes.anneal: expected last_width <= width, got {last_width} > {width}; the cloud narrows."
         )
     tau = Geometric(first**2, last**2, num_steps)
-    return TwoStep(loss, tau, shift=Importance(num_samples, ess=ess), fit=ForwardKL())
+    cloud = Importance(num_samples, ess=ess)
+    return TwoStep(loss, tau, shift=cloud, fit=ForwardKL(), mesh=mesh)
 
 
 def minimize(
@@ -328,7 +336,7 @@ def minimize(
         scheme: `local_entropy`, `heat`, `entropy_sgd` or `parle`.
         minibatch: which arguments are data to be drawn in batches.
         progress_bar: show progress.
-        **kwargs: passed to the scheme (`shift`, `fit`, `anchor`, …).
+        **kwargs: passed to the scheme (`shift`, `fit`, `anchor`, `mesh`, …).
 
     Returns:
         Parameters, state and history.

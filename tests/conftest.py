@@ -5,6 +5,7 @@
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,34 @@ def on_devices(script: Path, group: str, num_devices: int) -> list[Any]:
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def start_on(script: Path, *args: Any, processes: int = 1) -> list[subprocess.Popen]:
+    """Starts a script with four simulated devices, on so many processes over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"JAX_NUM_CPU_DEVICES": str(max(1, 4 // processes)), "XLA_FLAGS": QUICK_FLAGS}
+    return [
+        subprocess.Popen(
+            [sys.executable, script, *map(str, args), *map(str, where)],
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for where in ([(i, processes, port) for i in range(processes)] if processes > 1 else [()])
+    ]
+
+
+def finish(process: subprocess.Popen) -> Any:
+    """What a process of `start_on` printed as its last line."""
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
 
 
 def pytest_addoption(parser):

@@ -12,16 +12,18 @@ import re
 import sys
 import tempfile
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
+from jax import lax, random
 from jax.sharding import AxisType
 from numpyro.infer import BarkerMH
 from numpyro.infer.autoguide import AutoDiagonalNormal
 
-from numpyro_regloss import Loss, TwoStep, anchor, fit, shift
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, anchor, fit, shift, values
+from numpyro_regloss._core.mesh import AXIS, is_divided
 from numpyro_regloss.two_step import RejectedError, outer_step
 
 KEY, STEPS = random.key(0), 3
@@ -69,6 +71,19 @@ ENGINES = {
     "kernel": (shift.Kernel(BarkerMH, **CHAINS), fit.ForwardKL()),
 }
 # Of one draw more than a device has, and not as many as devices share evenly.
+# Engines of every kind that devices divide, whose loops are as long on any number of them.
+DIVIDED = (
+    "importance",
+    "importance_chunks",
+    "importance_sobol",
+    "adaptive_importance_values",
+    "smc",
+    "robbins_monro",
+    "robbins_monro_score",
+    "reverse_kl",
+    "sgld",
+)
+VALUES = ("heat", "profile", "landscape", "gradient of heat", "gradient of local_entropy")
 DIVISIONS = {"one": 1, "three": 3, "explicit": 4, "eight": 8}
 
 
@@ -108,16 +123,45 @@ def compare(name, divisions):
 
     def run(mesh):
         try:
-            return optimizer_of(name, mesh).run(KEY, STEPS, progress_bar=False)
+            result = optimizer_of(name, mesh).run(KEY, STEPS, progress_bar=False)
         except RejectedError as error:
-            return error.result  # whose draws tell as much
+            result = error.result  # whose draws tell as much
+        return numbers_of(result)
 
-    runs = {
-        kind: numbers_of(run(mesh))
-        for kind, mesh in {"none": None, **{k: mesh_of(k) for k in divisions}}.items()
-    }
+    return differences(run, divisions)
+
+
+def differences(run, divisions):
+    """The same of any function of a mesh that returns numbers."""
+    meshes = {"none": None, **{k: mesh_of(k) for k in divisions}}
+    runs = {kind: run(mesh) for kind, mesh in meshes.items()}
     expected = runs["eight"]
     return {kind: distance(expected, run) for kind, run in runs.items() if kind != "eight"}
+
+
+def value(what, mesh):
+    """Numbers of one function of `values`."""
+    reference = Gaussian.isotropic(LOSS.x0, 0.01)
+    target = RegularizedLoss(LOSS, reference, temperature=0.005)
+    settings = {"num_samples": 500, "mesh": mesh}
+    if what in values.METHODS:
+        found = values.local_entropy(KEY, target, method=what, **settings)
+    elif what == "heat":
+        found = values.heat(KEY, target, **settings)
+    elif what == "profile":
+        taus = {"taus": [0.001, 0.01], "temperature": 0.05}
+        report = values.profile(KEY, LOSS, method="importance", **taus, **settings)
+        found = report.local_entropy, report.heat
+    elif what == "landscape":
+        names = ["w[0,0]", "v[1]"]
+        grid = {"directions": names, "num_points": 5, "tau": 0.01, "mesh": mesh}
+        report = values.landscape(KEY, LOSS, num_samples=64, chunk_size=16, **grid)
+        found = report.loss, report.local_entropy, report.heat
+    else:
+        kind = what.removeprefix("gradient of ")
+        call = values.value_and_grad(LOSS, 0.01, kind=kind, temperature=0.05, **settings)
+        found = call(START, KEY), jax.jit(call)(START, KEY)
+    return jax.tree.leaves(found)
 
 
 def program(num_samples, count):
@@ -159,6 +203,33 @@ def evaluations(count):
     return len(calls)
 
 
+def work(name):
+    """How often a step evaluated its loss, on one device and on eight: in all, and on the busiest."""
+    found = []
+    for count in (1, 8):
+        calls = []
+
+        def fn(x, calls=calls):
+            # The device that calls is the one whose number is there.
+            here = lax.axis_index(AXIS) if is_divided() else -1
+            jax.debug.callback(calls.append, here)
+            return jnp.sum((x - 1.0) ** 2)
+
+        loss = Loss.from_function(fn, jnp.zeros(3))
+        mesh = jax.make_mesh((count,), ("draws",), devices=jax.devices()[:count])
+        engine, method, *at = ENGINES[name]
+        parts = engine, method, *(at or [anchor.Proximal()])
+        optimizer = TwoStep(loss, 0.01, *parts, temperature=0.05, mesh=mesh)
+        state = optimizer.init(KEY)
+        jax.effects_barrier()
+        calls.clear()
+        jax.block_until_ready(optimizer.step(state))
+        jax.effects_barrier()
+        by_device = [sum(int(call) == device for call in calls) for device in range(count)]
+        found.append([len(calls), max(by_device)])
+    return found
+
+
 def resume(name):
     """Whether a run that began on one device goes on under a mesh to the bits of one under it."""
     expected = numbers_of(optimizer_of(name, mesh_of("eight")).run(KEY, 4, progress_bar=False))
@@ -173,11 +244,18 @@ GROUPS = {
     "few": {
         "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
         "robbins_monro": lambda: compare("robbins_monro", ["one", "eight"]),
+        "heat": lambda: differences(partial(value, "heat"), ["one", "eight"]),
         "resume": lambda: resume("robbins_monro"),
         "evaluations": lambda: [evaluations(1), evaluations(8)],
         "program": lambda: program(4096, 8),
     },
+    "values": {
+        what: lambda what=what: differences(partial(value, what), [*DIVISIONS])
+        # Chains of a bridge are those of `nuts`, and take minutes.
+        for what in (*(method for method in values.METHODS if method != "bridge"), *VALUES)
+    },
     "engines": {name: lambda name=name: compare(name, [*DIVISIONS]) for name in ENGINES},
+    "work": {name: lambda name=name: work(name) for name in DIVIDED},
     "programs": {
         "small": lambda: program(4096, 8),
         "large": lambda: program(1_000_000, 8),

@@ -3,19 +3,14 @@
 """Chains of NumPyro's `MCMC` over devices: the draws of vectorized ones, each on its device, compiled once."""
 
 import functools
-import json
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_FLAGS
+from conftest import finish, start_on
 from jax import random
 from jax.sharding import AxisType
 from numpyro.infer import AIES, MCMC, NUTS
@@ -29,28 +24,9 @@ ROUNDING = 2e-5
 SIGMAS = 5.0
 
 
-def start(file, *where, devices=4):
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, file, *map(str, where)],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK_FLAGS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
 @pytest.mark.both
 def test_four_devices(tmp_path):
-    found = finish(start(tmp_path / "draws.npz"))
+    found = finish(*start_on(SCRIPT, tmp_path / "draws.npz"))
     # Otherwise equal draws would say nothing.
     assert found["moved"] > 1e-3
     assert found["new data"] > 1e-3
@@ -79,12 +55,8 @@ def test_four_devices(tmp_path):
 @pytest.mark.long
 def test_two_processes_draw_what_one_does(tmp_path):
     files = [tmp_path / "one.npz", tmp_path / "two.npz"]
-    finish(start(files[0]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [start(files[1], process, 2, port, devices=2) for process in range(2)]
-    reports = [finish(process) for process in both]
+    finish(*start_on(SCRIPT, files[0]))
+    reports = [finish(process) for process in start_on(SCRIPT, files[1], processes=2)]
     one, two = (np.load(file) for file in files)
     for found in reports:
         # What all processes compute together, each of them has.

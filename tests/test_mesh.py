@@ -11,7 +11,7 @@ import pytest
 from conftest import on_devices
 from jax import random
 
-from numpyro_regloss import Loss, TwoStep, fit, shift
+from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, schemes, shift, values
 from numpyro_regloss._core.mesh import copied, on_mesh
 from numpyro_regloss._core.threefry import from_position, unrolled
 from numpyro_regloss.draws.base import Shared, merge
@@ -33,7 +33,7 @@ def loss():
 @pytest.mark.both
 def test_bits_do_not_depend_on_the_number_of_devices():
     found = found_by("few")
-    for name in ("importance", "robbins_monro"):
+    for name in ("importance", "robbins_monro", "heat"):
         away = found[name].pop("none")
         assert set(found[name].values()) == {0.0}, found[name]
         # The draws are those without a mesh; sums are in another order.
@@ -67,6 +67,29 @@ def test_all_engines_have_the_same_bits_on_any_number_of_devices():
 
 @pytest.mark.both
 @pytest.mark.long
+def test_values_have_the_same_bits_on_any_number_of_devices():
+    found = found_by("values")
+    assert len(found) >= 9
+    for name, away in found.items():
+        assert away["three"] == away["explicit"] == 0.0, (name, away)
+        # As for engines: quotients of one device, in what chooses a Gaussian or temperatures.
+        if name not in ("auto", "gaussian", "smc"):
+            assert away["one"] == 0.0, (name, away)
+        assert max(away.values()) < 1e-2, (name, away)
+
+
+@pytest.mark.long
+def test_each_device_has_its_share_of_the_work():
+    found = found_by("work")
+    assert len(found) >= 9
+    for name, ((one, alone), (_, busiest)) in found.items():
+        assert one == alone, name
+        # An eighth, where blocks divide evenly and but for centres and starts, which are evaluated on each.
+        assert busiest <= alone / 4, (name, found[name])
+
+
+@pytest.mark.both
+@pytest.mark.long
 def test_what_is_sent_does_not_grow_with_the_draws_but_for_their_losses():
     found = found_by("programs")
     assert found["small"]["others"] == found["large"]["others"]
@@ -92,8 +115,20 @@ def test_what_is_no_mesh_of_draws_is_refused(mesh, kind, message):
 def test_calls_on_the_host_are_not_divided():
     external = Loss.from_external(lambda x: float(np.sum(x**2)), np.ones(2))
     mesh = jax.make_mesh((1,), ("draws",))
+    target = RegularizedLoss(external, Gaussian.isotropic(external.x0, 0.1))
     with pytest.raises(ValueError, match="give Loss.from_external an executor"):
         TwoStep(external, 0.1, *PARTS, mesh=mesh)
+    with pytest.raises(ValueError, match="values.heat: mesh: expected None with Loss.from_ext"):
+        values.heat(random.key(0), target, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [schemes.entropy_sgd, schemes.parle, lambda *a, mesh: schemes.anneal(*a, 5, mesh=mesh)],
+)
+def test_every_scheme_takes_a_mesh(scheme):
+    mesh = jax.make_mesh((1,), ("draws",))
+    assert scheme(loss(), 0.1, mesh=mesh).mesh.devices.tolist() == mesh.devices.tolist()
 
 
 def test_a_mesh_around_the_run_is_refused():

@@ -12,6 +12,7 @@ Outside of `on_mesh` both are what they stand for.
 """
 
 from collections.abc import Callable
+from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from numpyro_regloss._core.processes import placed
 from numpyro_regloss._core.pytree import is_concrete
+from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "copied",
     "divided",
     "is_divided",
+    "mapped",
+    "meshed",
     "num_blocks",
     "on_mesh",
     "sum_of_blocks",
@@ -44,22 +49,28 @@ MOST_BLOCKS, LEAST_BLOCKS, ROWS_PER_BLOCK = 64, 8, 16
 HOW = 'write jax.make_mesh((8,), ("draws",), axis_types=(jax.sharding.AxisType.Auto,))'
 
 
-def check_mesh(mesh: Any, what: str) -> Mesh | None:
+def check_mesh(mesh: Any, what: str, *, external: bool) -> Mesh | None:
     """Refuses what is no mesh with an axis "draws".
 
     Args:
         mesh: of devices, with Auto or Explicit axes, or None.
         what: begins the error message.
+        external: whether the loss is called on the host.
 
     Returns:
         The same devices with Auto axes, or None.
 
     Raises:
         TypeError: if it is no mesh.
-        ValueError: if it has other axes.
+        ValueError: if it has other axes, or the loss is called on the host.
     """
     if mesh is None:
         return None
+    if external:
+        raise ValueError(
+            f"{what}: expected None with Loss.from_external, whose calls run on the host; give Loss.from_external "
+            "an executor, which divides them among its workers."
+        )
     if not isinstance(mesh, Mesh):
         raise TypeError(f"{what}: expected a jax.sharding.Mesh or None, got {mesh!r}; {HOW}.")
     if mesh.axis_names != (DRAWS,):
@@ -103,14 +114,15 @@ def copied(mesh: Mesh | None, tree: T) -> T:
     if mesh is None or not is_concrete(tree):
         return tree
     _check_context(mesh)
-    return jax.device_put(tree, jax.NamedSharding(_inner(mesh), PartitionSpec()))
+    same = jax.NamedSharding(_inner(mesh), PartitionSpec())
+    return jax.tree.map(lambda leaf: placed(leaf, same), tree)
 
 
 def _check_context(mesh: Mesh) -> None:
     context = jax.sharding.get_abstract_mesh()
     if context.axis_names:
         raise ValueError(
-            f"TwoStep: expected no other mesh around a step on {dict(mesh.shape)}, got {dict(context.shape)}, "
+            f"mesh: expected no other mesh around work on {dict(mesh.shape)}, got {dict(context.shape)}, "
             "that of jax.set_mesh or jax.shard_map; leave it (end its `with` block) before the run, or use "
             "mesh=None."
         )
@@ -141,8 +153,52 @@ def divided(fn: Callable[..., T], in_axes: tuple[int | None, ...] | int = 0) -> 
     Returns:
         The function of arguments with a leading axis of rows; the same on all devices.
     """
-    several = jax.vmap(fn, in_axes)
+    return _shared(fn, jax.vmap(fn, in_axes), in_axes)
 
+
+def mapped(fn: Callable[[Any], T], rows: Any, batch_size: int | None = None) -> T:
+    """`jax.lax.map`, of which each device does its share.
+
+    Args:
+        fn: of one row.
+        rows: a tree of arrays with a leading axis of rows.
+        batch_size: rows that are evaluated at once; None for one after the other.
+
+    Returns:
+        Its values with a leading axis of rows; the same on all devices.
+    """
+
+    def several(rows: Any) -> T:
+        return lax.map(fn, rows, batch_size=batch_size)
+
+    return _shared(fn, several, 0)(rows)
+
+
+def meshed(*settings: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """`jax.jit` of a function of arrays, with a further argument: the `mesh` that divides its work, or None.
+
+    Args:
+        *settings: names of arguments that compile, given by name.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(fn: Callable[..., T]) -> Callable[..., T]:
+        def run(*args: Any, mesh: Mesh | None = None, **known: Any) -> T:
+            return on_mesh(mesh, partial(fn, **known))(*args)
+
+        update_wrapper(run, fn)
+        # JAX would look for `mesh` among the arguments of what it wraps.
+        del vars(run)["__wrapped__"]
+        return jax.jit(own_settings(run), static_argnames=(*settings, "mesh"))
+
+    return decorate
+
+
+def _shared(
+    fn: Callable[..., T], several: Callable[..., T], in_axes: tuple[int | None, ...] | int
+) -> Callable[..., T]:
     def call(*args: Any) -> T:
         if not is_divided():
             return several(*args)

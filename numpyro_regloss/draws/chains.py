@@ -17,13 +17,13 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_regloss._core.processes import placed
 from numpyro_regloss._core.pytree import Partition, with_context_axes
 from numpyro_regloss.losses.captured import AsRead, handle
 from numpyro_regloss.losses.environment import digest
@@ -89,15 +89,7 @@ class ShardedChains:
 
     def put(self, leaf: Any, spec: PartitionSpec) -> Any:
         """Puts an array on the mesh; on that of several processes from the same array in each of them."""
-        sharding = NamedSharding(self.mesh, spec)
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        if isinstance(leaf, Tracer) or not whole or sharding.is_fully_addressable:
-            return jax.device_put(leaf, sharding)
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
-            data = self.put(jax.random.key_data(leaf), spec)
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return placed(leaf, NamedSharding(self.mesh, spec))
 
     def put_data(self, leaf: Any) -> Any:
         """Puts what all chains see on the mesh: copies, or divided along other axes as it was."""
@@ -142,6 +134,7 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
 
     Example:
         >>> import jax
+        >>> import jax.numpy as jnp
         >>> from numpyro.infer import MCMC, NUTS
         >>> from numpyro_regloss import Gaussian, Loss, RegularizedLoss, model, sharded
         >>> mesh = jax.make_mesh((jax.device_count(),), ("draws",))

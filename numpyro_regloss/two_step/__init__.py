@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The outer loop, which maps Gaussian to Gaussian: the optimizer, its runs and records of them."""
 
+from numpyro_regloss._core.processes import LostProcessError
 from numpyro_regloss.two_step.checkpoint import Checkpoint
 from numpyro_regloss.two_step.motion import LeftOut, MotionInfo
 from numpyro_regloss.two_step.optimizer import TwoStep
@@ -14,6 +15,7 @@ __all__ = [
     "Arrived",
     "Checkpoint",
     "LeftOut",
+    "LostProcessError",
     "MotionInfo",
     "Record",
     "RecordInfo",

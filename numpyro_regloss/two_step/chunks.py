@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one mechanism for progress, callbacks, early stopping and Ctrl-C: chunks of compiled steps."""
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,10 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from numpyro_regloss._core.processes import LostProcessError, Processes, here
 from numpyro_regloss.two_step.checkpoint.keeper import Keeper
+from numpyro_regloss.two_step.checkpoint.shared import SharedKeeper
+from numpyro_regloss.two_step.checkpoint.signals import Noted
 from numpyro_regloss.two_step.motion import Path
 
 __all__ = ["history_capacity", "run_in_chunks"]
@@ -21,6 +26,8 @@ SECONDS_PER_CHUNK, MOST_SECONDS, SHARE = 0.25, 10.0, 0.1
 # Room for the history of one chunk on the device: at most so many bytes and so many steps.
 CHUNK_BYTES = 2**23
 CHUNK_STEPS = 512
+# Why several processes end a run together; of several causes the last one.
+CAUSES = (None, "arrived", "callback", "terminated", "interrupted", "failed")
 
 
 def history_capacity(row: Any) -> int:
@@ -49,8 +56,9 @@ def run_in_chunks(
     patience: int,
     callback_every: int = 1,
     path: Path | None = None,
-    keeper: Keeper | None = None,
+    keeper: Keeper | SharedKeeper | None = None,
     rows: Any = None,
+    processes: Processes,
 ) -> tuple[Any, Any, np.ndarray, BaseException | str | None]:
     """Advances a state chunk by chunk and collects the history on the host.
 
@@ -70,6 +78,7 @@ def run_in_chunks(
         path: keeps centres at its own interval.
         keeper: saves the run, and knows of its end.
         rows: of a run that is gone on with, its infos and seconds so far; they count as steps of this one.
+        processes: that run it together, each of which gets the same.
 
     Returns:
         The last state, the infos stacked as NumPy arrays, the wall seconds of each step (of its chunk over the
@@ -81,6 +90,8 @@ def run_in_chunks(
         KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
     """
     chunk, past, cause = 1, (state, rows, 0 if rows is None else len(rows[1])), None
+    # Whether the other processes wait to hear of this one: while a step runs they cannot.
+    heard = False
     begun = time.perf_counter()
     if path is not None and not path.kept:
         path.add(state)
@@ -91,7 +102,13 @@ def run_in_chunks(
             return False
         return until(jax.tree.map(lambda a: a[done - patience : done], rows[0]), looks)
 
-    with tqdm(total=num_steps, initial=past[2], disable=not progress_bar, desc="two-step") as bar:
+    shows = progress_bar and processes.leads
+    # Of several processes Ctrl-C, too, is what they agree on.
+    interrupt = Noted(signal.SIGINT, once=True)
+    with (
+        tqdm(total=num_steps, initial=past[2], disable=not shows, desc="two-step") as bar,
+        contextlib.nullcontext() if processes.alone else interrupt,
+    ):
         try:
             # A run that had stopped by itself does so again.
             cause = "arrived" if stops(*past[1:]) else None
@@ -107,10 +124,10 @@ def run_in_chunks(
                     count = int(min(count, keeper.room(done)))
                 if path is not None:
                     count = min(count, path.every - int(before.step) % path.every)
-                start = time.perf_counter()
+                start, heard = time.perf_counter(), False
                 after, buffers, count = advance(before, count)
                 infos = jax.tree.map(lambda a, n=count: a[:n], jax.device_get(buffers))
-                now = time.perf_counter()
+                now, heard = time.perf_counter(), True
                 seconds = (now - start) / count
                 wanted = np.clip(SHARE * (now - begun), SECONDS_PER_CHUNK, MOST_SECONDS)
                 chunk = int(np.clip(wanted / seconds, 1, min(2 * chunk, capacity)))
@@ -124,22 +141,41 @@ def run_in_chunks(
                 bar.set_postfix(headline(last), refresh=False)
                 bar.update(count)
                 due = not (done + count) % callback_every or done + count == num_steps
-                if callback is not None and due and callback(after, last):
+                if callback is not None and due and callback(here(after), last):
                     cause = "callback"
-                    break
-                if stops(rows, done + count):
+                elif stops(rows, done + count):
                     cause = "arrived"
                 elif keeper is not None and keeper.termination.came:
                     cause = "terminated"
-                elif keeper is not None:
+                if not processes.alone:
+                    cause = "interrupted" if interrupt.came else cause
+                    heard = False
+                    chunk, cause = _together(processes, chunk, cause)
+                if cause is None and keeper is not None:
                     keeper.keep(after, rows, done + count, path)
         except (KeyboardInterrupt, Exception) as error:
+            if not processes.alone and heard and isinstance(error, Exception):
+                with contextlib.suppress(LostProcessError):  # what ended the run here is told
+                    processes.agree((0, CAUSES.index("failed")))
             if past[1] is None:
                 raise
             cause = error
     state, rows, done = past
     infos, seconds = jax.tree.map(lambda a: a if len(a) == done else a[:done].copy(), rows)
     return state, infos, seconds, cause
+
+
+def _together(
+    processes: Processes, chunk: int, cause: str | None
+) -> tuple[int, BaseException | str | None]:
+    """The next chunk and why to stop, the same in all processes."""
+    votes = processes.agree((chunk, CAUSES.index(cause)))
+    chunk = int(votes[processes.numbers[0]][0])
+    found = CAUSES[max(int(vote[1]) for vote in votes.values())]
+    if found == "failed":
+        failed = [number for number, vote in votes.items() if CAUSES[vote[1]] == "failed"]
+        return chunk, processes.lost(failed[:1], "raised an error, which its own output tells")
+    return chunk, KeyboardInterrupt() if found == "interrupted" else found
 
 
 def _append(rows: Any, infos: Any, done: int, num_steps: int) -> Any:

@@ -5,6 +5,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from numpyro_regloss._core.checks import (
     check_schedule,
 )
 from numpyro_regloss._core.mesh import check_mesh, copied
+from numpyro_regloss._core.processes import Processes, here, same_everywhere
 from numpyro_regloss._core.pytree import (
     Partition,
     is_concrete,
@@ -38,9 +40,10 @@ from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
 from numpyro_regloss.two_step.asking import as_points, check_points, checked_values
 from numpyro_regloss.two_step.checkpoint import Checkpoint
-from numpyro_regloss.two_step.checkpoint.fingerprint import fingerprint
+from numpyro_regloss.two_step.checkpoint.fingerprint import fingerprint, settings_text
 from numpyro_regloss.two_step.checkpoint.keeper import Keeper, history_of
 from numpyro_regloss.two_step.checkpoint.settings import settings_of
+from numpyro_regloss.two_step.checkpoint.shared import SharedKeeper
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
@@ -52,6 +55,7 @@ from numpyro_regloss.two_step.result import (
     headline,
     report_interruption,
     report_trouble,
+    silent_unless,
 )
 from numpyro_regloss.two_step.until import Arrived
 
@@ -136,12 +140,8 @@ class TwoStep:
             raise TypeError(
                 f"TwoStep: expected record as a numpyro_regloss.Record or None, got {self.record!r}."
             )
-        object.__setattr__(self, "mesh", check_mesh(self.mesh, "TwoStep: mesh"))
-        if self.mesh is not None and self.loss.is_external:
-            raise ValueError(
-                "TwoStep: expected mesh=None with Loss.from_external, whose calls run on the host; give "
-                "Loss.from_external an executor, which divides them among its workers."
-            )
+        mesh = check_mesh(self.mesh, "TwoStep: mesh", external=self.loss.is_external)
+        object.__setattr__(self, "mesh", mesh)
         object.__setattr__(
             self, "temperature", check_positive(self.temperature, "TwoStep: temperature")
         )
@@ -338,6 +338,7 @@ class TwoStep:
                 that differs in some setting.
             OSError: if the folder cannot be written.
             RejectedError: if every step was rejected.
+            LostProcessError: if another process of the run left, or raised an error.
         """
         check_count(num_steps, "TwoStep.run: num_steps")
         self.loss.check_precision("TwoStep.run")
@@ -369,10 +370,19 @@ class TwoStep:
             rng_key = init_state.rng_key
         rng_key = check_key(rng_key, "TwoStep")
         start = init_state or rng_key
-        with (
-            self.loss.watch() as watch,
-            self._keeper(checkpoint, start, rng_key, arguments, history, num_steps) as keeper,
-        ):
+        processes = Processes(self.mesh, arguments)
+        arguments = copied(self.mesh, arguments)
+        asked = {
+            "num_steps": num_steps,
+            "whether there is a callback": callback is not None,
+            "callback_every": callback_every,
+            "history": history,
+            "until": until,
+            "checkpoint (every)": checkpoint and settings_of(checkpoint).every,
+        }
+        processes.check_same("TwoStep.run", lambda: settings_text(self, arguments, start, asked))
+        given = checkpoint, start, rng_key, arguments, history, num_steps, processes
+        with self.loss.watch() as watch, self._keeper(*given) as keeper:
             saved = None if keeper is None else keeper.load(num_steps)
             if saved is not None:
                 is_checked, state = True, strip_weak_types(saved.state)
@@ -391,7 +401,7 @@ class TwoStep:
             else:
                 self.loss.check_captured()
                 state = _explain(outer_step.first_state, self, rng_key, arguments)
-            state, arguments = copied(self.mesh, (state, arguments))
+            state = copied(self.mesh, state)
             self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
             row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
             vectors = row.motion is None
@@ -401,10 +411,11 @@ class TwoStep:
 
             def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
                 before, optimizer = int(state.step), outer_step.successor(self, state)
-                with watch.running():
+                with watch.running(), processes.watched():
                     state, rows, _ = outer_step.advance(
                         optimizer, state, arguments, np.int32(count), capacity, vectors
                     )
+                    rows = jax.tree.map(same_everywhere, rows)
                     after = int(state.step)
                 if not is_checked and not before:
                     _check_start(rows.loss[0], watch)
@@ -424,15 +435,19 @@ class TwoStep:
                 path=path,
                 keeper=keeper,
                 rows=None if saved is None else (saved.infos, saved.seconds),
+                processes=processes,
             )
             if keeper is not None:
                 cause = keeper.finish(state, (infos, seconds), path, cause)
-        params = self.loss.source.constrain(state.reference.mean, *arguments.tree)
+        # From here on each process is by itself, and need not be followed by the others.
+        state = here(state)
+        params = here(self.loss.source.constrain(state.reference.mean, *here(arguments).tree))
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
         centers = None if path is None else path.until(state)
         result = TwoStepResult(params, state, infos, seconds, stopped, centers)
-        report_interruption(cause, result, num_steps)
-        report_trouble(result, self, watch.report())
+        with silent_unless(processes.leads):
+            report_interruption(cause, result, num_steps)
+            report_trouble(result, self, watch.report())
         return result
 
     def draw(self, rng_key: Key | None, state: TwoStepState, *args: Any, **kwargs: Any) -> Draws:
@@ -499,18 +514,22 @@ class TwoStep:
         arguments: Partition,
         history: str,
         num_steps: int,
-    ) -> Generator[Keeper | None, None, None]:
+        processes: Processes,
+    ) -> Generator[Keeper | SharedKeeper | None, None, None]:
         if checkpoint is None:
             yield None
             return
         settings = settings_of(checkpoint)
         if history == "auto":
             # That of the run that is gone on with, however many steps are asked for now.
-            history = history_of(settings) or history
+            known = processes.led(lambda: (history_of(settings) or "").encode())
+            history = known.decode() or history
         state = _explain(outer_step.first_state.eval_shape, self, rng_key, arguments)
         row = self._row(state, arguments, history, num_steps)
         print_ = fingerprint(self, arguments, start, state, row)
-        with Keeper(settings, print_, state, row) as keeper:
+        make = partial(Keeper, settings, print_, state, row)
+        shared = partial(SharedKeeper, processes, make, settings, state, row)
+        with (make if processes.alone else shared)() as keeper:
             yield keeper
 
     def _checked_tau(self) -> Any:

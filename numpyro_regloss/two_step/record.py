@@ -18,6 +18,7 @@ from jax import lax, random
 from jax.scipy.special import ndtri
 
 from numpyro_regloss._core.checks import check_count, check_flag, check_positive
+from numpyro_regloss._core.mesh import mapped
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.tail import mean_with_error
 from numpyro_regloss._core.types import Array, Key
@@ -220,7 +221,7 @@ class Record:
             return jnp.mean(jax.vmap(target.value)(points) - jax.vmap(target.value)(points + step))
 
         keys = random.split(rng_key, self._num_pairs)
-        change = lax.map(pair_change, keys, batch_size=CHUNK_PAIRS)
+        change = mapped(pair_change, keys, CHUNK_PAIRS)
         mean, error, _ = mean_with_error(change, jnp.max(jnp.abs(change)))
         return CrossFitted(mean, error, jnp.zeros_like(error))
 

@@ -3,6 +3,8 @@
 """What a run returns, and how it tells of trouble: one warning with the remedy, or an error with the result."""
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ __all__ = [
     "remedies",
     "report_interruption",
     "report_trouble",
+    "silent_unless",
 ]
 
 
@@ -177,3 +180,14 @@ def report_trouble(result: TwoStepResult, optimizer: Any, of_loss: str = "") -> 
     message = " ".join(filter(None, [message, of_loss]))
     if message:
         warnings.warn(message, stacklevel=3)
+
+
+@contextmanager
+def silent_unless(speaks: bool) -> Generator[None, None, None]:  # noqa: FBT001
+    """Within it nothing is warned of, unless this process speaks for all."""
+    if speaks:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

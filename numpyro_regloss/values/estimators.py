@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax, random
+from jax.sharding import Mesh
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_key
+from numpyro_regloss._core.mesh import check_mesh, copied, meshed
+from numpyro_regloss._core.processes import here
 from numpyro_regloss._core.pytree import all_finite, is_concrete
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import monte_carlo_error
@@ -83,6 +86,7 @@ def local_entropy(
     method: str = "auto",
     num_samples: int = 10_000,
     chunk_size: int | None = None,
+    mesh: Any = None,
 ) -> Estimate:
     """F_tau at the reference's mean.
 
@@ -114,6 +118,7 @@ def local_entropy(
         num_samples: loss evaluations of importance sampling, particles of SMC over all islands, draws of a
             bridge, half of them of chains; each rounded up to what its method needs.
         chunk_size: evaluations at once, in importance sampling and for the draws of a Gaussian.
+        mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:
         The estimate, in the units of the loss. Its error is infinite where the method failed; "auto" warns too
@@ -136,8 +141,10 @@ def local_entropy(
     what = "values.local_entropy"
     check_choice(method, f"{what}: method", METHODS)
     rng_key = _checked(rng_key, target, num_samples, what)
+    mesh = check_mesh(mesh, f"{what}: mesh", external=target.loss.is_external)
     settings = {"method": method, "num_samples": num_samples, "chunk_size": chunk_size}
-    estimate = target.loss.listen(what, partial(estimate_entropy, **settings), rng_key, target)
+    call = partial(estimate_entropy, **settings, mesh=mesh)
+    estimate = target.loss.listen(what, call, rng_key, target)
     # Chains that disagree, and islands, say by an infinite error what they are there to say.
     if method not in ("bridge", "smc"):
         remedy = AUTO_REMEDY if method == "auto" else ENTROPY_REMEDY
@@ -152,23 +159,36 @@ def estimate_entropy(
     method: str,
     num_samples: int,
     chunk_size: int | None,
+    mesh: Mesh | None,
 ) -> Estimate:
     """`local_entropy` of arguments that were checked, without warnings."""
+    rng_key, target = copied(mesh, (rng_key, target.without_batches()))
+    return here(_entropy(rng_key, target, method, num_samples, chunk_size, mesh))
+
+
+def _entropy(
+    rng_key: Key,
+    target: RegularizedLoss,
+    method: str,
+    num_samples: int,
+    chunk_size: int | None,
+    mesh: Mesh | None,
+) -> Estimate:
     engine = _pairs(num_samples, chunk_size)
-    target = target.without_batches()
     num_samples, chunk_size = max(20, engine.num_samples), chunk_size or CHUNK_SIZE
+    sizes: dict[str, Any] = {"num_samples": num_samples, "chunk_size": chunk_size, "mesh": mesh}
     if method == "auto" and is_concrete((rng_key, target)):
-        return _automatic(rng_key, target, engine, num_samples, chunk_size)
+        return _automatic(rng_key, target, engine, sizes)
     if method in ("auto", "importance"):
-        return _local_entropy(rng_key, target, engine)
+        return _local_entropy(rng_key, target, engine=engine, mesh=mesh)
     differentiable = _is_differentiable(target)
     if method == "smc":
-        return _by_smc(rng_key, target, _smc(num_samples, differentiable))[0]
+        return _by_smc(rng_key, target, engine=_smc(num_samples, differentiable), mesh=mesh)[0]
     if method == "gaussian":
         pilot = _smc(NUM_ISLANDS * PILOT_PARTICLES, differentiable)
         key_pilot, rng_key = random.split(rng_key)
-        draws = _by_smc(key_pilot, target, pilot)[1]
-        return _by_gaussian(rng_key, target, draws, num_samples, chunk_size)
+        draws = _by_smc(key_pilot, target, engine=pilot, mesh=mesh)[1]
+        return _by_gaussian(rng_key, target, draws, **sizes)
     if not differentiable:
         raise TypeError(
             "values.local_entropy: expected a differentiable loss for a bridge, whose chains follow gradients, "
@@ -176,7 +196,7 @@ def estimate_entropy(
         )
     key_start, rng_key = random.split(rng_key)
     start = target.reference.sample(key_start, (NUM_CHAINS,))
-    return _by_bridge(rng_key, target, start, num_samples, chunk_size)[0]
+    return _by_bridge(rng_key, target, start, **sizes)[0]
 
 
 def heat(
@@ -185,6 +205,7 @@ def heat(
     *,
     num_samples: int = 10_000,
     chunk_size: int | None = None,
+    mesh: Any = None,
 ) -> Estimate:
     """F^H_tau at the reference's mean, by the mean over antithetic pairs.
 
@@ -197,6 +218,7 @@ def heat(
         target: loss and reference.
         num_samples: loss evaluations, rounded up to an even number.
         chunk_size: evaluations at once.
+        mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:
         The estimate, in the units of the loss.
@@ -211,17 +233,24 @@ def heat(
     """
     what = "values.heat"
     rng_key = _checked(rng_key, target, num_samples, what)
-    settings = {"num_samples": num_samples, "chunk_size": chunk_size}
+    mesh = check_mesh(mesh, f"{what}: mesh", external=target.loss.is_external)
+    settings = {"num_samples": num_samples, "chunk_size": chunk_size, "mesh": mesh}
     estimate = target.loss.listen(what, partial(estimate_heat, **settings), rng_key, target)
     warn_of_errors(what, {"the heat": estimate}, HEAT_REMEDY)
     return estimate
 
 
 def estimate_heat(
-    rng_key: Key, target: RegularizedLoss, *, num_samples: int, chunk_size: int | None
+    rng_key: Key,
+    target: RegularizedLoss,
+    *,
+    num_samples: int,
+    chunk_size: int | None,
+    mesh: Mesh | None,
 ) -> Estimate:
     """`heat` of arguments that were checked, without warnings."""
-    return _heat(rng_key, target.without_batches(), _pairs(num_samples, chunk_size))
+    rng_key, target = copied(mesh, (rng_key, target.without_batches()))
+    return here(_heat(rng_key, target, engine=_pairs(num_samples, chunk_size), mesh=mesh))
 
 
 def _pairs(num_samples: int, chunk_size: int | None) -> Importance:
@@ -242,32 +271,33 @@ def _checked(rng_key: Key, target: RegularizedLoss, num_samples: int, what: str)
 
 
 def _automatic(
-    rng_key: Key, target: RegularizedLoss, engine: Importance, num_samples: int, chunk_size: int
+    rng_key: Key, target: RegularizedLoss, engine: Importance, sizes: dict[str, Any]
 ) -> Estimate:
-    keys = random.split(rng_key, 5)
-    first = _local_entropy(keys[0], target, engine)
+    keys, mesh = random.split(rng_key, 5), sizes["mesh"]
+    first = _local_entropy(keys[0], target, engine=engine, mesh=mesh)
     # Where a loss failed there is no expectation to estimate.
     if _is_good(first) or jnp.isnan(first.value) or jnp.isneginf(first.value):
         return first
     differentiable = _is_differentiable(target)
     if differentiable:
-        gaussian, own = _by_scores(random.fold_in(rng_key, 5), target, num_samples, chunk_size)
+        gaussian, own = _by_scores(random.fold_in(rng_key, 5), target, **sizes)
         if _is_good(gaussian) and jnp.isfinite(own.error) and _agree(gaussian, own):
             return gaussian
     pilot = _smc(NUM_ISLANDS * PILOT_PARTICLES, differentiable)
-    short, draws = _by_smc(keys[1], target, pilot)
+    short, draws = _by_smc(keys[1], target, engine=pilot, mesh=mesh)
     # Islands that disagree, or found nothing, say nothing of the others.
     if jnp.isfinite(short.error):
-        gaussian = _by_gaussian(keys[2], target, draws, num_samples, chunk_size)
+        gaussian = _by_gaussian(keys[2], target, draws, **sizes)
         if _is_good(gaussian) and _agree(gaussian, short):
             return gaussian
         if differentiable:
             step = draws.x.shape[1] * NUM_ISLANDS // NUM_CHAINS
             start = draws.x.reshape(-1, target.dim)[::step]
-            bridge, same = _by_bridge(keys[3], target, start, num_samples, chunk_size, draws)
+            bridge, same = _by_bridge(keys[3], target, start, draws, **sizes)
             if same and jnp.isfinite(bridge.error) and _agree(bridge, short):
                 return bridge
-    long = _by_smc(keys[4], target, _smc(num_samples, differentiable))[0]
+    engine_of_all = _smc(sizes["num_samples"], differentiable)
+    long = _by_smc(keys[4], target, engine=engine_of_all, mesh=mesh)[0]
     found = (long, first, short)
     least_bad = long if jnp.isfinite(long.value) else first
     return next((estimate for estimate in found if jnp.isfinite(estimate.error)), least_bad)
@@ -317,14 +347,12 @@ def _has_gradient(target: RegularizedLoss) -> Array:
     return usable.all() & jnp.any(jnp.isfinite(gradient) & (gradient != 0))
 
 
-@partial(jax.jit, static_argnames="engine")
-@own_settings
+@meshed("engine")
 def _local_entropy(rng_key: Key, target: RegularizedLoss, engine: Importance) -> ImportanceEstimate:
     return entropy_of_pairs(engine.losses(rng_key, target), target.temperature)
 
 
-@jax.jit
-@own_settings
+@meshed("engine")
 def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEstimate, StoredDraws]:
     info: SMCInfo
     _, draws, info = engine.step(rng_key, (), target)
@@ -335,8 +363,7 @@ def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEsti
     return SMCEstimate(value, error, info.ess, jnp.full_like(value, -jnp.inf)), draws
 
 
-@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@own_settings
+@meshed("num_samples", "chunk_size")
 def _by_gaussian(
     rng_key: Key, target: RegularizedLoss, draws: StoredDraws, num_samples: int, chunk_size: int
 ) -> GaussianEstimate:
@@ -345,8 +372,7 @@ def _by_gaussian(
     return by_gaussian(rng_key, target, fitted, num_samples, chunk_size)
 
 
-@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@own_settings
+@meshed("num_samples", "chunk_size")
 def _by_scores(
     rng_key: Key, target: RegularizedLoss, num_samples: int, chunk_size: int
 ) -> tuple[GaussianEstimate, Estimate]:
@@ -365,15 +391,15 @@ def _by_scores(
     return estimate, Estimate(info.local_entropy, info.local_entropy_error, info.ess, info.khat)
 
 
-@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@own_settings
+@meshed("num_samples", "chunk_size")
 def _by_bridge(
     rng_key: Key,
     target: RegularizedLoss,
     start: Array,
+    others: StoredDraws | None = None,
+    *,
     num_samples: int,
     chunk_size: int,
-    others: StoredDraws | None = None,
 ) -> tuple[BridgeEstimate, Array]:
     # And whether the chains went everywhere, as far as they know, and their means are those of other draws.
     key_chain, key_fit, rng_key = random.split(rng_key, 3)
@@ -416,7 +442,6 @@ def _fitted(rng_key: Key, target: RegularizedLoss, draws: StoredDraws) -> AnyGau
     return jax.tree.map(lambda a, b: jnp.where(usable, a, b), fitted, other)
 
 
-@partial(jax.jit, static_argnames="engine")
-@own_settings
+@meshed("engine")
 def _heat(rng_key: Key, target: RegularizedLoss, engine: Importance) -> Estimate:
     return heat_of_pairs(engine.losses(rng_key, target))

@@ -12,9 +12,10 @@ Zhou (2000), "Safe and Effective Importance Sampling"; and those of `draws.bridg
 """
 
 import jax.numpy as jnp
-from jax import lax, random
+from jax import random
 
 from numpyro_regloss._core.linalg import after
+from numpyro_regloss._core.mesh import mapped
 from numpyro_regloss._core.pareto import MAX_KHAT
 from numpyro_regloss._core.stats import (
     effective_sample_size,
@@ -82,7 +83,7 @@ def by_gaussian(
         for key, gaussian, count in zip(keys, (fitted, target.reference), counts, strict=True)
     ]
     x = jnp.concatenate(strata)
-    energy = lax.map(target.energy, x, batch_size=min(chunk_size, num_samples))
+    energy = mapped(target.energy, x, min(chunk_size, num_samples))
     # Where the loss fails at draws from the reference there is no expectation, and the value is NaN. The fitted
     # Gaussian may reach further, and there a failure is a wall, as on the paths of chains.
     failed, _ = bounded_energy(energy[: counts[0]])
@@ -141,7 +142,7 @@ def by_bridge(
     """
     x = draws.x.reshape(-1, target.dim)
     y = _pairs(rng_key, fitted, num_samples // 2)
-    energy, _ = bounded_energy(lax.map(target.energy, y, batch_size=min(chunk_size, num_samples)))
+    energy, _ = bounded_energy(mapped(target.energy, y, min(chunk_size, num_samples)))
     points = jnp.concatenate([x, y])
     log_reference = target.reference.log_prob(points)
     log_fitted = fitted.log_prob(after(log_reference[0], points))

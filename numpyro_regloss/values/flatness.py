@@ -20,6 +20,7 @@ import numpy as np
 from jax import random
 
 from numpyro_regloss._core.checks import check_choice, check_count, check_key, check_positive
+from numpyro_regloss._core.mesh import check_mesh
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.loss import Loss
@@ -87,6 +88,7 @@ def profile(
     method: str = "auto",
     num_samples: int = 2_000,
     chunk_size: int | None = None,
+    mesh: Any = None,
 ) -> Profile:
     """Both regularized losses of any trained parameters over a range of tau.
 
@@ -102,6 +104,7 @@ def profile(
         method: of `values.local_entropy`.
         num_samples: see `values.local_entropy` and `values.heat`.
         chunk_size: evaluations at once.
+        mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:
         The report.
@@ -131,6 +134,7 @@ def profile(
         )
     for tau in values:
         check_positive(tau, f"{what}: taus")
+    mesh = check_mesh(mesh, f"{what}: mesh", external=loss.is_external)
     x = loss.x0 if params is None else loss.unconstrain(params)
     plain = loss.value(x)
     if not np.isfinite(plain):
@@ -146,10 +150,13 @@ def profile(
                 method=method,
                 num_samples=num_samples,
                 chunk_size=chunk_size,
+                mesh=mesh,
             )
         )
         heats.append(
-            estimate_heat(key_heat, target, num_samples=num_samples, chunk_size=chunk_size)
+            estimate_heat(
+                key_heat, target, num_samples=num_samples, chunk_size=chunk_size, mesh=mesh
+            )
         )
     report = Profile(
         jnp.asarray(values, x.dtype),

@@ -9,6 +9,7 @@ Regularization in Deep Learning".
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,15 @@ from numpyro_regloss._core.checks import (
     check_key,
     check_positive,
 )
+from numpyro_regloss._core.mesh import (
+    check_mesh,
+    copied,
+    is_divided,
+    num_blocks,
+    on_mesh,
+    values_of_blocks,
+)
+from numpyro_regloss._core.processes import here
 from numpyro_regloss._core.pytree import is_concrete, with_context_axes
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
@@ -56,6 +66,7 @@ def value_and_grad(
     kind: str = "local_entropy",
     temperature: Any = 1.0,
     num_samples: int = 1_000,
+    mesh: Any = None,
 ) -> Callable[..., tuple[Estimate, Any]]:
     """A function that returns a regularized loss and its gradient, as `jax.value_and_grad` would.
 
@@ -67,6 +78,7 @@ def value_and_grad(
         kind: `"local_entropy"` or `"heat"`, which differentiates the loss.
         temperature: T, in the units of the loss.
         num_samples: loss evaluations of the value, which the default engine shares; of the heat, gradients.
+        mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:
         `(params, rng_key, *args, **kwargs) -> (Estimate, grads)`, pure, for use under `jax.jit`; `grads` has the
@@ -105,12 +117,20 @@ def value_and_grad(
             f"{what}: expected shift as an engine that makes draws, such as shift.Importance(1000), got "
             f"{shift!r}."
         )
+    mesh = check_mesh(mesh, f"{what}: mesh", external=loss.is_external)
     heat = kind == "heat"
     names = ['kind="heat"'] if heat else [type(engine).__name__] * engine.uses_gradient
     check_differentiable(names, loss, what, REMEDY)
     start = RegularizedLoss.unchecked(loss, Gaussian.isotropic(loss.x0, tau), loss.arguments, 1.0)
     if names and is_concrete(start):
         check_gradient(jax.device_get(_look(start)), names, what, REMEDY)
+
+    if heat:
+        find = partial(_heat, num_samples=num_samples)
+    else:
+        find = partial(_local_entropy, engine, num_samples=num_samples, shared=shift is None)
+    # Operation by operation, as outside of `jax.jit`, what devices divide is slow.
+    find = find if mesh is None else jax.jit(on_mesh(mesh, find))
 
     def regularized(params: Any, rng_key: Key, *args: Any, **kwargs: Any) -> tuple[Estimate, Any]:
         rng_key = check_key(rng_key, what)
@@ -119,11 +139,7 @@ def value_and_grad(
         target = RegularizedLoss.unchecked(loss, Gaussian.isotropic(x, tau), arguments, temperature)
         key_batch, *keys = random.split(rng_key, 4)
         target = target.on_batch(key_batch)
-        if heat:
-            estimate, gradient = _heat(keys[0], target, num_samples)
-        else:
-            shared = shift is None
-            estimate, gradient = _local_entropy(keys, target, engine, num_samples, shared=shared)
+        estimate, gradient = here(find(*copied(mesh, (keys, target))))
         remedy = HEAT_REMEDY if kind == "heat" else GRADIENT_REMEDY
         warn_of_errors(what, {"the value": estimate}, remedy)
         return estimate, loss.source.tangent(gradient)  # ty: ignore[missing-union-attribute]
@@ -140,7 +156,7 @@ def _look(target: RegularizedLoss) -> Probe:
 
 @own_settings
 def _local_entropy(
-    keys: list[Key], target: RegularizedLoss, engine: Any, num_samples: int, *, shared: bool
+    engine: Any, keys: list[Key], target: RegularizedLoss, *, num_samples: int, shared: bool
 ) -> tuple[Estimate, Array]:
     _, draws, _ = engine.step(keys[0], engine.init(keys[1], target), target)
     _, fitted, _ = ForwardKL().step(keys[1], (), target, draws)
@@ -148,14 +164,19 @@ def _local_entropy(
         estimate: Estimate = entropy_of_pairs(draws.loss[0], target.temperature)
     else:
         estimate = estimate_entropy(
-            keys[2], target, method="importance", num_samples=num_samples, chunk_size=None
+            keys[2],
+            target,
+            method="importance",
+            num_samples=num_samples,
+            chunk_size=None,
+            mesh=None,
         )
     offset = target.reference.mean - fitted.mean
     return estimate, target.temperature * offset / target.reference.variance
 
 
 @own_settings
-def _heat(rng_key: Key, target: RegularizedLoss, num_samples: int) -> tuple[Estimate, Array]:
+def _heat(keys: list[Key], target: RegularizedLoss, *, num_samples: int) -> tuple[Estimate, Array]:
     reference, evaluate = target.reference, jax.vmap(jax.value_and_grad(target.value))
 
     def pair(total: Array, key: Key) -> tuple[Array, tuple[Array, Array]]:
@@ -163,6 +184,24 @@ def _heat(rng_key: Key, target: RegularizedLoss, num_samples: int) -> tuple[Esti
         value, gradient = evaluate(reference.mean + jnp.stack([offset, -offset]))
         return total + jnp.sum(gradient, 0), (jnp.mean(value), jnp.max(jnp.abs(value)))
 
-    keys = random.split(rng_key, -(-num_samples // 2))
-    total, (means, largest) = lax.scan(pair, jnp.zeros_like(reference.mean), keys)
+    of_pairs = random.split(keys[0], -(-num_samples // 2))
+    zero = jnp.zeros_like(reference.mean)
+    if not is_divided():
+        total, (means, largest) = lax.scan(pair, zero, of_pairs)
+    else:
+        count = len(of_pairs)
+        size = -(-count // num_blocks(count))
+
+        def block(index: Array) -> tuple[Array, tuple[Array, Array]]:
+            places = index * size + jnp.arange(size)
+
+            def one(total: Array, place: Array) -> tuple[Array, tuple[Array, Array]]:
+                after, found = pair(total, of_pairs[jnp.minimum(place, count - 1)])
+                return jnp.where(place < count, after, total), found
+
+            return lax.scan(one, zero, places)
+
+        totals, found = values_of_blocks(block, -(-count // size))
+        means, largest = (a.reshape(-1)[:count] for a in found)
+        total = jnp.sum(totals, 0)
     return heat_of_means(means, jnp.max(largest)), total / (2 * means.size)

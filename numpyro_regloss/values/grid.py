@@ -18,7 +18,6 @@ Rendering" (the mixture).
 
 import difflib
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +27,9 @@ from jax import lax, random
 from jax.scipy.special import logsumexp
 
 from numpyro_regloss._core.checks import check_count, check_key, check_positive
+from numpyro_regloss._core.mesh import check_mesh, copied, mapped, meshed
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
-from numpyro_regloss._core.settings import own_settings
+from numpyro_regloss._core.processes import here
 from numpyro_regloss._core.stats import weight_ess
 from numpyro_regloss._core.tail import tail_error
 from numpyro_regloss._core.types import Array, Key
@@ -142,6 +142,7 @@ def landscape(
     num_points: int | None = None,
     num_samples: int | None = None,
     chunk_size: int = CHUNK_SIZE,
+    mesh: Any = None,
 ) -> Landscape:
     """The plain loss, F_tau and F^H_tau along a line or over a plane through given parameters.
 
@@ -164,6 +165,7 @@ def landscape(
         num_samples: loss evaluations per point; rounded up to whole chunks; default: 400 along
             a line, 64 over a plane.
         chunk_size: evaluations at once, an even number.
+        mesh: devices that divide the points of the grid, see `TwoStep`.
 
     Returns:
         The landscape, which `plots.landscape` draws.
@@ -211,14 +213,11 @@ def landscape(
     num_samples = -(-count // chunk) * chunk
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, kind) - start
     target = RegularizedLoss(loss, Gaussian.isotropic(origin, tau), temperature=temperature)
-    values = _evaluate(
-        rng_key,
-        target.without_batches(),
-        jnp.asarray(offsets, origin.dtype),
-        jnp.asarray(basis, origin.dtype),
-        num_samples=num_samples,
-        chunk_size=chunk,
-    )
+    mesh = check_mesh(mesh, f"{WHAT}: mesh", external=loss.is_external)
+    where = jnp.asarray(offsets, origin.dtype), jnp.asarray(basis, origin.dtype)
+    given = copied(mesh, (rng_key, target.without_batches(), *where))
+    sizes: dict[str, Any] = {"num_samples": num_samples, "chunk_size": chunk, "mesh": mesh}
+    values = here(_evaluate(*given, **sizes))
     shape = tuple(map(len, axes))
     plain, entropy, heat = jax.tree.map(lambda a: a.reshape(shape), values)
     return Landscape(
@@ -315,8 +314,7 @@ def _grid(
     return [np.linspace(low, high, count) for low, high in ends]
 
 
-@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
-@own_settings
+@meshed("num_samples", "chunk_size")
 def _evaluate(
     rng_key: Key,
     target: RegularizedLoss,
@@ -341,7 +339,7 @@ def _evaluate(
         losses = lax.map(target.value, x, batch_size=size)
         return losses[-1], losses[:-1], noise @ axes
 
-    plain, losses, draws = lax.map(at, (random.split(rng_key, len(steps)), steps))
+    plain, losses, draws = mapped(at, (random.split(rng_key, len(steps)), steps))
     draws = places[:, None] + draws
     height = 0.5 * jnp.sum(places**2, 1)
     # Log densities but for a term that cancels.
@@ -366,7 +364,7 @@ def _evaluate(
         heat = _heat(weight.reshape(-1, 2).sum(1), weighted.reshape(-1, 2).sum(1), own)
         return entropy, _unless(~jnp.isfinite(own).all(), heat, jnp.mean(own))
 
-    return plain, *lax.map(regularized, (places, height, losses))
+    return plain, *mapped(regularized, (places, height, losses))
 
 
 def _entropy(log_weight: Array, known: Array, temperature: Array) -> Estimate:

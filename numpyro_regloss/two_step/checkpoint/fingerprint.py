@@ -20,6 +20,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_regloss._core.processes import same_everywhere
 from numpyro_regloss._core.pytree import Constant, Partition, fields_of, has_fields
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.regularized import RegularizedLoss
@@ -51,19 +52,41 @@ def fingerprint(
     Returns:
         Text by name, in the order in which differences are told.
     """
+    found = settings_text(optimizer, arguments, start)
+    last = "rng_key" if "rng_key" in found else "init_state"
+    said = found.pop(last)
+    found[PROGRAM] = _program(optimizer, state.reference, arguments)
+    found[last] = said
+    found["history"] = "all" if row.motion is None else "scalars"
+    return found | types_of("state", state) | types_of("history", row)
+
+
+def settings_text(
+    optimizer: Any, arguments: Partition, start: Any, asked: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """The part of `fingerprint` that needs no trace.
+
+    Args:
+        optimizer: the `TwoStep`.
+        arguments: of the loss.
+        start: the run's key, or the state that it continues.
+        asked: settings of the run, which a later one may change.
+
+    Returns:
+        Text by name.
+    """
     loss = optimizer.loss
-    found = {"precision": str(loss.x0.dtype), "number of parameters": str(loss.dim)}
+    found = {name: repr(value) for name, value in (asked or {}).items()}
+    found |= {"precision": str(loss.x0.dtype), "number of parameters": str(loss.dim)}
     for name, value in fields_of(optimizer).items():
         # A run goes on where there are more devices, or fewer.
         found |= {} if name == "mesh" else dict(_described(name, value))
     found |= dict(_described("arguments of the loss", arguments.tree))
     found["start (the loss's params)"] = _array(loss.x0)
     found |= dict(_described("loss.minibatch", loss.minibatch))
-    found[PROGRAM] = _program(optimizer, state.reference, arguments)
     is_key = isinstance(start, jax.Array)
     found["rng_key" if is_key else "init_state"] = _array(start) if is_key else hash_of(start)[:16]
-    found["history"] = "all" if row.motion is None else "scalars"
-    return found | types_of("state", state) | types_of("history", row)
+    return found
 
 
 def first_difference(
@@ -89,8 +112,9 @@ def first_difference(
 
 
 def host(leaf: Any) -> np.ndarray:
-    """An array on the host; of random keys their data."""
+    """An array on the host; of random keys their data. Of one that processes divide, all of them call this."""
     is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    leaf = same_everywhere(leaf)
     return np.asarray(jax.device_get(jax.random.key_data(leaf) if is_key else leaf))
 
 

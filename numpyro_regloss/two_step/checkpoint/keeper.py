@@ -13,7 +13,6 @@ process ends, the last state has its history. Everything of Orbax is in this mod
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import time
@@ -26,8 +25,8 @@ import numpy as np
 
 from numpyro_regloss.two_step.checkpoint import fingerprint as prints
 from numpyro_regloss.two_step.checkpoint.rows import Rows
-from numpyro_regloss.two_step.checkpoint.settings import Checkpoint
-from numpyro_regloss.two_step.checkpoint.signals import Termination, deferred_interrupts
+from numpyro_regloss.two_step.checkpoint.settings import Checkpoint, room_of
+from numpyro_regloss.two_step.checkpoint.signals import Noted, deferred_interrupts
 from numpyro_regloss.two_step.motion import Path
 
 __all__ = ["Keeper", "Saved", "history_of", "write_whole"]
@@ -60,7 +59,7 @@ class Saved(NamedTuple):
 
 
 class Keeper:
-    """Saves a run into its folder.
+    """Saves a run into its folder; of several processes the first one does.
 
     Args:
         settings: where and how often.
@@ -79,19 +78,18 @@ class Keeper:
     ) -> None:
         self.settings, self.folder = settings, pathlib.Path(settings.folder)
         self.state, self.row = state, row
-        self.termination = Termination()
+        self.termination = Noted()
         self._orbax = _orbax()
-        self._writes = jax.process_index() == 0
         seconds = jax.ShapeDtypeStruct((), np.float64)
         center = jax.ShapeDtypeStruct(state.reference.mean.shape, state.reference.mean.dtype)
         step = jax.ShapeDtypeStruct((), np.int64)
         with self._told(), contextlib.ExitStack() as opened:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check(fingerprint)
-            self.history = Rows(self.folder / HISTORY, (row, seconds), writes=self._writes)
+            self.history = Rows(self.folder / HISTORY, (row, seconds))
             opened.callback(self.history.close)
             self._lock()
-            self.centers = Rows(self.folder / CENTERS, (step, center), writes=self._writes)
+            self.centers = Rows(self.folder / CENTERS, (step, center))
             opened.callback(self.centers.close)
             self._manager = self._managed()
             opened.pop_all()
@@ -159,8 +157,7 @@ class Keeper:
 
     def room(self, done: int) -> float:
         """How many steps there are until the next state is due, where steps are counted."""
-        every = self.settings.every
-        return math.inf if isinstance(every, float) else every - done % every
+        return room_of(self.settings, done)
 
     def keep(self, state: Any, rows: Any, done: int, path: Path | None) -> None:
         """Saves a state in the background, if one is due.
@@ -219,23 +216,27 @@ class Keeper:
         return "terminated" if cause is None and self.termination.came else cause
 
     def _managed(self) -> Any:
+        # Of several processes this one alone: Orbax waits for no other.
+        me = jax.process_index()
+        alone = self._orbax.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        (self.folder / STATES).mkdir(exist_ok=True)
         options = self._orbax.CheckpointManagerOptions(
-            max_to_keep=self.settings.keep, cleanup_tmp_directories=True, create=True
+            max_to_keep=self.settings.keep,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=alone,
         )
         return self._orbax.CheckpointManager(self.folder / STATES, options=options)
 
     def _save(self, state: Any, rows: Any, done: int, path: Path | None) -> None:
-        if self._writes:
-            new = jax.tree.map(lambda a: a[self._rows : done], rows)
-            self.history.write(new, self._rows)
-            centers = {} if path is None else path.kept
-            kept = sorted(centers)
-            if kept[self._num_centers :]:
-                steps = np.array(kept[self._num_centers :], np.int64)
-                self.centers.write(
-                    (steps, np.stack([centers[i] for i in steps])), self._num_centers
-                )
-            self._num_centers = len(kept)
+        new = jax.tree.map(lambda a: a[self._rows : done], rows)
+        self.history.write(new, self._rows)
+        centers = {} if path is None else path.kept
+        kept = sorted(centers)
+        if kept[self._num_centers :]:
+            steps = np.array(kept[self._num_centers :], np.int64)
+            self.centers.write((steps, np.stack([centers[i] for i in steps])), self._num_centers)
+        self._num_centers = len(kept)
         self._rows = done
         leaves = {
             str(i): prints.host(a) for i, a in enumerate(jax.tree.leaves(state)) if np.size(a)
@@ -277,13 +278,12 @@ class Keeper:
                     f"TwoStep.run: expected a new or empty folder, or that of a run, got {self.folder} with "
                     f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''} and no {MANIFEST}; {ANOTHER}."
                 )
-            if self._writes:
-                known = {
-                    "format": FORMAT,
-                    "versions": prints.versions(),
-                    "fingerprint": fingerprint,
-                }
-                write_whole(manifest, json.dumps(known, indent=1).encode())
+            known = {
+                "format": FORMAT,
+                "versions": prints.versions(),
+                "fingerprint": fingerprint,
+            }
+            write_whole(manifest, json.dumps(known, indent=1).encode())
             return
         try:
             known = json.loads(manifest.read_text())
@@ -307,8 +307,6 @@ class Keeper:
             )
 
     def _lock(self) -> None:
-        if not self._writes:
-            return
         try:
             import fcntl  # noqa: PLC0415
         except ImportError:  # Windows
@@ -325,7 +323,7 @@ class Keeper:
 
     def _set_aside(self, steps: list[int]) -> None:
         # A later state of the same number needs the place.
-        for step in steps if self._writes else ():
+        for step in steps:
             place = self.folder / UNREADABLE
             place.mkdir(exist_ok=True)
             os.replace(self.folder / STATES / str(step), place / f"{step}-{time.time_ns()}")

@@ -23,22 +23,18 @@ class Rows:
     Args:
         path: of the file.
         row: shapes and types of one row, a pytree.
-        writes: whether this process writes.
     """
 
-    def __init__(self, path: Path, row: Any, *, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, row: Any) -> None:
+        self.path = path
         leaves, self.structure = jax.tree.flatten(row)
         self.types = [(np.dtype(leaf.dtype), tuple(leaf.shape)) for leaf in leaves]
         self.widths = [t.itemsize * int(np.prod(shape, dtype=int)) for t, shape in self.types]
         self.size = sum(self.widths) + 4
-        if writes:
-            # Not "a+b": that writes at the end, whatever was sought.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            # Without a buffer: on a full disk it would be written again when the file is closed.
-            self.file = os.fdopen(descriptor, "r+b", buffering=0)
-        else:
-            self.file = path.open("rb", buffering=0)
+        # Not "a+b": that writes at the end, whatever was sought.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # Without a buffer: on a full disk it would be written again when the file is closed.
+        self.file = os.fdopen(descriptor, "r+b", buffering=0)
 
     def write(self, tree: Any, start: int) -> None:
         """Writes rows, to the disk and not only to its cache.

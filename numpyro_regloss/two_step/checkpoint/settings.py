@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where and how often a run is saved."""
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from numpyro_regloss._core.checks import check_count, check_positive
 
-__all__ = ["Checkpoint", "settings_of"]
+__all__ = ["Checkpoint", "room_of", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,17 @@ def settings_of(given: Any) -> Checkpoint:
             "Loss.from_model."
         )
     return replace(given, folder=Path(given.folder).expanduser().absolute())
+
+
+def room_of(settings: Checkpoint, done: int) -> float:
+    """How many steps there are until the next state is due, where steps are counted.
+
+    Args:
+        settings: of a run.
+        done: steps that were done.
+
+    Returns:
+        A number of steps, or infinity.
+    """
+    every = settings.every
+    return math.inf if isinstance(every, float) else every - done % every

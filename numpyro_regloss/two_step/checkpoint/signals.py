@@ -8,28 +8,34 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Termination", "deferred_interrupts"]
+__all__ = ["Noted", "deferred_interrupts"]
 
 
-class Termination:
-    """Within it SIGTERM is noted rather than obeyed; in the main thread, where alone Python handles signals."""
+class Noted:
+    """Within it a signal is noted rather than obeyed; in the main thread, where alone Python handles signals.
 
-    def __init__(self) -> None:
-        self.came = False
+    Args:
+        number: of the signal.
+        once: whether the second one is obeyed as before.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM, *, once: bool = False) -> None:
+        self.number, self.once, self.came = number, once, False
         self._before = None
 
-    def __enter__(self) -> "Termination":
+    def __enter__(self) -> "Noted":
         # A handler that was not set from Python could not be put back.
-        if _in_main_thread() and signal.getsignal(signal.SIGTERM) is not None:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if _in_main_thread() and signal.getsignal(self.number) is not None:
+            self._before = signal.signal(self.number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(self.number, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        if self.came and self.once and callable(self._before):
+            self._before(number, frame)
         self.came = True
 
 
