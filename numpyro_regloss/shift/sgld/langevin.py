@@ -110,14 +110,16 @@ class LangevinChains(NamedTuple):
 
     Attributes:
         x: `(chain, dim)`.
-        gradient: of the loss, `(chain, dim)`.
-        loss: `(chain,)`.
+        gradient: of the loss there, `(chain, dim)`; None where it is met with the next step alone.
+        loss: `(chain,)`, there, or with minibatches where the last step began.
+        first: the loss where the chains began, `(chain,)`.
         moment: of the gradients so far, for `RMSprop`, or None.
     """
 
     x: Array
-    gradient: Array
+    gradient: Array | None
     loss: Array
+    first: Array
     moment: Any
 
 
@@ -188,11 +190,12 @@ def store(
     ) -> tuple[LangevinChains, Array, Array]:
         chains, x, loss = advance(j, now[0]), now[1], now[2]
         row = jnp.maximum(j - num_warmup, 0)
-        return chains, x.at[row].set(chains.x), loss.at[row].set(chains.loss)
+        return chains, x.at[:, row].set(chains.x), loss.at[:, row].set(chains.loss)
 
-    rows = (jnp.zeros((num_samples, *a.shape), a.dtype) for a in (chains.x, chains.loss))
-    last, x, loss = lax.fori_loop(0, num_warmup + num_samples, body, (chains, *rows))
-    return last, jnp.swapaxes(x, 0, 1), loss.T
+    num_chains, dim = chains.x.shape
+    x = jnp.zeros((num_chains, num_samples, dim), chains.x.dtype)
+    loss = jnp.zeros((num_chains, num_samples), chains.loss.dtype)
+    return lax.fori_loop(0, num_warmup + num_samples, body, (chains, x, loss))
 
 
 def sum_up(
@@ -315,26 +318,50 @@ def diagnose(x: Array, log_weight: Array, spread: Array | None) -> tuple[Array, 
         where a draw is not finite.
     """
     size = -(-x.shape[1] // NUM_BATCHES)
-
-    def batched(values: Array) -> Array:
-        values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % size), (0, 0)))
-        return jnp.sum(values.reshape(len(values), -1, size, values.shape[-1]), 2)
-
     weight = normalize_log_weight(log_weight)
     center = x[0, 0]
-    offset = x - center
-    square = weight.reshape(-1) @ (offset**2).reshape(-1, x.shape[-1])
+    if size == 1:
+        share, means = weight, x - center
+        first = weight[..., None] * means
+        square = jnp.sum(weight[..., None] * means**2, (0, 1))
+    else:
+        share, first, square, means = _in_batches(x, weight, center, size)
     if spread is not None:
-        square = square + weight.reshape(-1) @ spread.reshape(-1, x.shape[-1])
-    share, first = batched(weight[..., None]), batched(weight[..., None] * offset)
+        square = square + jnp.sum(weight[..., None] * spread, (0, 1))
     mean = jnp.sum(first, (0, 1))
     variance = jnp.sum(square - mean**2)
-    error = jnp.sum((first - share * mean) ** 2)
+    error = jnp.sum((first - share[..., None] * mean) ** 2)
     error = error / jnp.maximum(1.0 - jnp.sum(share**2), 1e-3)
     ess = variance / jnp.where(error > 0, error, 1.0)
-    # Without weights, which may be zero, and without a last batch that is shorter.
-    means = batched(offset)[:, : x.shape[1] // size] if size > 1 else offset
     return jnp.where(jnp.isfinite(ess), ess, 0.0), _growth(means)
+
+
+def _in_batches(
+    x: Array, weight: Array, center: Array, size: int
+) -> tuple[Array, Array, Array, Array]:
+    # Weights, weighted sums and means of batches about the center, and the weighted sum of squares, in one passage
+    # over the draws: they are too many for the cache.
+    whole, rest = divmod(x.shape[1], size)
+
+    def add(square: Array, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        offset = x - center
+        first = jnp.einsum("cn,cnd->cd", weight, offset)
+        square = square + jnp.einsum("cn,cnd->d", weight, offset**2)
+        return square, (jnp.sum(weight, 1), first, jnp.mean(offset, 1))
+
+    def one(square: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        part = (lax.dynamic_slice_in_dim(a, b * size, size, 1) for a in (x, weight))
+        return add(square, *part)
+
+    square, found = lax.scan(one, jnp.zeros_like(center), jnp.arange(whole))
+    share, first, means = (jnp.moveaxis(a, 0, 1) for a in found)
+    if rest:
+        # Without a mean: its moves would be of another length.
+        square, last = add(square, x[:, whole * size :], weight[:, whole * size :])
+        share, first = (
+            jnp.concatenate([a, b[:, None]], 1) for a, b in zip((share, first), last, strict=False)
+        )
+    return share, first, square, means
 
 
 def _growth(x: Array) -> Array:
