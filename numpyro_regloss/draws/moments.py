@@ -15,6 +15,7 @@ from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.draws.base import Chunk, Draws, Shared
+from numpyro_regloss.draws.batches import NUM_BATCHES, batch_size_of, in_batches
 from numpyro_regloss.draws.control_variates import Chains, Control, choose, series_error
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -30,6 +31,8 @@ __all__ = [
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
 LEAST_DRAWS = 4
+# Of more numbers than this, errors of chains without scores are those of means of batches.
+MANY_NUMBERS = 2**22
 # Of larger blocks covariance errors follow from a matrix per block, of smaller ones from products of members.
 MEMBERS = 2
 # Rounding of a sum in units of the last digit of its largest term: a floor of errors.
@@ -98,14 +101,19 @@ def of_draws(
     """
     if draws.block_size is not None and draws.score is None:
         return of_blocks(draws, unit, structure=structure)
+    x, log_weight, spread = draws.x, draws.log_weight, draws.spread
+    many = x.size > MANY_NUMBERS and x.shape[1] > NUM_BATCHES
+    if many and spread is None and draws.score is None and structure != "dense":
+        # Autocorrelations of all coordinates would take longer than the draws did.
+        x, log_weight, spread = in_batches(x, log_weight, batch_size_of(x.shape[1]))
     return of_chains(
-        draws.x,
-        draws.log_weight,
+        x,
+        log_weight,
         draws.score,
         log_density,
         structure=structure,
         control=control,
-        spread=draws.spread,
+        spread=spread,
         block_size=draws.block_size,
     )
 

@@ -11,9 +11,10 @@ and only if the eigenvalues of η A stay below 2. In general averages are biased
 discretization and by the noise of the batches, as long as P is fixed.
 
 With a perturbation p the gradient is that at z + sqrt(p) ζ, fresh normal ζ at every step: an unbiased gradient
-of the heat regularization F^H_p(z) = E loss(z + sqrt(p) ζ), so that the chain samples exp(-F^H_p / T) N(centre, Σ),
-up to a bias of first order in η. F^H_p is loss + p tr(Hessian) / 2 up to terms of p², small where a minimum is
-flat. Of a quadratic loss the trace is a constant: the law keeps its mean, and its covariance is the C of
+of the heat regularization F^H_p(z) = E loss(z + sqrt(p) ζ), so that the chain samples
+exp(-F^H_p / T) N(centre, Σ), up to a bias of first order in η. F^H_p is loss + p tr(Hessian) / 2 up to terms
+of p², small where a minimum is flat. Of a quadratic loss the trace is a constant: the law keeps its mean, and its
+covariance is the C of
 
     C = (I - η P A) C (I - η P A)ᵀ + 2 η T P + η² p P H² P,
 
@@ -57,6 +58,7 @@ from numpyro_regloss._core.pytree import (
 )
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import BatchMeans, StoredDraws
+from numpyro_regloss.draws.batches import NUM_BATCHES
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.sgld import langevin
@@ -67,7 +69,7 @@ __all__ = ["SGLD", "RMSprop", "SGLDInfo", "SGLDState"]
 # Draws of up to four megabytes are stored where a dense covariance may be wanted; else means of batches are, as
 # many as tell their errors and cost little beside the chain.
 KEPT_ELEMENTS, KEPT_DIM = 2**20, 1_000
-MOST_BATCHES, LEAST_BATCHES = langevin.NUM_BATCHES, 4
+MOST_BATCHES, LEAST_BATCHES = NUM_BATCHES, 4
 # Power iterations at the first step; later steps refine the direction by one each.
 FIRST_ITERATIONS = 10
 # An eigenvalue of the step from which a chain diverges, and by how much its moves have grown when it did.
@@ -105,8 +107,8 @@ class SGLDInfo(NamedTuple):
         num_grad: gradient evaluations, warm-up and the look at the curvature included.
         step_size: the largest one.
         stability: step size times the steepest curvature of the regularized target, on one batch where a chain
-            starts; from 2 on chains diverge, and well below 1 the bias is small. Where one did not look it is by the
-            curvature of the last look.
+            starts; from 2 on chains diverge, and well below 1 the bias is small. Where one did not look the
+            curvature is that of the last look.
         growth: how much longer moves are at the end than in the beginning; far above one they diverge.
         ess: effective sample size of the mean, from batches of the chain, over all coordinates together.
         looked: whether the curvature was looked at, see `diagnose_every`.
@@ -331,7 +333,7 @@ class SGLD(Shift):
         return old._replace(age=jnp.zeros_like(old.age))
 
     def center_loss(self, draws: StoredDraws | BatchMeans) -> Array | None:
-        """The loss that came with the first gradients; None where chains start elsewhere, or aside of the centre."""
+        """The loss that came with the first gradients; None where it is not that of the centre."""
         return draws.center_loss
 
     @property

@@ -23,6 +23,7 @@ from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, strip_weak_types
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.batches import batch_size_of, in_batches
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -42,8 +43,6 @@ __all__ = [
 ]
 
 NOISES = ("normal", "two_point")
-# Batches whose means tell how fast a chain mixes.
-NUM_BATCHES = 32
 
 
 class SecondMoment(NamedTuple):
@@ -317,51 +316,21 @@ def diagnose(x: Array, log_weight: Array, spread: Array | None) -> tuple[Array, 
         second half than in the first, as a ratio of root mean squares; one for fewer than four moves, infinite
         where a draw is not finite.
     """
-    size = -(-x.shape[1] // NUM_BATCHES)
+    size = batch_size_of(x.shape[1])
+    whole = x.shape[1] // size
+    if size > 1:
+        x, log_weight, spread = in_batches(x, log_weight, size)
     weight = normalize_log_weight(log_weight)
-    center = x[0, 0]
-    if size == 1:
-        share, means = weight, x - center
-        first = weight[..., None] * means
-        square = jnp.sum(weight[..., None] * means**2, (0, 1))
-    else:
-        share, first, square, means = _in_batches(x, weight, center, size)
-    if spread is not None:
-        square = square + jnp.sum(weight[..., None] * spread, (0, 1))
+    offset = x - x[0, 0]
+    square = offset**2 if spread is None else offset**2 + spread
+    first = weight[..., None] * offset
     mean = jnp.sum(first, (0, 1))
-    variance = jnp.sum(square - mean**2)
-    error = jnp.sum((first - share[..., None] * mean) ** 2)
-    error = error / jnp.maximum(1.0 - jnp.sum(share**2), 1e-3)
+    variance = jnp.sum(jnp.sum(weight[..., None] * square, (0, 1)) - mean**2)
+    error = jnp.sum((first - weight[..., None] * mean) ** 2)
+    error = error / jnp.maximum(1.0 - jnp.sum(weight**2), 1e-3)
     ess = variance / jnp.where(error > 0, error, 1.0)
-    return jnp.where(jnp.isfinite(ess), ess, 0.0), _growth(means)
-
-
-def _in_batches(
-    x: Array, weight: Array, center: Array, size: int
-) -> tuple[Array, Array, Array, Array]:
-    # Weights, weighted sums and means of batches about the center, and the weighted sum of squares, in one passage
-    # over the draws: they are too many for the cache.
-    whole, rest = divmod(x.shape[1], size)
-
-    def add(square: Array, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        offset = x - center
-        first = jnp.einsum("cn,cnd->cd", weight, offset)
-        square = square + jnp.einsum("cn,cnd->d", weight, offset**2)
-        return square, (jnp.sum(weight, 1), first, jnp.mean(offset, 1))
-
-    def one(square: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        part = (lax.dynamic_slice_in_dim(a, b * size, size, 1) for a in (x, weight))
-        return add(square, *part)
-
-    square, found = lax.scan(one, jnp.zeros_like(center), jnp.arange(whole))
-    share, first, means = (jnp.moveaxis(a, 0, 1) for a in found)
-    if rest:
-        # Without a mean: its moves would be of another length.
-        square, last = add(square, x[:, whole * size :], weight[:, whole * size :])
-        share, first = (
-            jnp.concatenate([a, b[:, None]], 1) for a, b in zip((share, first), last, strict=False)
-        )
-    return share, first, square, means
+    # Without a last batch that is shorter.
+    return jnp.where(jnp.isfinite(ess), ess, 0.0), _growth(x[:, :whole])
 
 
 def _growth(x: Array) -> Array:
