@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does an update of a network cost beside its gradients, and what is it worth against SGD?
 
-A network with 32 hidden units, 784-32-10 on MNIST (`--data mnist.npz`, with the arrays x_train, y_train, x_test and
-y_test) and 64-32-10 on scikit-learn's digits. Updates of heat and SGLD local entropy take five gradients, each of
-a fifth of a batch of 256 or each of a batch of 256.
+A network with 32 hidden units, 784-32-10 on MNIST (`--data mnist.npz`, with the arrays x_train, y_train, x_test
+and y_test) and 64-32-10 on scikit-learn's digits. Updates of heat and SGLD local entropy take five gradients, each
+of a fifth of a batch of 256 or each of a batch of 256.
 
-Price: gradients per update, counted by the engines over a whole run, and time per update over that of a bare loop of
-five gradients of as many rows, each with its batch and its normal noise. All are timed in turn; ratios are medians
-over rounds of the ratio within a round.
+Price: gradients per update, counted by the engines over a whole run, and time per update over that of a bare loop
+of five gradients of as many rows, each with its batch and its normal noise. All are timed in turn; ratios are
+medians over rounds of the ratio within a round.
 
 Accuracy on the test images after 100, 200, ... updates from equal starts: SGD takes one step per update, with the
 rate tau / T of the others and all the rows that these see in an update. Rows of `entropy_sgd` see more: 20 batches
@@ -64,8 +64,8 @@ def methods(data, seed, rate, batch):
     loss = Loss.from_function(network, start(seed, x.shape[1]), x, y, minibatch=batch)
     temperature = 1 / len(x)
     tau = rate * temperature
-    # Half of the way to a flat direction's minimum in each step, and more weight on later draws.
-    chain = shift.SGLD(0.5 * rate, INNER_STEPS, averaging_decay=0.5)
+    # Most of the way to the minimum of a flat direction in each step, and more weight on later draws.
+    chain = shift.SGLD(0.7 * rate, INNER_STEPS, averaging_decay=0.5)
     return {
         "heat": schemes.heat(loss, tau, fit.RobbinsMonro(INNER_STEPS), temperature=temperature),
         "SGLD": schemes.local_entropy(loss, tau, chain, temperature=temperature),
@@ -104,7 +104,9 @@ def price(data, num_updates, repeats):
         optimizers = methods(data, 0, 0.5, batch)
         loss = optimizers["heat"].loss
         target = loss_target(optimizers["heat"])
-        calls = {"five gradients": lambda t=target: bare(random.key(0), t, num_updates, INNER_STEPS)}
+        calls = {
+            "five gradients": lambda t=target: bare(random.key(0), t, num_updates, INNER_STEPS)
+        }
         counts = {"five gradients": float(INNER_STEPS)}
         for name, optimizer in optimizers.items():
             state = optimizer.init(random.key(0))
@@ -171,9 +173,7 @@ def accuracy(data, seeds, rates, num_hundreds, length):
             "method": name,
             "rate tau / T": rate,
             "rows / update": rows,
-            **{
-                f"{length * (i + 1)}": float(np.mean(paths, 0)[i]) for i in range(num_hundreds)
-            },
+            **{f"{length * (i + 1)}": float(np.mean(paths, 0)[i]) for i in range(num_hundreds)},
             "sd": float(np.std(np.asarray(paths)[:, -1])),
         }
         for (name, rate, rows), paths in found.items()
@@ -183,9 +183,7 @@ def accuracy(data, seeds, rates, num_hundreds, length):
 def follow(optimizer, key, num_hundreds, length, test):
     state, path = None, []
     for _ in range(num_hundreds):
-        result = optimizer.run(
-            key, length, init_state=state, progress_bar=False, history="scalars"
-        )
+        result = optimizer.run(key, length, init_state=state, progress_bar=False, history="scalars")
         state = result.state
         path.append(float(test(optimizer.loss, state.reference.mean)))
     return path

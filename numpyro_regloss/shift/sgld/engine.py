@@ -109,9 +109,11 @@ class SGLDInfo(NamedTuple):
         stability: step size times the steepest curvature of the regularized target, on one batch where a chain
             starts; from 2 on chains diverge, and well below 1 the bias is small. Where one did not look the
             curvature is that of the last look.
-        growth: how much longer moves are at the end than in the beginning; far above one they diverge.
-        ess: effective sample size of the mean, from batches of the chain, over all coordinates together.
-        looked: whether the curvature was looked at, see `diagnose_every`.
+        growth: how much longer moves are at the end than in the beginning; far above one they diverge. NaN where
+            one did not look and the step size is stable.
+        ess: effective sample size of the mean, from batches of the chain, over all coordinates together; NaN in
+            the same steps.
+        looked: whether curvature, growth and ess were looked at, see `diagnose_every`.
     """
 
     ok: Array
@@ -157,8 +159,8 @@ class SGLD(Shift):
             parameters; a number, or `(dim,)` in the order of `loss.flat_names`. Gradients are then taken at
             points that much aside, one per step: Langevin dynamics on the heat regularization of the loss
             (fSGLD). Losses are those at the perturbed points. The noise is of the kind that `noise` says.
-        diagnose_every: outer steps from one look at the curvature to the next; a rejected step is followed by
-            one. Default: so many that they cost some 3 % of the gradients, besides the first look.
+        diagnose_every: outer steps from one look at curvature, growth and ess to the next; a rejected step is
+            followed by one. Default: so many that they cost some 3 % of the gradients, besides the first look.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -435,13 +437,17 @@ class SGLD(Shift):
         spent: Array,
         looked: Array,
     ) -> SGLDInfo:
-        ess, grown = langevin.diagnose(draws.x, draws.log_weight, draws.spread)
         finite = jnp.isfinite(draws.x).all() & jnp.isfinite(draws.loss).all()
-        finite = finite & jnp.isfinite(last.x).all()
         if last.gradient is not None:
             finite = finite & jnp.isfinite(last.gradient).all()
         largest = self._largest_step_size(draws.x.dtype)
         stability = largest * curvature
+        unknown = jnp.full((), jnp.nan, draws.x.dtype)
+        ess, grown = lax.cond(
+            looked | (stability >= LIMIT),
+            lambda: langevin.diagnose(draws.x, draws.log_weight, draws.spread),
+            lambda: (unknown, unknown),
+        )
         diverged = (stability >= LIMIT) & (grown > EXPLODED)
         return SGLDInfo(
             ok=finite & ~diverged,
