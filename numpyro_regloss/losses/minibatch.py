@@ -32,6 +32,7 @@ class Minibatch:
         argnames: names of the keyword arguments that hold data.
         split: whether an outer step of `fit.RobbinsMonro` or `shift.SGLD` takes one batch, of which each
             inner step gets an equal share (256 rows over five steps are 51 each), instead of a batch for each.
+        copies: replicas that a batch is for, as `schemes.parle` sets it: a share has as many rows for each.
 
     Raises:
         TypeError: if a count, position or name is of the wrong kind.
@@ -46,7 +47,6 @@ class Minibatch:
     argnums: int | tuple[int, ...] | None = None
     argnames: str | tuple[str, ...] | None = None
     split: bool = False
-    # How many replicas a batch is for, each of which has as many rows of every share.
     copies: int = dataclasses.field(default=1, repr=False)
 
     def __post_init__(self) -> None:
