@@ -175,6 +175,10 @@ def check_infos(result):
             if rows is None:  # names, which only samples with sites have
                 continue
             taken = rows[history.ok]
+            if name == "residual" and isinstance(info, RobbinsMonroInfo):
+                looked = info.looked[history.ok]
+                assert np.isnan(taken[~looked]).all()
+                taken = taken[looked]
             assert not np.isnan(taken).any(), name
             # Of a stochastic root that met numbers near overflow the error is unknown, which is infinite.
             unknown = name == "mean_error" and isinstance(info, RobbinsMonroInfo)
@@ -204,9 +208,12 @@ def check_counts(engine, result, known):
         least = least + CHAINS + 1 + CHAINS * SAMPLES
         most = most + CHAINS + 1 + CHAINS * (WARMUP + SAMPLES) * path
     elif engine == "robbins_monro":
-        # Pairs: five steps, the residual, and for the curvature one secant, ten before the first success.
+        # Pairs: five steps, and where one looks, as after every rejection, the residual, and for the curvature one
+        # secant, ten before the first success.
         known = np.append(known, known | np.logical_or.accumulate(history.ok))[:-1]
-        least = most = 2 * (5 + 1 + 1 + np.where(known, 1, 10))
+        looked = history.fit.looked
+        assert looked[1:][~history.ok[:-1]].all()
+        least = most = 2 * (5 + looked * (1 + 1 + np.where(known, 1, 10)))
     elif "reverse" in engine:
         least, most = least + 4, most + 10 * 4
     assert ((history.num_loss >= least_loss) & (history.num_loss <= most_loss)).all()

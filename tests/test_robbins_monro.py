@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Counter, long
+from conftest import SIGMAS, Counter, long
 from jax import random
 from numpy.polynomial.hermite_e import hermegauss
 from scipy.optimize import root
@@ -209,6 +209,86 @@ def test_evaluations_are_counted(method):
     if method.tolerance is not None:
         assert info.converged
         assert info.num_steps < 500
+
+
+def test_an_update_by_minibatches_is_its_gradients():
+    calls = []
+
+    def counted(x, rows):
+        jax.debug.callback(lambda x: calls.append(1), x[0])
+        return jnp.mean((rows @ x - 1.0) ** 2)
+
+    rows = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+    loss = Loss.from_function(counted, np.zeros(3), rows, minibatch=Minibatch(64, split=True))
+    optimizer = schemes.heat(loss, 1e-3, RobbinsMonro(5), temperature=0.01)
+    state = optimizer.init(random.key(0))
+    jax.effects_barrier()
+    calls.clear()
+    _, history = optimizer.scan(state, 100)
+    jax.effects_barrier()
+    assert len(calls) == np.sum(history.num_grad) <= 5.25 * 100
+    assert np.all(history.num_loss == 0)
+    looked = np.asarray(history.fit.looked)
+    np.testing.assert_array_equal(np.flatnonzero(looked), [0, 20, 40, 60, 80])
+    np.testing.assert_array_equal(np.isnan(history.fit.residual), ~looked)
+    # Κ is carried on, and losses come with the gradients: the start's is one.
+    kappa = np.asarray(history.fit.curvature).reshape(-1, 20)
+    assert np.all(kappa == kappa[:, :1])
+    assert abs(history.loss[0] - 1.0) < 0.3
+
+
+def test_natural_steps_of_minibatches_are_calibrated_where_the_loss_is_flat():
+    # Curvature times tau of a tenth: what twelve gradients of single rows say of their mean.
+    rows = np.random.default_rng(2).normal(1.0, 1.0, (4096, 5)).astype(np.float32)
+    loss = Loss.from_function(
+        lambda x, rows: 0.5 * jnp.mean(jnp.sum((x - rows) ** 2, -1)),
+        np.zeros(5),
+        rows,
+        minibatch=Minibatch(1),
+    )
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.01), temperature=0.1)
+    exact = rows.mean(0, dtype=float) * 0.1 / 1.1
+    # The 0.025 points of Student's t with 11 degrees of freedom lie at 2.2, not 1.96: 0.924.
+    fitted, info = check_coverage(RobbinsMonro(12), target, exact)
+    assert np.all(info.curvature < 1.0)
+    spread = np.sqrt(np.mean((fitted.mean - exact) ** 2, 0) / np.mean(info.mean_error**2, 0))
+    # A standard deviation of 200 is known to five per cent; curvature makes errors a tenth too large.
+    np.testing.assert_allclose(spread, 0.92, atol=0.17)
+
+
+def test_steps_of_minibatches_are_cut_where_natural_ones_diverge():
+    rows = np.ones((64, 1), np.float32)
+    loss = Loss.from_function(
+        lambda x, rows: jnp.mean(rows) * 0.5 * jnp.sum(jnp.array([60.0, 1.0]) * (x - 1.0) ** 2),
+        np.zeros(2),
+        rows,
+        minibatch=Minibatch(8),
+    )
+    for tau, natural in ((0.5, False), (0.05, True)):
+        optimizer = schemes.heat(loss, tau, RobbinsMonro(5), temperature=1.0)
+        result = optimizer.run(random.key(0), 40, progress_bar=False)
+        # Thirty and three: five natural steps multiply by binomials of these over five, 1.4e5 and zero.
+        np.testing.assert_allclose(result.history.fit.curvature[0], 60 * tau, rtol=0.05)
+        assert (result.history.fit.curvature[0] < 4) == natural
+        # Standard deviations of the last iterate in the steep direction, of a_j = 1 / j and of a_j = 1 / 31.
+        assert abs(result.params[0] - 1.0) < SIGMAS * (0.11 if natural else 0.7)
+
+
+def test_a_rejected_step_is_followed_by_a_look():
+    loss = Loss.from_function(lambda x: jnp.sum(x**2), np.ones(2))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    method = RobbinsMonro(5, diagnose_every=10)
+    state = method.init(random.key(0), target)
+    after, _, info = method.step(random.key(0), state, target, None)
+    assert info.looked
+    later, _, info = method.step(random.key(1), after, target, None)
+    assert not info.looked
+    again = method.step(random.key(2), method.after_rejection(after, later), target, None)[2]
+    assert again.looked
+    # Carried on, curvature is that of the tau in force.
+    wider = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.2))
+    _, _, info = method.step(random.key(1), after, wider, None)
+    np.testing.assert_allclose(info.curvature, 2 * after.curvature, rtol=1e-5)
 
 
 METHODS = {

@@ -26,6 +26,7 @@ from numpyro_regloss import (
     shift,
 )
 from numpyro_regloss.draws.base import BatchMeans
+from numpyro_regloss.draws.batches import in_batches
 from numpyro_regloss.fit import ForwardKL
 
 FACTOR = np.array([[1.2, 0.0, 0.0], [0.5, 0.9, 0.0], [-0.4, 0.3, 0.5]])
@@ -121,6 +122,98 @@ def test_full_batches_have_the_exact_stationary_moments(noise):
     precision = HESSIAN + 2.0 * np.eye(3)
     exact = np.linalg.inv(precision @ (np.eye(3) - 0.15 * precision))
     np.testing.assert_allclose(law(np.zeros(3), 1.0, 0.3)[1], exact, rtol=1e-10)
+
+
+def test_perturbed_gradients_of_a_quadratic_keep_mean_and_covariance():
+    # C = (I - ηA) C (I - ηA)ᵀ + 2ηT + η² p H²: the last term is what the perturbation adds, of second order.
+    step_size, p = 0.05, 0.3
+    engine = shift.SGLD(
+        step_size, num_samples=60, num_warmup=300, num_chains=CHAINS, perturbation=p
+    )
+    target = target_at(np.zeros(3), 1.0)
+    state = engine.init(random.key(0), target)
+    _, draws, info = one_shift(engine, random.key(1), state, target)
+    assert info.ok
+    assert draws.center_loss is None
+    precision = HESSIAN + 2.0 * np.eye(3)
+    contraction = np.eye(3) - step_size * precision
+    noise = 2.0 * step_size * np.eye(3) + step_size**2 * p * HESSIAN @ HESSIAN
+    covariance = solve_discrete_lyapunov(contraction, noise)
+    mean = law(np.zeros(3), 1.0, step_size)[0]
+    check_law(draws, mean, covariance)
+    # The law of the loss along the chain is shifted by p tr(H) / 2, as F and the heat regularization are.
+    about = mean - MINIMUM
+    expected = 0.5 * (about @ HESSIAN @ about + np.trace(HESSIAN @ covariance))
+    losses = jnp.mean(draws.loss, 1)
+    error = jnp.std(losses, ddof=1) / np.sqrt(CHAINS)
+    assert abs(jnp.mean(losses) - expected - 0.5 * p * np.trace(HESSIAN)) < SIGMAS * error
+
+
+def wells(x):
+    return jnp.sum((x**2 - 1.0) ** 2)
+
+
+def test_perturbed_gradients_sample_the_heat_regularization():
+    # E (z² - 1)² over z ~ N(x, p) is x⁴ + (6p - 2) x² and a constant: a third of it, and the wells are gone.
+    p, temperature, tau = 1 / 3, 0.3, 4.0
+    loss = Loss.from_function(wells, np.zeros(1))
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau), temperature=temperature)
+    grid = np.linspace(-4, 4, 4001)
+    for perturbation, middle in ((None, -2.0), (p, 6 * p - 2.0)):
+        energy = (grid**4 + middle * grid**2) / temperature + 0.5 * grid**2 / tau
+        weight = np.exp(energy.min() - energy)
+        exact = weight @ grid**2 / weight.sum()
+        engine = shift.SGLD(
+            0.004, 1500, num_warmup=500, num_chains=200, perturbation=perturbation, keep="draws"
+        )
+        _, draws, info = one_shift(
+            engine, random.key(1), engine.init(random.key(0), target), target
+        )
+        assert info.ok
+        squares = jnp.mean(draws.x[..., 0] ** 2, 1)
+        error = jnp.std(squares, ddof=1) / np.sqrt(200)
+        # The step size is a hundredth of what the curvature allows, and so is its bias.
+        assert abs(jnp.mean(squares) - exact) < SIGMAS * error + 0.02 * exact
+    # Far apart: 0.3 and 0.9.
+    assert exact < 0.5
+
+
+def test_an_update_by_minibatches_is_its_gradients():
+    calls = []
+
+    def counted(x, rows):
+        jax.debug.callback(lambda x: calls.append(1), x[0])
+        return jnp.mean((rows @ x - 1.0) ** 2)
+
+    rows = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+    loss = Loss.from_function(counted, np.zeros(3), rows, minibatch=Minibatch(64, split=True))
+    optimizer = TwoStep(loss, 1e-3, shift.SGLD(1e-2, 5), ForwardKL(), temperature=0.01)
+    state = optimizer.init(random.key(0))
+    jax.effects_barrier()
+    calls.clear()
+    _, history = optimizer.scan(state, 100)
+    jax.effects_barrier()
+    assert len(calls) == np.sum(history.num_grad) <= 5.25 * 100
+    assert np.all(history.num_loss == 0)
+    looked = np.asarray(history.shift.looked)
+    np.testing.assert_array_equal(np.flatnonzero(looked), 14 * np.arange(8))
+    np.testing.assert_array_equal(np.isnan(history.shift.ess), ~looked)
+    # Of its chain's start, by a batch.
+    assert history.loss[0] == 1.0
+
+
+def test_long_chains_are_judged_by_batches():
+    # As many numbers as make the fit take batches in one passage, and their autocorrelations beside it.
+    x = np.random.default_rng(0).normal(size=(2, 999, 40)).cumsum(1) / 30
+    x = jnp.asarray(x, float)
+    log_weight = 1e-3 * jnp.tile(jnp.arange(999.0), (2, 1))
+    mean, total, spread = in_batches(x, log_weight, 32)
+    weight = jax.nn.softmax(log_weight.reshape(-1))
+    exact = weight @ x.reshape(-1, 40)
+    share = jax.nn.softmax(total.reshape(-1))
+    np.testing.assert_allclose(share @ mean.reshape(-1, 40), exact, atol=1e-5)
+    within = share @ (spread + (mean - exact) ** 2).reshape(-1, 40)
+    np.testing.assert_allclose(within, weight @ (x.reshape(-1, 40) - exact) ** 2, rtol=1e-4)
 
 
 def skewed(x, slope):
@@ -423,6 +516,23 @@ BAD = {
         ).init(random.key(0)),
         ValueError,
         "each of the 3 parameters",
+    ),
+    "perturbation negative": (
+        lambda: shift.SGLD(0.1, 10, perturbation=-1.0),
+        ValueError,
+        "perturbation",
+    ),
+    "perturbation of another loss": (
+        lambda: shift.SGLD(0.1, 10, perturbation=np.ones(2)).init(
+            random.key(0), target_at(np.zeros(3), 1.0)
+        ),
+        ValueError,
+        "each of the 3 parameters",
+    ),
+    "more steps than rows": (
+        lambda: Minibatch(8, split=True).share(10),
+        ValueError,
+        "10 rows at least",
     ),
     "decay of RMSprop": (lambda: shift.RMSprop(decay=1.0), ValueError, "between 0 and 1"),
     "damping of RMSprop": (lambda: shift.RMSprop(damping=0.0), ValueError, "damping"),

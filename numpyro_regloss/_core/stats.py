@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _MIN_DRAWS = 4
+# Half chains of so few draws have their autocorrelations summed directly.
+_FEW_LAGS = 8
 # Of powers of weights: of e^-40 all weights are equal, and steps of its logarithm are a hundredth.
 LEAST_LOG_POWER, NUM_HALVINGS = -40.0, 12
 
@@ -161,10 +163,15 @@ def effective_sample_size(x: Float[Array, "chain draw *event"]) -> Float[Array, 
     count, half = centered.shape[:2]
 
     # Chains are averaged in the frequency domain: one inverse transform per coordinate.
-    length = 1 << (2 * half - 1).bit_length()
-    spectrum = jnp.fft.rfft(jnp.moveaxis(centered, 1, -1), n=length)
-    power = jnp.mean(spectrum.real**2 + spectrum.imag**2, axis=0)
-    covariance = jnp.fft.irfft(power, n=length)[..., :half] / half
+    if half <= _FEW_LAGS:
+        # Transforms of a few numbers each would take many times as long.
+        lags = [centered[:, : half - t] * centered[:, t:] for t in range(half)]
+        covariance = jnp.stack([jnp.mean(jnp.sum(a, 1), 0) for a in lags], -1) / half
+    else:
+        length = 1 << (2 * half - 1).bit_length()
+        spectrum = jnp.fft.rfft(jnp.moveaxis(centered, 1, -1), n=length)
+        power = jnp.mean(spectrum.real**2 + spectrum.imag**2, axis=0)
+        covariance = jnp.fft.irfft(power, n=length)[..., :half] / half
     within = covariance[..., :1] * half / (half - 1)
     total = covariance[..., :1] + jnp.var(mean, axis=0, ddof=1)[..., None]
     rho = 1 - (within - covariance) / jnp.where(equal[..., None], 1, total)

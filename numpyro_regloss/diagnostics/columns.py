@@ -38,7 +38,7 @@ COLUMNS = {
     "num_stages": "rungs of the ladder (SMC)",
     "num_rejected": "evaluations that were not finite",
     "negative_elbo": "of the guide, in the units of the loss (SVI)",
-    "residual": "of the fit's equation",
+    "residual": "of the fit's equation, NaN where it was not looked at",
     "local_entropy": "F_tau at the centre, in the units of the loss",
     "local_entropy_error": "standard error of it",
     "decrease": "of the regularized loss by the step, in the units of the loss",

@@ -275,7 +275,10 @@ def _residual(run: Run) -> str:
     if "curvature" in known:
         # As long as directions in which the loss is flat take to move, see `RobbinsMonro`.
         needed = np.median(1 + fit.curvature)
-        far = np.median(fit.residual[run.history.ok] - run.motion.lengths("pull")) > 0
+        # Only some steps look at their residual.
+        ok = run.history.ok
+        farther = (fit.residual[ok] - run.motion.lengths("pull"))[fit.looked[ok]]
+        far = farther.size and np.median(farther) > 0
         if not (needed > np.median(fit.num_steps) and far):
             return ""
         return (

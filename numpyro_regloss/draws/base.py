@@ -144,6 +144,7 @@ class StoredDraws:
         block_size: see `Draws`; None (Markov chains) by default.
         stats: `(chain, draw)` each, by ArviZ's names of the statistics of a sampler, or None; for views of the
             draws, never for a fit.
+        center_loss: at the reference's mean, if it was evaluated with the draws, else None.
     """
 
     x: Array
@@ -153,6 +154,7 @@ class StoredDraws:
     score: Array | None = None
     block_size: int | None = static_field(default=None)
     stats: dict[str, Array] | None = None
+    center_loss: Array | None = None
 
     spread: ClassVar[Array | None] = None
 
@@ -177,6 +179,7 @@ class BatchMeans(StoredDraws):
         loss: means of the batches, `(chain, batch)`.
         temperature: scalar.
         spread: variances within the batches, like `x`.
+        center_loss: at the reference's mean, if it was evaluated with the draws, else None.
     """
 
     spread: Any = None  # ty: ignore

@@ -7,6 +7,8 @@ any, become control variates. Clouds of independent blocks (antithetic pairs) ar
 are the delta method's, of a block that is left out.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from numpyro_regloss._core.linalg import after
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.draws.base import Chunk, Draws, Shared
+from numpyro_regloss.draws.batches import NUM_BATCHES, batch_size_of, in_batches
 from numpyro_regloss.draws.control_variates import Chains, Control, choose, series_error
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -30,6 +33,9 @@ __all__ = [
 # A mean that hangs on one draw cannot tell its own error.
 DOMINANT_WEIGHT = 0.999
 LEAST_DRAWS = 4
+# Of more numbers than this, errors of chains without scores are those of means of batches.
+MANY_NUMBERS = 2**22
+FEW_ROWS = 8
 # Of larger blocks covariance errors follow from a matrix per block, of smaller ones from products of members.
 MEMBERS = 2
 # Rounding of a sum in units of the last digit of its largest term: a floor of errors.
@@ -98,14 +104,19 @@ def of_draws(
     """
     if draws.block_size is not None and draws.score is None:
         return of_blocks(draws, unit, structure=structure)
+    x, log_weight, spread = draws.x, draws.log_weight, draws.spread
+    many = x.size > MANY_NUMBERS and x.shape[1] > NUM_BATCHES
+    if many and spread is None and draws.score is None and structure != "dense":
+        # Autocorrelations of all coordinates would take longer than the draws did.
+        x, log_weight, spread = in_batches(x, log_weight, batch_size_of(x.shape[1]))
     return of_chains(
-        draws.x,
-        draws.log_weight,
+        x,
+        log_weight,
         draws.score,
         log_density,
         structure=structure,
         control=control,
-        spread=draws.spread,
+        spread=spread,
         block_size=draws.block_size,
     )
 
@@ -165,6 +176,8 @@ def of_chains(
         log_density = jnp.where(used, log_density, log_density[jnp.argmax(weight)])
         # Its triangular solve, where the reference is dense, comes before ours.
         flat = after(log_density[0], flat)
+    if score is None and structure is None:
+        return _mean_alone(flat, weight, x.shape[0], block_size)
     mean, unit, z = standardized(flat, weight)
     if score is not None:
         # Copies of the heaviest draw, as its x and its density are: no jump is seen on the way to them.
@@ -202,6 +215,43 @@ def of_chains(
         of_mean.compatible,
         alone,
     )
+
+
+def _mean_alone(x: Array, weight: Array, num_chains: int, block_size: int | None) -> Moments:
+    # As `of_chains`, in the units of the draws: of a network there are few of many parameters, and every passage
+    # over them takes as long as a good part of a gradient.
+    center = x[jnp.argmax(weight)]
+    offset = jnp.where(weight[:, None] > 0, x - center, 0.0)
+    shift = _over_rows(jnp.add, weight[:, None] * offset)
+    left_out = (offset - shift) / (1.0 - weight)[:, None]
+    if block_size is None and 1 < len(x) < LEAST_DRAWS * num_chains:
+        error = _error_of_few(left_out, weight, num_chains)
+    else:
+        chains = Chains(num_chains, weight, left_out, None, None, block_size)
+        error = series_error(chains, left_out)
+    mean, alone = center + shift, jnp.max(weight) > DOMINANT_WEIGHT
+    error = with_rounding(error, mean, _over_rows(jnp.maximum, jnp.abs(offset)))
+    error = jnp.where(alone, jnp.inf, error)
+    none = jnp.asarray(0)
+    return Moments(mean, error, None, None, none, none, jnp.asarray(True), alone)
+
+
+def _error_of_few(values: Array, weight: Array, num_chains: int) -> Array:
+    # What `series_error` is where chains are too short to have autocorrelations.
+    influence = len(weight) * weight[:, None] * values
+    influence = influence - _over_rows(jnp.add, influence) / len(weight)
+    unit = _over_rows(jnp.maximum, jnp.abs(influence))
+    unit = jnp.where(unit > 0, unit, 1.0)
+    square = _over_rows(jnp.add, (influence / unit) ** 2) / (len(weight) - 1)
+    error = unit * jnp.sqrt(square / num_chains)
+    return jnp.where(jnp.isfinite(error), error, jnp.inf)
+
+
+def _over_rows(combine: Callable[[Array, Array], Array], rows: Array) -> Array:
+    # Few rows one by one: XLA reduces over a leading axis of few without vector instructions.
+    if len(rows) > FEW_ROWS:
+        return jnp.max(rows, 0) if combine is jnp.maximum else jnp.sum(rows, 0)
+    return functools.reduce(combine, list(rows))
 
 
 def of_blocks(draws: Draws, unit: Array, *, structure: str | None) -> Moments:

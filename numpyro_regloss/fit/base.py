@@ -94,6 +94,30 @@ class Fit(Protocol):
         """
         ...
 
+    def after_rejection(self, old: Any, new: Any) -> Any:
+        """The state to go on with after a rejected step: the old one, unless something must be looked at anew.
+
+        Args:
+            old: the state before the step.
+            new: the state that the step returned, which may hold non-finite values.
+
+        Returns:
+            A state that is safe to step from.
+        """
+        del new
+        return old
+
+    def center_loss(self, info: Any) -> Any:
+        """The loss at the reference's mean or draws of it, if it came with the step's gradients, see `Shift`.
+
+        Args:
+            info: of the step.
+
+        Returns:
+            A scalar, or None if the driver is to evaluate it.
+        """
+        del info
+
     def remedy(self, info: Any, ok: Any) -> str:
         """What the diagnostics of a run say is wrong and what to change, see `shift.Shift.remedy`.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from numpyro_regloss._core.checks import check_count
+from numpyro_regloss._core.checks import check_count, check_flag
 from numpyro_regloss._core.pytree import Constant, Partition
 from numpyro_regloss._core.types import Key
 
@@ -30,6 +30,9 @@ class Minibatch:
         argnums: positions (counted after `params`) of the arguments that hold data. Default: every
             positional and keyword argument with a leading axis.
         argnames: names of the keyword arguments that hold data.
+        split: whether an outer step of `fit.RobbinsMonro` or `shift.SGLD` takes one batch, of which each
+            inner step gets an equal share (256 rows over five steps are 51 each), instead of a batch for each.
+        copies: replicas that a batch is for, as `schemes.parle` sets it: a share has as many rows for each.
 
     Raises:
         TypeError: if a count, position or name is of the wrong kind.
@@ -37,14 +40,17 @@ class Minibatch:
 
     Example:
         >>> Minibatch(128)
-        Minibatch(batch_size=128, argnums=None, argnames=None)
+        Minibatch(batch_size=128, argnums=None, argnames=None, split=False)
     """
 
     batch_size: int
     argnums: int | tuple[int, ...] | None = None
     argnames: str | tuple[str, ...] | None = None
+    split: bool = False
+    copies: int = dataclasses.field(default=1, repr=False)
 
     def __post_init__(self) -> None:
+        check_flag(self.split, "Minibatch: split")
         object.__setattr__(
             self, "batch_size", check_count(self.batch_size, "Minibatch: batch_size")
         )
@@ -112,7 +118,31 @@ class Minibatch:
 
     def times(self, count: int) -> "Minibatch":
         """The same data in batches `count` times as large."""
-        return dataclasses.replace(self, batch_size=count * self.batch_size)
+        return dataclasses.replace(
+            self, batch_size=count * self.batch_size, copies=count * self.copies
+        )
+
+    def share(self, num_steps: int) -> "Minibatch":
+        """The same data in the batches of the inner steps of one outer step.
+
+        Rows are drawn with replacement, so that shares of one batch are batches themselves.
+
+        Args:
+            num_steps: number of inner steps.
+
+        Returns:
+            The minibatch of one of them.
+
+        Raises:
+            ValueError: if there are more steps than rows.
+        """
+        rows = self.batch_size // (num_steps * self.copies)
+        if not rows:
+            raise ValueError(
+                f"Minibatch: expected {num_steps} rows at least to split a batch over as many inner steps, got "
+                f"batch_size={self.batch_size // self.copies}; use a larger batch, fewer steps or split=False."
+            )
+        return dataclasses.replace(self, batch_size=rows * self.copies, split=False)
 
     def part(self, arguments: Partition, count: int) -> tuple[Partition, Partition]:
         """A batch in `count` equal parts.

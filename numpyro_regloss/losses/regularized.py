@@ -152,6 +152,25 @@ class RegularizedLoss:
         arguments, scale = self.loss.draw_batch(rng_key, self.arguments)
         return replace_fields(self, arguments=arguments, data_scale=scale)
 
+    def split_over(self, num_steps: int) -> "RegularizedLoss":
+        """The same target whose batches are shares of one batch, where its minibatch is to be split.
+
+        Args:
+            num_steps: inner steps of an outer step, each of which draws a batch.
+
+        Returns:
+            The target.
+
+        Raises:
+            ValueError: if there are more steps than rows.
+        """
+        minibatch = self.loss.minibatch
+        if minibatch is None or not minibatch.split:
+            return self
+        return replace_fields(
+            self, loss=replace_fields(self.loss, minibatch=minibatch.share(num_steps))
+        )
+
     def without_batches(self) -> "RegularizedLoss":
         """The same target on the data that it has, whatever the loss's minibatch."""
         return replace_fields(self, loss=replace_fields(self.loss, minibatch=None))

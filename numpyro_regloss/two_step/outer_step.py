@@ -100,7 +100,9 @@ class TwoStepInfo(NamedTuple):
 
     Attributes:
         ok: whether the step was taken; a rejected one keeps the reference.
-        loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one.
+        loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one. With
+            minibatches that of `RobbinsMonro` and `SGLD` comes with their first gradient: at a draw of the
+            reference, and where chains start.
         reference: the Gaussian that the step started from; `LeftOut` of a history without vectors.
         fitted: the Gaussian that was fitted to the shifted density; likewise.
         tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters; its mean over the
@@ -285,6 +287,7 @@ def _one_step(
         )
         infos = (*infos, record_info)
     loss = optimizer.shift.center_loss(draws)
+    loss = optimizer.fit.center_loss(fit_info) if loss is None else loss
     num_loss = 0 if loss is not None else 1
     if loss is None:
         loss = target.on_batch(keys[3]).value(here.mean)
@@ -307,7 +310,7 @@ def _one_step(
         rng_key=state.rng_key,
         reference=reference,
         shift=keep(shift, optimizer.shift.after_rejection(state.shift, shift)),
-        fit=keep(fit, state.fit),
+        fit=keep(fit, optimizer.fit.after_rejection(state.fit, fit)),
         anchor=keep(anchor, old_anchor),
         record=record,
     )

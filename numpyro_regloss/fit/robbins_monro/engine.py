@@ -10,10 +10,16 @@ a proximal step on the heat-regularized loss. In whitened coordinates y = centre
 or, without gradients, with the values  [loss(centre + scale (u + ξ_j)) - loss(centre + scale (u - ξ_j))] ξ_j / 2T
 in place of the gradient (score form).
 
-The natural steps a_j = 1/j (that is (tau/T)/j in parameters) are stable only where tau times the
-curvature of loss/T is below about one. Here a_j = (1 + κ)⁻¹ ((1 + κ) / (j + κ))^0.6 with κ that
-curvature, measured along a power iteration that is carried over outer steps (one more gradient each),
-and iterates are averaged with weights proportional to j.
+The natural steps a_j = 1/j (that is (tau/T)/j in parameters) end at minus the mean of the gradients met on
+the way. M of them multiply the error in a direction of curvature λ (tau times that of loss/T) by
+Π_j (j - 1 - λ) / j, a binomial coefficient of λ over M: as a whole they are stable for λ < M, and on the way
+errors grow by up to λ over λ/2. With κ the steepest curvature they are taken for κ below M and 4, where
+minibatches are drawn and the steps are few; above, steps are cut at 1 / (1 + κ).
+
+Elsewhere a_j = (1 + κ)⁻¹ ((1 + κ) / (j + κ))^0.6, and iterates are averaged with weights proportional to j: that
+forgets the start also in directions of negative curvature, where natural steps take very long.
+
+κ is measured along a power iteration that is carried over the outer steps in which one looks.
 
 The noise of the score form is multiplicative: steps are stable in mean square where a_j times the trace of the
 curvature is below about two. Its κ is therefore the mean of |ξᵀ Hessian ξ| from second differences of values, at
@@ -24,6 +30,7 @@ References: Robbins & Monro (1951), "A Stochastic Approximation Method"; Polyak 
 "Variational Characterizations of Local Entropy and Heat Regularization in Deep Learning".
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -44,7 +51,7 @@ from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.fit.base import Fit
 from numpyro_regloss.fit.robbins_monro import error as running
 from numpyro_regloss.fit.robbins_monro import gradient as evaluations
-from numpyro_regloss.fit.robbins_monro.gradient import GradientEstimate
+from numpyro_regloss.fit.robbins_monro.gradient import Estimator, GradientEstimate
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -56,6 +63,10 @@ DECAY = 0.6
 FIRST_CHECK, CHECK_EVERY = 32, 16
 # Of the mean's last digit.
 ROUNDING = 4.0
+# Looks cost this share of the evaluations by default; the first one is longer.
+LOOK_SHARE = 0.03
+# So many natural steps at most, and their largest curvature: errors grow by six on the way.
+FEW_STEPS, NATURAL_LIMIT = 32, 4.0
 
 
 class RobbinsMonroState(NamedTuple):
@@ -63,11 +74,15 @@ class RobbinsMonroState(NamedTuple):
 
     Attributes:
         direction: unit vector of the steepest curvature so far, `(dim,)`, whitened.
-        curvature: κ ≥ 0 along it, of the score form κ alone; negative before the first step.
+        curvature: κ along it when one last looked, of the score form κ alone; negative before the first step.
+        unit: mean variance of the reference over T then.
+        age: steps since then; at zero the next one looks.
     """
 
     direction: Array
     curvature: Array
+    unit: Array
+    age: Array
 
 
 class RobbinsMonroInfo(NamedTuple):
@@ -78,14 +93,17 @@ class RobbinsMonroInfo(NamedTuple):
         num_loss: loss evaluations; zero where gradients are used.
         num_grad: gradient evaluations; zero with the score form.
         curvature: κ, tau times the curvature of loss / T in its steepest direction, or what bounds the
-            steps of the score form (-1 with a step size of your own, which needs none).
+            steps of the score form (-1 with a step size of your own, which needs none). Where one did not look it
+            is carried on, in the units of this step's tau.
         residual: norm of the implicit equation at the mean, from one more gradient, in units of the
             reference scale: of the size of that gradient's noise when the equation is solved; infinite
-            where that gradient is not finite.
+            where that gradient is not finite, NaN where one did not look.
         mean_error: standard error of the mean as solution of the implicit equation, `(dim,)`, in units of
             the parameters; infinite where it is unknown, as it is after one step.
         num_steps: inner steps done.
         converged: whether error and average drift fell below `tolerance`; false without one.
+        looked: whether curvature and residual were looked at, see `diagnose_every`.
+        loss: at the points of the first inner step, on its minibatch; None of a loss without minibatches.
     """
 
     ok: Array
@@ -96,6 +114,29 @@ class RobbinsMonroInfo(NamedTuple):
     mean_error: Array
     num_steps: Array
     converged: Array
+    looked: Array
+    loss: Any = None
+
+
+class Path(NamedTuple):
+    """Where inner steps led.
+
+    Attributes:
+        u: the solution, `(dim,)`, whitened.
+        moment: second moments of its error, `(dim, dim)` or their diagonal.
+        loss: at the points of the first step.
+        num_steps: steps done.
+        converged: whether a tolerance was met.
+    """
+
+    u: Array
+    moment: Array
+    loss: Array
+    num_steps: Array
+    converged: Array
+
+
+Evaluate = Callable[[Array, Array], tuple[Array, GradientEstimate]]
 
 
 @pytree_dataclass
@@ -108,14 +149,19 @@ class RobbinsMonro(Fit):
     `info.mean_error` holds the noise and the part of the way that is left, both by the curvature met on
     the way. Do not trust it after fewer than about a hundred steps or 1 + κ of them (a `residual` far
     above the gradient's noise tells), nor where the equation has several roots: it is the error of the
-    nearest. Above 32 parameters it leaves out how they are correlated.
+    nearest. Above 32 parameters it leaves out how they are correlated. Of natural steps, which are few, it is the
+    scatter of their gradients, as if the loss were flat: too large where it is steep.
+
+    With minibatches the five gradients of five inner steps are all that is evaluated, but for `diagnose_every`:
+    the history's loss comes with the first of them, and so is that at a draw of the reference about the centre.
 
     Args:
         num_steps: inner steps, at most; each draws fresh noise and a fresh minibatch.
         antithetic: average the gradients at ±ξ (two gradients per step): the error then has no linear
             part, and quadratics are solved without noise. Without, the score form subtracts the loss at
-            the mean instead.
-        averaging: return the weighted average of the iterates instead of the last one.
+            the mean instead. Default: pairs, but not for gradients of minibatches, whose noise they leave.
+        averaging: return the weighted average of the iterates instead of the last one. Default: yes, but for
+            up to 32 steps by gradients of minibatches, which are natural where they may be (not with a tolerance).
         step_size: None for the steps above; a number or a schedule of the inner step (from 0) in units
             of tau / T otherwise: `lambda j: 1 / (j + 1)` are the natural steps.
         gradient: `"reparametrized"`, gradients of the loss; `"score"`, values of the loss alone, which
@@ -123,23 +169,26 @@ class RobbinsMonro(Fit):
         num_pairs: noise vectors per step.
         tolerance: None for all of `num_steps`; otherwise stop once the error of the mean and the average
             drift, their largest coordinates in units of the reference scale, are below it.
+        diagnose_every: outer steps from one look at curvature and residual to the next; a rejected step is
+            followed by one. Default: so many that they cost some 3 % of the evaluations, besides the first look.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
         ValueError: if a setting is out of range, or a tolerance is given without averaging.
 
     Example:
-        >>> RobbinsMonro(num_steps=20).averaging
-        True
+        >>> RobbinsMonro(num_steps=20).gradient
+        'reparametrized'
     """
 
     num_steps: int = static_field(default=20)
-    antithetic: bool = static_field(default=True)
-    averaging: bool = static_field(default=True)
+    antithetic: bool | None = static_field(default=None)
+    averaging: bool | None = static_field(default=None)
     step_size: Any = None
     gradient: str = static_field(default="reparametrized")
     num_pairs: int = static_field(default=1)
     tolerance: Any = None
+    diagnose_every: int | None = static_field(default=None)
 
     uses_draws: ClassVar[bool] = False
 
@@ -147,7 +196,10 @@ class RobbinsMonro(Fit):
         check_count(self.num_steps, "RobbinsMonro: num_steps")
         check_count(self.num_pairs, "RobbinsMonro: num_pairs")
         check_choice(self.gradient, "RobbinsMonro: gradient", ("reparametrized", "score"))
-        cast_fields(self, ("antithetic", "averaging"), check_flag)
+        flags = [name for name in ("antithetic", "averaging") if vars(self)[name] is not None]
+        cast_fields(self, flags, check_flag)
+        if self.diagnose_every is not None:
+            check_count(self.diagnose_every, "RobbinsMonro: diagnose_every")
         if callable(self.step_size):
             # At the last step, since warm-ups start at zero.
             check_schedule(self.step_size, self.num_steps - 1, "RobbinsMonro: step_size")
@@ -157,7 +209,7 @@ class RobbinsMonro(Fit):
         if self.tolerance is not None:
             tolerance = check_positive(self.tolerance, "RobbinsMonro: tolerance")
             object.__setattr__(self, "tolerance", tolerance)
-            if not self.averaging:
+            if self.averaging is False:
                 raise ValueError(
                     "RobbinsMonro: expected averaging=True with a tolerance, got False: the rule watches "
                     "the error of the average; use averaging=True or tolerance=None."
@@ -172,7 +224,10 @@ class RobbinsMonro(Fit):
         """A random direction, no curvature yet."""
         direction = random.normal(rng_key, (target.dim,), target.reference.mean.dtype)
         return RobbinsMonroState(
-            direction / jnp.linalg.norm(direction), jnp.full((), -1.0, direction.dtype)
+            direction / jnp.linalg.norm(direction),
+            jnp.full((), -1.0, direction.dtype),
+            jnp.ones((), direction.dtype),
+            jnp.asarray(0),
         )
 
     def step(
@@ -190,73 +245,173 @@ class RobbinsMonro(Fit):
             The next state, the Gaussian with the reference's scale, and the info.
         """
         del draws
-        key_curvature, key_steps = random.split(rng_key)
-        score, reference = self.gradient == "score", target.reference
+        key_look, key_steps = random.split(rng_key)
+        target = target.split_over(self.num_steps)
+        pairs, score = self._has_pairs(target), self.gradient == "score"
         build = evaluations.score if score else evaluations.reparametrized
-        estimate = build(target, antithetic=self.antithetic)
-        zero, spent = jnp.zeros_like(reference.mean), jnp.asarray(0)
-        first = zero
-        if self.step_size is None and score:
-            curvature, first, spent = evaluations.curvature_of_values(
-                key_curvature, state.curvature, target
-            )
-            state = state._replace(curvature=curvature)
-        elif self.step_size is None:
-            *known, first, spent = evaluations.curvature_of_gradients(
-                key_curvature, *state, estimate
-            )
-            state, spent = RobbinsMonroState(*known), spent * (2 if self.antithetic else 1)
+        estimate = build(target, antithetic=pairs)
+        every = self._interval(pairs)
+        looked = (state.age == 0) | (every == 1)
 
         def evaluate(j: Array, u: Array) -> tuple[Array, GradientEstimate]:
             key_batch, key_noise = random.split(random.fold_in(key_steps, j))
             noise = random.normal(key_noise, (self.num_pairs, *u.shape), u.dtype)
             return noise, estimate(key_batch, u, noise)
 
-        def advance(j: Array, carry: tuple[Array, running.Sums]) -> tuple[Array, running.Sums]:
-            u, sums = carry
+        state, first, spent = self._look(key_look, state, target, estimate, every)
+        if self._is_short(target):
+            path = self._few_steps(evaluate, state.curvature, first)
+        else:
+            path = self._averaged(evaluate, state.curvature, first, pairs=pairs)
+        reference = target.reference
+        mean, per_step = reference.unwhiten(path.u), self._per_step(pairs)
+        error = running.in_parameters(path.moment, reference)
+        # No noise and no bias still leave what the last digits hide.
+        error = jnp.maximum(error, ROUNDING * jnp.finfo(mean.dtype).eps * jnp.abs(mean))
+
+        def residual() -> Array:
+            found = jnp.linalg.norm(evaluate(path.num_steps, path.u)[1].gradient + path.u)
+            return jnp.where(jnp.isfinite(found), found, jnp.inf)
+
+        unknown = jnp.full((), jnp.nan, mean.dtype)
+        found = residual() if every == 1 else lax.cond(looked, residual, lambda: unknown)
+        count = spent + per_step * (path.num_steps + looked)
+        info = RobbinsMonroInfo(
+            ok=jnp.isfinite(mean).all(),
+            num_loss=count if score else jnp.zeros_like(count),
+            num_grad=jnp.zeros_like(count) if score else count,
+            curvature=state.curvature,
+            residual=found,
+            mean_error=jnp.where(jnp.isfinite(error), error, jnp.inf),
+            num_steps=path.num_steps,
+            converged=path.converged,
+            looked=looked,
+            loss=path.loss if target.loss.minibatch is not None else None,
+        )
+        age = jnp.where(looked, 1, state.age + 1) % every
+        return state._replace(age=age), reference._replace(mean=mean), info
+
+    def after_rejection(self, old: RobbinsMonroState, new: RobbinsMonroState) -> RobbinsMonroState:
+        """The old state, whose curvature is looked at again: that it has grown may be the cause."""
+        del new
+        return old._replace(age=jnp.zeros_like(old.age))
+
+    def center_loss(self, info: RobbinsMonroInfo) -> Array | None:
+        """The loss that came with the first gradient, of minibatches."""
+        return info.loss
+
+    def _look(
+        self,
+        rng_key: Key,
+        state: RobbinsMonroState,
+        target: RegularizedLoss,
+        estimate: Estimator,
+        every: int,
+    ) -> tuple[RobbinsMonroState, Array, Array]:
+        # The state, where to start, and what was spent.
+        reference = target.reference
+        nowhere, nothing = jnp.zeros_like(reference.mean), jnp.asarray(0)
+        if self.step_size is not None:
+            return state, nowhere, nothing
+        unit = jnp.mean(reference.variance) / target.temperature
+        unit = unit.astype(state.unit.dtype)
+        # A tau that changes, changes κ with it; before the first look there is none.
+        scaled = state.curvature * jnp.where(state.curvature < 0, 1.0, unit / state.unit)
+        state = state._replace(curvature=scaled, unit=unit)
+
+        def look() -> tuple[RobbinsMonroState, Array, Array]:
+            if self.gradient == "score":
+                curvature, start, spent = evaluations.curvature_of_values(
+                    rng_key, state.curvature, target
+                )
+                return state._replace(curvature=curvature), start, spent
+            direction, curvature, start, spent = evaluations.curvature_of_gradients(
+                rng_key, state.direction, state.curvature, estimate
+            )
+            spent = spent * (2 if self._has_pairs(target) else 1)
+            return state._replace(direction=direction, curvature=curvature), start, spent
+
+        if every == 1:
+            return look()
+        return lax.cond(state.age == 0, look, lambda: (state, nowhere, nothing))
+
+    def _few_steps(self, evaluate: Evaluate, curvature: Array, first: Array) -> Path:
+        limit = min(max(2.0, self.num_steps), NATURAL_LIMIT)
+        longest = jnp.where(curvature < limit, 1.0, 1.0 / (1.0 + curvature))
+
+        def advance(
+            j: Array, carry: tuple[Array, running.Scatter]
+        ) -> tuple[Array, running.Scatter]:
+            u, scatter = carry
+            _, found = evaluate(j, u)
+            size = jnp.minimum(longest, 1.0 / (j + 1.0)).astype(u.dtype)
+            u = u - size * (found.gradient + u)
+            return u, scatter.add(j, size, found.gradient, found.loss)
+
+        carry = (first, running.Scatter.zero(first))
+        u, scatter = lax.fori_loop(0, self.num_steps, advance, carry)
+        num_steps = jnp.asarray(self.num_steps)
+        moment = scatter.moment(u, self.num_steps)
+        return Path(u, moment, scatter.loss, num_steps, jnp.asarray(False))
+
+    def _averaged(self, evaluate: Evaluate, curvature: Array, first: Array, *, pairs: bool) -> Path:
+        score, averaging = self.gradient == "score", self.averaging is not False
+
+        def advance(
+            j: Array, carry: tuple[Array, running.Sums, Array]
+        ) -> tuple[Array, running.Sums, Array]:
+            u, sums, loss = carry
             noise, found = evaluate(j, u)
             drift = found.gradient + u
             response = found.per_pair
-            if not (score or self.antithetic):
+            if not (score or pairs):
                 # Centred, as the odd part of a pair would be.
                 response = response + (u - sums.drift)
-            change = self._step_size(j, state.curvature) * drift
+            change = self._step_size(j, curvature) * drift
             if score and self.step_size is None:
                 # Values have heavier tails than gradients: one of them must not throw u to where the
                 # loss is steeper still. Steps shrink, so that this ends soon and leaves no bias.
                 change = change / jnp.maximum(jnp.linalg.norm(change), 1.0)
             u = u - change
-            return u, running.add(sums, j, u, drift, noise, response, even=score)
+            sums = running.add(sums, j, u, drift, noise, response, even=score)
+            return u, sums, jnp.where(j == 0, found.loss, loss)
 
-        carry = (first, running.start(zero, dense=self._is_dense(zero.size)))
+        zero = jnp.zeros_like(first)
+        sums = running.start(zero, dense=self._is_dense(zero.size))
+        carry = (first, sums, jnp.zeros((), zero.dtype))
         num_steps, converged = jnp.asarray(self.num_steps), jnp.asarray(False)
         if self.tolerance is None:
-            u, sums = lax.fori_loop(0, self.num_steps, advance, carry)
+            u, sums, loss = lax.fori_loop(0, self.num_steps, advance, carry)
         else:
-            num_steps, converged, (u, sums) = self._until_tolerance(advance, carry)
-        if self.averaging:
+            num_steps, converged, (u, sums, loss) = self._until_tolerance(advance, carry)
+        if averaging:
             u, moment = sums.average, running.error_of_average(sums, num_steps)
         else:
             moment = running.error_of_last(
-                sums, self.num_steps, lambda j: self._step_size(j, state.curvature)
+                sums, self.num_steps, lambda j: self._step_size(j, curvature)
             )
-        mean = reference.unwhiten(u)
-        error = running.in_parameters(moment, reference)
-        # No noise and no bias still leave what the last digits hide.
-        error = jnp.maximum(error, ROUNDING * jnp.finfo(mean.dtype).eps * jnp.abs(mean))
-        residual = jnp.linalg.norm(evaluate(num_steps, u)[1].gradient + u)
-        count, none = spent + self._per_step() * (num_steps + 1), jnp.asarray(0)
-        info = RobbinsMonroInfo(
-            ok=jnp.isfinite(mean).all(),
-            num_loss=count if score else none,
-            num_grad=none if score else count,
-            curvature=state.curvature,
-            residual=jnp.where(jnp.isfinite(residual), residual, jnp.inf),
-            mean_error=jnp.where(jnp.isfinite(error), error, jnp.inf),
-            num_steps=num_steps,
-            converged=converged,
-        )
-        return state, reference._replace(mean=mean), info
+        return Path(u, moment, loss, num_steps, converged)
+
+    def _has_pairs(self, target: RegularizedLoss) -> bool:
+        if self.antithetic is not None:
+            return self.antithetic
+        return self.gradient == "score" or target.loss.minibatch is None
+
+    def _is_short(self, target: RegularizedLoss) -> bool:
+        ours = self.uses_gradient and self.step_size is None and self.averaging is None
+        drawn = target.loss.minibatch is not None
+        return ours and drawn and self.tolerance is None and self.num_steps <= FEW_STEPS
+
+    def _interval(self, pairs: bool) -> int:  # noqa: FBT001
+        if self.diagnose_every is not None:
+            return self.diagnose_every
+        per_step = self._per_step(pairs)
+        cost = per_step
+        if self.step_size is None and self.uses_gradient:
+            cost += evaluations.GRADIENT_LOOK * (2 if pairs else 1)
+        elif self.step_size is None:
+            cost += evaluations.VALUE_LOOK
+        return math.ceil(cost / (LOOK_SHARE * per_step * self.num_steps))
 
     def _is_dense(self, dim: int) -> bool:
         # A matrix is worth its noise where there are several equations per entry: a pair of gradients
@@ -264,8 +419,8 @@ class RobbinsMonro(Fit):
         unknowns = dim if self.uses_gradient else dim**2
         return dim <= running.DENSE_DIM and 8 * unknowns <= self.num_steps * self.num_pairs
 
-    def _per_step(self) -> int:
-        if self.antithetic:
+    def _per_step(self, pairs: bool) -> int:  # noqa: FBT001
+        if pairs:
             return 2 * self.num_pairs
         return self.num_pairs + 1 if self.gradient == "score" else self.num_pairs
 

@@ -14,6 +14,12 @@ curvature H - I of the smoothed loss follows from the same evaluations by Stein'
 as a running least-squares fit, whose noise goes to zero where f is quadratic. Matrices are dense for few
 parameters and many steps, and diagonals otherwise.
 
+Few steps know no curvature. The last iterate of u ← u - a_j (g_j + u) is a weighted sum of the gradients met,
+
+    u_M = Π_j (1 - a_j) u_0 - Σ_j c_j g_j,    c_j = a_j Π_{i > j} (1 - a_i),
+
+whose error is Var(g) Σ c_j² and, in flat directions, a share Π_j (1 - a_j) of the way to the root.
+
 References: Polyak & Juditsky (1992), "Acceleration of Stochastic Approximation by Averaging"; Stein
 (1981), "Estimation of the Mean of a Multivariate Normal Distribution"; Chen, Lee, Tong & Zhang (2020),
 "Statistical Inference for Model Parameters in Stochastic Gradient Descent".
@@ -31,6 +37,7 @@ from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 
 __all__ = [
     "DENSE_DIM",
+    "Scatter",
     "Sums",
     "add",
     "error_of_average",
@@ -64,6 +71,71 @@ class Sums(NamedTuple):
     noise: Array
     curvature: Array
     level: Array
+
+
+class Scatter(NamedTuple):
+    """Of the gradients of a few steps, whitened.
+
+    Attributes:
+        first: gradient of the first step, `(dim,)`.
+        sum: of the gradients less the first one, `(dim,)`.
+        squares: of the squares of the same, `(dim,)`.
+        share: Σ c_j² so far.
+        kept: Π (1 - a_j) so far.
+        loss: of the first step.
+    """
+
+    first: Array
+    sum: Array
+    squares: Array
+    share: Array
+    kept: Array
+    loss: Array
+
+    @classmethod
+    def zero(cls, like: Array) -> "Scatter":
+        """Before the first step, of vectors like this one."""
+        zero, none = jnp.zeros_like(like), jnp.zeros((), like.dtype)
+        return cls(zero, zero, zero, none, none + 1.0, none)
+
+    def add(self, j: Array, size: Array, gradient: Array, loss: Array) -> "Scatter":
+        """The scatter with one step more.
+
+        Args:
+            j: the step, from 0.
+            size: a_j.
+            gradient: g_j, `(dim,)`.
+            loss: that came with it.
+
+        Returns:
+            The scatter.
+        """
+        first = jnp.where(j == 0, gradient, self.first)
+        offset, left = gradient - first, 1.0 - size
+        return Scatter(
+            first,
+            self.sum + offset,
+            self.squares + offset**2,
+            left**2 * self.share + size**2,
+            left * self.kept,
+            jnp.where(j == 0, loss, self.loss),
+        )
+
+    def moment(self, u: Array, num_steps: int) -> Array:
+        """Second moments of the error of the last iterate, as if the loss were flat.
+
+        Args:
+            u: the iterate, `(dim,)`.
+            num_steps: steps done.
+
+        Returns:
+            `(dim,)`; infinite after one step, which shows no noise.
+        """
+        if num_steps == 1:
+            return jnp.full_like(u, jnp.inf)
+        variance = (self.squares - self.sum**2 / num_steps) / (num_steps - 1)
+        way = self.kept / (1.0 - self.kept) * u
+        return self.share * jnp.maximum(variance, 0.0) + way**2
 
 
 def start(zero: Array, *, dense: bool) -> Sums:

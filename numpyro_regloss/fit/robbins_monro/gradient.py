@@ -23,6 +23,9 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = [
+    "GRADIENT_LOOK",
+    "VALUE_LOOK",
+    "Estimator",
     "GradientEstimate",
     "curvature_of_values",
     "reparametrized",
@@ -34,6 +37,8 @@ __all__ = [
 FIRST_ITERATIONS = 10
 # Second differences of the score form at the first step and at later ones, and how much the latter count.
 FIRST_PROBES, PROBES, PROBE_WEIGHT = 16, 4, 0.25
+# Estimates of a later look at the curvature of gradients, and loss evaluations of one at that of values.
+GRADIENT_LOOK, VALUE_LOOK = 2, 2 * PROBES + 1
 # Two values or gradients are equal up to so many units of the last digit.
 ROUNDING = 64.0
 
@@ -44,10 +49,12 @@ class GradientEstimate(NamedTuple):
     Attributes:
         gradient: of the smoothed loss, `(dim,)`.
         per_pair: what tells of its curvature, `(pair, dim)` or `(pair,)`.
+        loss: mean over the points, in the units of the loss.
     """
 
     gradient: Array
     per_pair: Array
+    loss: Array
 
 
 Estimator = Callable[[Key, Array, Array], GradientEstimate]
@@ -66,24 +73,30 @@ def reparametrized(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
     """
     reference = target.reference
 
-    def single(key_batch: Key, noise: Array) -> Array:
+    def single(key_batch: Key, noise: Array) -> tuple[Array, Array]:
         batch = target.on_batch(key_batch)
         value, gradient = jax.value_and_grad(batch.energy)(reference.unwhiten(noise))
         # Where a loss is a constant NaN its gradient is zero, and nothing else would tell.
-        return jnp.where(jnp.isfinite(value), reference.scaled_transpose(gradient), jnp.nan)
+        whitened = reference.scaled_transpose(gradient)
+        return value, jnp.where(jnp.isfinite(value), whitened, jnp.nan)
 
     def estimate(key_batch: Key, u: Array, noise: Array) -> GradientEstimate:
         points = jnp.concatenate([u + noise, u - noise]) if antithetic else u + noise
-        found = divided(single, in_axes=(None, 0))(key_batch, points)
+        if len(points) == 1:
+            # Without a batch axis, which makes other and often slower products of matrices.
+            values, found = jax.tree.map(lambda a: a[None], single(key_batch, points[0]))
+        else:
+            values, found = divided(single, in_axes=(None, 0))(key_batch, points)
+        loss = target.temperature * jnp.mean(values)
         if not antithetic:
-            return GradientEstimate(jnp.mean(found, 0), found)
+            return GradientEstimate(jnp.mean(found, 0), found, loss)
         above, below = jnp.split(found, 2)
         even, odd = 0.5 * (above + below), 0.5 * (above - below)
         # About a mirror gradients of a pair cancel exactly. Where the loss bends down along the noise the point is
         # no minimum, and would never be left: one gradient of the pair has the same mean, and noise.
         hidden = _is_rounding(jnp.linalg.norm(even, axis=1), jnp.linalg.norm(odd, axis=1))
         hidden &= jnp.sum(noise * odd, -1) < 0
-        return GradientEstimate(jnp.mean(jnp.where(hidden[:, None], above, even), 0), odd)
+        return GradientEstimate(jnp.mean(jnp.where(hidden[:, None], above, even), 0), odd, loss)
 
     return estimate
 
@@ -102,6 +115,7 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
     def estimate(key_batch: Key, u: Array, noise: Array) -> GradientEstimate:
         other = u - noise if antithetic else u[None]
         values = _energies(target, key_batch, jnp.concatenate([u + noise, other]))
+        loss = target.temperature * jnp.mean(values)
         above, below = values[: len(noise)], values[len(noise) :]
         if antithetic:
             slope, even = 0.5 * (above - below), 0.5 * (above + below)
@@ -113,7 +127,7 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
         share = jnp.mean(kept.astype(slope.dtype))
         even = jnp.where(kept, even, jnp.mean(jnp.where(kept, even, 0.0)) / share)
         terms = jnp.where(kept[:, None], slope[:, None] * noise, 0.0)
-        return GradientEstimate(jnp.mean(terms, 0) / share, even)
+        return GradientEstimate(jnp.mean(terms, 0) / share, even, loss)
 
     return estimate
 
@@ -136,7 +150,7 @@ def curvature_of_gradients(
     # is left after smoothing matters for stability.
     key_batch, key_noise = random.split(rng_key)
     noise = random.normal(key_noise, (1, *direction.shape), direction.dtype)
-    base, odd = estimate(key_batch, jnp.zeros_like(direction), noise)
+    base, odd, _ = estimate(key_batch, jnp.zeros_like(direction), noise)
     hidden = _is_rounding(jnp.linalg.norm(base), jnp.linalg.norm(odd)) & (curvature < 0)
 
     def secant(direction: Array) -> Array:

@@ -10,6 +10,16 @@ exact mean and, for A = H + T Σ⁻¹ and P = I, the covariance T A⁻¹ (I - η
 and only if the eigenvalues of η A stay below 2. In general averages are biased at first order in η, by the
 discretization and by the noise of the batches, as long as P is fixed.
 
+With a perturbation p the gradient is that at z + sqrt(p) ζ, fresh normal ζ at every step: an unbiased gradient
+of the heat regularization F^H_p(z) = E loss(z + sqrt(p) ζ), so that the chain samples
+exp(-F^H_p / T) N(centre, Σ), up to a bias of first order in η. F^H_p is loss + p tr(Hessian) / 2 up to terms
+of p², small where a minimum is flat. Of a quadratic loss the trace is a constant: the law keeps its mean, and its
+covariance is the C of
+
+    C = (I - η P A) C (I - η P A)ᵀ + 2 η T P + η² p P H² P,
+
+T A⁻¹ again as η goes to zero.
+
 Draws carry no scores. The gradient of a batch is not that of log q, and the identities behind control variates
 hold for draws of q, not of the law of the chain, which is another at first order in η.
 
@@ -17,9 +27,11 @@ References: Welling & Teh (2011), "Bayesian Learning via Stochastic Gradient Lan
 & Carin (2016), "Preconditioned Stochastic Gradient Langevin Dynamics for Deep Neural Networks"; Vollmer, Zygalakis
 & Teh (2016), "Exploration of the (Non-)Asymptotic Bias and Variance of Stochastic Gradient Langevin Dynamics";
 García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
-Regularization in Deep Learning".
+Regularization in Deep Learning"; Bruno, Hwang, An, Sabanis & Lim (2025), "Flatness-Aware Stochastic Gradient
+Langevin Dynamics", arXiv 2510.02174, of random weight perturbation.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -27,7 +39,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
+from jax import lax, random
 
 from numpyro_regloss._core.checks import (
     check_choice,
@@ -40,11 +52,13 @@ from numpyro_regloss._core.linalg import power_iteration
 from numpyro_regloss._core.pytree import (
     is_concrete,
     pytree_dataclass,
+    replace_fields,
     static_field,
     strip_weak_types,
 )
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import BatchMeans, StoredDraws
+from numpyro_regloss.draws.batches import NUM_BATCHES
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.sgld import langevin
@@ -55,11 +69,13 @@ __all__ = ["SGLD", "RMSprop", "SGLDInfo", "SGLDState"]
 # Draws of up to four megabytes are stored where a dense covariance may be wanted; else means of batches are, as
 # many as tell their errors and cost little beside the chain.
 KEPT_ELEMENTS, KEPT_DIM = 2**20, 1_000
-MOST_BATCHES, LEAST_BATCHES = langevin.NUM_BATCHES, 4
+MOST_BATCHES, LEAST_BATCHES = NUM_BATCHES, 4
 # Power iterations at the first step; later steps refine the direction by one each.
 FIRST_ITERATIONS = 10
 # An eigenvalue of the step from which a chain diverges, and by how much its moves have grown when it did.
 LIMIT, EXPLODED = 2.0, 3.0
+# Looks at the curvature cost this share of the gradients by default; the first one is longer.
+LOOK_SHARE = 0.03
 
 
 class SGLDState(NamedTuple):
@@ -69,13 +85,17 @@ class SGLDState(NamedTuple):
         x: where the chains stopped, `(chain, dim)`, or None if they start at the centre.
         moment: of the gradients, for `RMSprop`, or None.
         direction: unit vector of the steepest curvature so far, `(dim,)`.
+        curvature: of the regularized target along it, when one last looked.
         warm: whether it has been looked for.
+        age: steps since one looked; at zero the next one does.
     """
 
     x: Any
     moment: Any
     direction: Array
+    curvature: Array
     warm: Array
+    age: Array
 
 
 class SGLDInfo(NamedTuple):
@@ -87,9 +107,13 @@ class SGLDInfo(NamedTuple):
         num_grad: gradient evaluations, warm-up and the look at the curvature included.
         step_size: the largest one.
         stability: step size times the steepest curvature of the regularized target, on one batch where a chain
-            starts; from 2 on chains diverge, and well below 1 the bias is small.
-        growth: how much longer moves are at the end than in the beginning; far above one they diverge.
-        ess: effective sample size of the mean, from batches of the chain, over all coordinates together.
+            starts; from 2 on chains diverge, and well below 1 the bias is small. Where one did not look the
+            curvature is that of the last look.
+        growth: how much longer moves are at the end than in the beginning; far above one they diverge. NaN where
+            one did not look and the step size is stable.
+        ess: effective sample size of the mean, from batches of the chain, over all coordinates together; NaN in
+            the same steps.
+        looked: whether curvature, growth and ess were looked at, see `diagnose_every`.
     """
 
     ok: Array
@@ -99,6 +123,7 @@ class SGLDInfo(NamedTuple):
     stability: Array
     growth: Array
     ess: Array
+    looked: Array
 
 
 @pytree_dataclass
@@ -108,6 +133,10 @@ class SGLD(Shift):
     Directions in which the loss is flat relax within about tau / (T step_size) inner steps. Shorter chains that
     start at the centre give a mean between it and that of q, that is a shorter outer step. The fit's `mean_error`
     does not count this, nor the bias by the step size.
+
+    With minibatches five inner steps are five gradients, but for `diagnose_every`. Losses come with the gradients:
+    that of a draw is then the one that its batch had where the step to it began, and that of the centre in the
+    history the one of the first step. Without minibatches losses are those of the draws, for one gradient more.
 
     Args:
         step_size: η > 0, in squared units of the parameters per unit of the loss; a number, or a schedule of the
@@ -126,6 +155,12 @@ class SGLD(Shift):
         keep: what the fit gets: `"draws"`; `"batch_means"` of a few dozen batches of consecutive draws, with the
             variances within, which give the mean, variances and their errors in the memory of a few dozen draws;
             `"auto"` stores draws of up to 1,000 parameters and a million numbers.
+        perturbation: None, or the variance p > 0 of a random weight perturbation, in squared units of the
+            parameters; a number, or `(dim,)` in the order of `loss.flat_names`. Gradients are then taken at
+            points that much aside, one per step: Langevin dynamics on the heat regularization of the loss
+            (fSGLD). Losses are those at the perturbed points. The noise is of the kind that `noise` says.
+        diagnose_every: outer steps from one look at curvature, growth and ess to the next; a rejected step is
+            followed by one. Default: so many that they cost some 3 % of the gradients, besides the first look.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -145,6 +180,8 @@ class SGLD(Shift):
     start: str = static_field(default="center")
     noise: str = static_field(default="normal")
     keep: str = static_field(default="auto")
+    perturbation: Any = None
+    diagnose_every: int | None = static_field(default=None)
 
     uses_gradient: ClassVar[bool] = True
     hands_scores: ClassVar[bool] = False
@@ -178,6 +215,13 @@ class SGLD(Shift):
                 )
             fixed = check_positive(self.preconditioner, "SGLD: preconditioner", (shape,))
             object.__setattr__(self, "preconditioner", fixed)
+        if self.perturbation is not None:
+            shape = np.shape(self.perturbation)
+            shapes = ((), shape) if len(shape) == 1 else ((),)
+            number = check_positive(self.perturbation, "SGLD: perturbation", shapes)
+            object.__setattr__(self, "perturbation", number)
+        if self.diagnose_every is not None:
+            check_count(self.diagnose_every, "SGLD: diagnose_every")
         check_choice(self.start, "SGLD: start", ("center", "last"))
         check_choice(self.noise, "SGLD: noise", langevin.NOISES)
         check_choice(self.keep, "SGLD: keep", ("auto", "draws", "batch_means"))
@@ -198,22 +242,26 @@ class SGLD(Shift):
 
         Raises:
             TypeError: if the loss returns integers or is external.
-            ValueError: if a fixed preconditioner does not fit the parameters.
+            ValueError: if a fixed preconditioner or a perturbation does not fit the parameters.
         """
         mean = target.reference.mean
         check_differentiable(["SGLD"], target.loss, "SGLD")
-        if np.shape(self.preconditioner) not in ((), mean.shape):
-            raise ValueError(
-                f"SGLD: expected a preconditioner with one entry for each of the {mean.size} parameters, "
-                f"got shape {np.shape(self.preconditioner)}; see loss.flat_names for their order."
-            )
+        for name in ("preconditioner", "perturbation"):
+            shape = np.shape(vars(self)[name])
+            if shape not in ((), mean.shape):
+                raise ValueError(
+                    f"SGLD: expected a {name} with one entry for each of the {mean.size} parameters, "
+                    f"got shape {shape}; see loss.flat_names for their order."
+                )
         direction = random.normal(rng_key, mean.shape, mean.dtype)
         adaptive = isinstance(self.preconditioner, RMSprop)
         return SGLDState(
             x=jnp.tile(mean, (self.num_chains, 1)) if self.start == "last" else None,
             moment=self.preconditioner.init(mean) if adaptive else None,
             direction=direction / jnp.linalg.norm(direction),
+            curvature=jnp.zeros((), mean.dtype),
             warm=jnp.asarray(False),
+            age=jnp.asarray(0),
         )
 
     def step(
@@ -230,17 +278,28 @@ class SGLD(Shift):
             The next state, draws of shape `(num_chains, num_samples, dim)` or means of batches of them, and the
             diagnostics.
         """
+        target, drawn = target.split_over(self._num_steps), target.loss.minibatch is not None
         key_batch, key_noise = random.split(rng_key)
-        evaluate = partial(langevin.gradients, target, random.split(key_batch, self.num_chains))
+        keys = random.split(key_batch, self.num_chains)
         pull = langevin.pull(target.reference, target.temperature)
-        x = state.x
-        if x is None:
-            x = jnp.tile(target.reference.mean, (self.num_chains, 1))
-        loss, gradient = evaluate(0, x)
-        moment = self._moment(state.moment, gradient)
-        chains = strip_weak_types(LangevinChains(x, gradient, loss, moment))
+
+        def evaluate(j: Array | int, x: Array) -> tuple[Array, Array]:
+            if self.perturbation is not None:
+                key = random.fold_in(random.fold_in(key_noise, self._num_steps), j)
+                shape = (self.num_chains, x.shape[-1])
+                aside = langevin.draw_noise(self.noise, key, shape, x.dtype)[: len(x)]
+                x = x + jnp.sqrt(self.perturbation).astype(x.dtype) * aside
+            return langevin.gradients(target, keys, j, x)
+
+        def meet(j: Array | int, now: LangevinChains) -> LangevinChains:
+            loss, gradient = evaluate(j, now.x)
+            moment = self._moment(now.moment, gradient)
+            first = jnp.where(j == 0, loss, now.first)
+            return strip_weak_types(LangevinChains(now.x, gradient, loss, first, moment))
 
         def advance(j: Array, now: LangevinChains) -> LangevinChains:
+            now = meet(j, now) if drawn else now
+            assert now.gradient is not None
             step_size = self._step_size(j, now.x.dtype)
             diagonal = self._diagonal(now.moment)
             key = random.fold_in(key_noise, j)
@@ -248,18 +307,36 @@ class SGLD(Shift):
             variance = 2.0 * step_size * target.temperature * diagonal
             drift = now.gradient + pull(now.x)
             x = now.x - step_size * diagonal * drift + jnp.sqrt(variance) * noise
-            loss, gradient = evaluate(j + 1, x)
-            return strip_weak_types(
-                LangevinChains(x, gradient, loss, self._moment(now.moment, gradient))
-            )
+            now = strip_weak_types(now._replace(x=x))
+            return now._replace(gradient=None) if drawn else meet(j + 1, now)
 
+        x = state.x
+        if x is None:
+            x = jnp.tile(target.reference.mean, (self.num_chains, 1))
+        none = jnp.zeros(self.num_chains, x.dtype)
+        chains = strip_weak_types(LangevinChains(x, None, none, none, state.moment))
+        if not drawn:
+            chains = meet(0, chains)
+        every = self._interval(drawn=drawn)
         last, draws = self._sample(advance, chains, target.temperature)
-        state, stability, spent = self._look(
-            state, target, evaluate, x, gradient, self._diagonal(moment)
-        )
+        if drawn or (self.start == "center" and self.perturbation is None):
+            draws = replace_fields(draws, center_loss=jnp.mean(last.first))
+        looked = (state.age == 0) | (every == 1)
+        state, spent = self._look(state, target, evaluate, chains, every)
         x = last.x if self.start == "last" else None
-        state = state._replace(x=x, moment=last.moment)
-        return state, draws, self._info(draws, last, stability, spent)
+        age = jnp.where(looked, 1, state.age + 1) % every
+        state = state._replace(x=x, moment=last.moment, age=age)
+        spent = spent + self.num_chains * (self._num_steps + (not drawn))
+        return state, draws, self._info(draws, last, state.curvature, spent, looked)
+
+    def after_rejection(self, old: SGLDState, new: SGLDState) -> SGLDState:
+        """The old state, whose curvature is looked at again: that it has grown may be the cause."""
+        del new
+        return old._replace(age=jnp.zeros_like(old.age))
+
+    def center_loss(self, draws: StoredDraws | BatchMeans) -> Array | None:
+        """The loss that came with the first gradients; None where it is not that of the centre."""
+        return draws.center_loss
 
     @property
     def _num_steps(self) -> int:
@@ -308,49 +385,79 @@ class SGLD(Shift):
         draws = BatchMeans(sums.mean, log_weight, sums.loss, temperature, spread=sums.spread)
         return last, draws
 
+    def _interval(self, *, drawn: bool) -> int:
+        if self.diagnose_every is not None:
+            return self.diagnose_every
+        cost = 2 if drawn else 1
+        return math.ceil(cost / (LOOK_SHARE * self.num_chains * self._num_steps))
+
     def _look(
         self,
         state: SGLDState,
         target: RegularizedLoss,
         evaluate: Callable,
-        x: Array,
-        gradient: Array,
-        diagonal: Array | float,
-    ) -> tuple[SGLDState, Array, Array]:
+        chains: LangevinChains,
+        every: int,
+    ) -> tuple[SGLDState, Array]:
         # Differences over one reference scale, on the first batch of the first chain, at its start: where a chain
         # that diverged has gone nothing is to be learnt.
-        root = jnp.sqrt(diagonal)
+        x, known = chains.x[:1], chains.gradient
         scale = jnp.sqrt(jnp.mean(target.reference.variance))
         pull = langevin.pull(target.reference, target.temperature)
-        at_centre = pull(x[:1])
+        at_centre = pull(x)
 
-        def multiply(direction: Array) -> Array:
-            change = root * direction
-            length = scale / jnp.maximum(jnp.linalg.norm(change), jnp.finfo(x.dtype).tiny)
-            moved = x[:1] + length * change
-            found = evaluate(0, moved)[1] + pull(moved) - gradient[:1] - at_centre
-            return root * found[0] / length
+        def look() -> tuple[SGLDState, Array]:
+            gradient = evaluate(0, x)[1] if known is None else known[:1]
+            moment = self._moment(state.moment, gradient) if known is None else chains.moment
+            root = jnp.sqrt(self._diagonal(moment))
 
-        iterations = jnp.where(state.warm, 1, FIRST_ITERATIONS)
-        found = power_iteration(state.direction, iterations, multiply)
-        state = state._replace(direction=found.direction, warm=jnp.asarray(True))
-        return state, self._largest_step_size(x.dtype) * found.quotient, iterations
+            def multiply(direction: Array) -> Array:
+                change = root * direction
+                length = scale / jnp.maximum(jnp.linalg.norm(change), jnp.finfo(x.dtype).tiny)
+                moved = x + length * change
+                found = evaluate(0, moved)[1] + pull(moved) - gradient - at_centre
+                return root * found[0] / length
+
+            iterations = jnp.where(state.warm, 1, FIRST_ITERATIONS)
+            found = power_iteration(state.direction, iterations, multiply)
+            new = state._replace(
+                direction=found.direction, curvature=found.quotient, warm=jnp.asarray(True)
+            )
+            return new, iterations + (known is None)
+
+        if every == 1:
+            return look()
+        return lax.cond(state.age == 0, look, lambda: (state, jnp.asarray(0)))
 
     def _info(
-        self, draws: StoredDraws | BatchMeans, last: LangevinChains, stability: Array, spent: Array
+        self,
+        draws: StoredDraws | BatchMeans,
+        last: LangevinChains,
+        curvature: Array,
+        spent: Array,
+        looked: Array,
     ) -> SGLDInfo:
-        ess, grown = langevin.diagnose(draws.x, draws.log_weight, draws.spread)
         finite = jnp.isfinite(draws.x).all() & jnp.isfinite(draws.loss).all()
-        finite = finite & jnp.isfinite(last.x).all() & jnp.isfinite(last.gradient).all()
+        if last.gradient is not None:
+            finite = finite & jnp.isfinite(last.gradient).all()
+        largest = self._largest_step_size(draws.x.dtype)
+        stability = largest * curvature
+        unknown = jnp.full((), jnp.nan, draws.x.dtype)
+        ess, grown = lax.cond(
+            looked | (stability >= LIMIT),
+            lambda: langevin.diagnose(draws.x, draws.log_weight, draws.spread),
+            lambda: (unknown, unknown),
+        )
         diverged = (stability >= LIMIT) & (grown > EXPLODED)
         return SGLDInfo(
             ok=finite & ~diverged,
             num_loss=jnp.asarray(0),
-            num_grad=self.num_chains * (self._num_steps + 1) + spent,
-            step_size=self._largest_step_size(draws.x.dtype),
+            num_grad=spent,
+            step_size=largest,
             stability=stability,
             growth=grown,
             ess=ess,
+            looked=looked,
         )
 
 

@@ -23,6 +23,7 @@ from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import is_concrete, pytree_dataclass, strip_weak_types
 from numpyro_regloss._core.stats import normalize_log_weight
 from numpyro_regloss._core.types import Array, Key
+from numpyro_regloss.draws.batches import batch_size_of, in_batches
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
@@ -42,8 +43,6 @@ __all__ = [
 ]
 
 NOISES = ("normal", "two_point")
-# Batches whose means tell how fast a chain mixes.
-NUM_BATCHES = 32
 
 
 class SecondMoment(NamedTuple):
@@ -110,14 +109,16 @@ class LangevinChains(NamedTuple):
 
     Attributes:
         x: `(chain, dim)`.
-        gradient: of the loss, `(chain, dim)`.
-        loss: `(chain,)`.
+        gradient: of the loss there, `(chain, dim)`; None where it is met with the next step alone.
+        loss: `(chain,)`, there, or with minibatches where the last step began.
+        first: the loss where the chains began, `(chain,)`.
         moment: of the gradients so far, for `RMSprop`, or None.
     """
 
     x: Array
-    gradient: Array
+    gradient: Array | None
     loss: Array
+    first: Array
     moment: Any
 
 
@@ -188,11 +189,12 @@ def store(
     ) -> tuple[LangevinChains, Array, Array]:
         chains, x, loss = advance(j, now[0]), now[1], now[2]
         row = jnp.maximum(j - num_warmup, 0)
-        return chains, x.at[row].set(chains.x), loss.at[row].set(chains.loss)
+        return chains, x.at[:, row].set(chains.x), loss.at[:, row].set(chains.loss)
 
-    rows = (jnp.zeros((num_samples, *a.shape), a.dtype) for a in (chains.x, chains.loss))
-    last, x, loss = lax.fori_loop(0, num_warmup + num_samples, body, (chains, *rows))
-    return last, jnp.swapaxes(x, 0, 1), loss.T
+    num_chains, dim = chains.x.shape
+    x = jnp.zeros((num_chains, num_samples, dim), chains.x.dtype)
+    loss = jnp.zeros((num_chains, num_samples), chains.loss.dtype)
+    return lax.fori_loop(0, num_warmup + num_samples, body, (chains, x, loss))
 
 
 def sum_up(
@@ -314,27 +316,21 @@ def diagnose(x: Array, log_weight: Array, spread: Array | None) -> tuple[Array, 
         second half than in the first, as a ratio of root mean squares; one for fewer than four moves, infinite
         where a draw is not finite.
     """
-    size = -(-x.shape[1] // NUM_BATCHES)
-
-    def batched(values: Array) -> Array:
-        values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % size), (0, 0)))
-        return jnp.sum(values.reshape(len(values), -1, size, values.shape[-1]), 2)
-
+    size = batch_size_of(x.shape[1])
+    whole = x.shape[1] // size
+    if size > 1:
+        x, log_weight, spread = in_batches(x, log_weight, size)
     weight = normalize_log_weight(log_weight)
-    center = x[0, 0]
-    offset = x - center
-    square = weight.reshape(-1) @ (offset**2).reshape(-1, x.shape[-1])
-    if spread is not None:
-        square = square + weight.reshape(-1) @ spread.reshape(-1, x.shape[-1])
-    share, first = batched(weight[..., None]), batched(weight[..., None] * offset)
+    offset = x - x[0, 0]
+    square = offset**2 if spread is None else offset**2 + spread
+    first = weight[..., None] * offset
     mean = jnp.sum(first, (0, 1))
-    variance = jnp.sum(square - mean**2)
-    error = jnp.sum((first - share * mean) ** 2)
-    error = error / jnp.maximum(1.0 - jnp.sum(share**2), 1e-3)
+    variance = jnp.sum(jnp.sum(weight[..., None] * square, (0, 1)) - mean**2)
+    error = jnp.sum((first - weight[..., None] * mean) ** 2)
+    error = error / jnp.maximum(1.0 - jnp.sum(weight**2), 1e-3)
     ess = variance / jnp.where(error > 0, error, 1.0)
-    # Without weights, which may be zero, and without a last batch that is shorter.
-    means = batched(offset)[:, : x.shape[1] // size] if size > 1 else offset
-    return jnp.where(jnp.isfinite(ess), ess, 0.0), _growth(means)
+    # Without a last batch that is shorter.
+    return jnp.where(jnp.isfinite(ess), ess, 0.0), _growth(x[:, :whole])
 
 
 def _growth(x: Array) -> Array:
