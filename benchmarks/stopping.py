@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does `Arrived` stop runs too early, and how late does it stop them?
 
-Runs of four families from starts that are off, looked at after every ten steps as `run(..., until=Arrived())` does.
+Runs of four families from starts that are off, looked at after every ten steps as by `run(until=Arrived())`.
 The truth at a window is known from repetitions of it with other keys, from the same state: the mean of their
 pulls is the pull that the window estimates, and the scatter of their first steps is the noise. A run stops too
 early if that pull is longer than the noise of a step, and is not negligible. The delay counts steps from the end
