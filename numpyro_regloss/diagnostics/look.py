@@ -86,7 +86,7 @@ def look_around(
     seen = jax.device_get(_seen(keys[1], target, center))
     then, now = float(seen[1]), float(history.loss[-1])
     same = abs(then - now) <= SAME * max(abs(now), 1e-30)
-    if known and loss.minibatch is None and not same:
+    if known and not loss.is_random and not same:
         what = (
             "the loss around the centre: the run had other arguments than those bound to the loss"
         )

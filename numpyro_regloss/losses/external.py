@@ -37,7 +37,7 @@ class ExternalSource(FunctionSource):
     """
 
     user: Caller = static_field()  # ty: ignore[incompatible-attribute-override]
-    structure: Any = static_field()
+    layout: Any = static_field()
     sites: tuple[Any, ...] = static_field()
     kinds: tuple[Any, ...] = static_field(default=())
     walls: bool = static_field(default=False)
@@ -81,7 +81,7 @@ class ExternalSource(FunctionSource):
             return Partition.tree_unflatten(structure, some).tree
 
         def rows(index: Any) -> Any:
-            return jax.tree.unflatten(self.structure, [column(index) for column in columns])
+            return self.layout.build([column(index) for column in columns])
 
         if shared:
             spread = data

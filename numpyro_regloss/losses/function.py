@@ -4,6 +4,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,16 +18,20 @@ from numpyro_regloss._core.pytree import (
     Partition,
     pytree_dataclass,
     static_field,
+    strip_weak_types,
     with_context_axes,
 )
 from numpyro_regloss._core.rounding import check_rounding
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.captured import UserFunction
+from numpyro_regloss.losses.modules import Layout, Parts, Tree, name_of, refuse_state, take_apart
 from numpyro_regloss.losses.sites import flat_labels, ravel_sites, unique_names
 from numpyro_regloss.losses.source import LossSource
 
-__all__ = ["FunctionSource", "flatten_params"]
+__all__ = ["STREAMS", "FunctionSource", "flatten_module", "flatten_params"]
 
+# The argument that seeds the streams of random numbers that a module has of its own.
+STREAMS = "rngs"
 SETTINGS = (bool, int, float, complex, str)
 FLOAT32 = float(np.finfo(np.float32).eps)
 
@@ -47,31 +52,72 @@ class Fixed(NamedTuple):
     value: Any
 
 
+class Held(NamedTuple):
+    """An array that is no parameter, such as a running average; its values are leaves of the source."""
+
+    name: str
+
+
+class Shape(NamedTuple):
+    """What compiles of a function of parameters.
+
+    Attributes:
+        layout: how leaves make what the user wrote.
+        sites: of each leaf a `Leaf`, `Fixed` or `Held`, or what it is.
+        has_aux: whether the function returns something beside the loss.
+    """
+
+    layout: Layout
+    sites: tuple[Any, ...]
+    has_aux: bool = False
+
+    @property
+    def is_trained(self) -> list[bool]:
+        """Per leaf."""
+        return [isinstance(site, Leaf) for site in self.sites]
+
+
 @pytree_dataclass
 class FunctionSource(LossSource):
-    """`fn(params, *args, **kwargs)` with the structure of `params`."""
+    """`fn(params, *args, **kwargs)` with the structure of `params`.
+
+    Attributes:
+        user: the function.
+        layout: how leaves make what the user wrote.
+        sites: of each leaf a `Leaf`, `Fixed` or `Held`, or what it is.
+        held: values of what is no parameter.
+        has_aux: whether the function returns something beside the loss.
+    """
 
     user: UserFunction  # ty: ignore[incompatible-attribute-override]
-    structure: Any = static_field()
+    layout: Any = static_field()
     sites: tuple[Leaf | Any, ...] = static_field()
+    held: tuple[Any, ...] = ()
+    has_aux: bool = static_field(default=False)
 
     @classmethod
     def trace(
-        cls, fn: Any, settings: tuple[Any, Any], x0: Array, *each: Partition
+        cls, fn: Any, shape: Shape, x0: Array, held: tuple[Any, ...], *each: Partition
     ) -> "FunctionSource":
         """Traces a function.
 
         Args:
             fn: the user's function.
-            settings: structure and leaves of its parameters.
+            shape: of its parameters.
             x0: `(dim,)`, the start.
+            held: values of what is no parameter.
             *each: arguments to trace it with.
 
         Returns:
             The source.
         """
-        user, _ = UserFunction.trace(fn, _probe, settings, *((x0, some) for some in each))
-        return cls(user, *settings)
+        user, _ = UserFunction.trace(fn, _probe, shape, *((x0, held, some) for some in each))
+        return cls(user, shape.layout, shape.sites, held, shape.has_aux)
+
+    @property
+    def num_first(self) -> int:
+        """How many arguments of the function come before the data."""
+        return self.layout.num_first
 
     @property
     def dim(self) -> int:
@@ -95,28 +141,48 @@ class FunctionSource(LossSource):
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """What the user's function returns; it averages or sums as it likes, so no data scale."""
         del data_scale
-        settings = (self.structure, self.sites)
-        return self.user.call(partial(_value, settings), x, Partition((args, kwargs)))
+        return self._call(_value, x, args, kwargs)
+
+    def aux(self, x: Array, args: tuple, kwargs: dict) -> Any:
+        """What the function returns beside the loss."""
+        return self._call(_aux, x, args, kwargs)
+
+    def updated(self, x: Array, args: tuple, kwargs: dict) -> tuple[Any, ...]:
+        """What is held after a call of the function: state that it changes."""
+        return self._call(_updated, x, args, kwargs)
+
+    def _call(self, body: Any, x: Array, args: tuple, kwargs: dict) -> Any:
+        body = partial(body, self._shape)
+        return self.user.call(body, x, self.held, Partition((args, kwargs)))
+
+    @property
+    def _shape(self) -> Shape:
+        return Shape(self.layout, self.sites, self.has_aux)
 
     def constrain(self, x: Array, args: tuple, kwargs: dict) -> Any:
         """The parameters in the user's structure and types."""
         del args, kwargs
-        return jax.tree.unflatten(self.structure, _arrays(self.sites, x))
+        return self.layout.build(_arrays(self.sites, x, self.held))
 
     def tangent(self, x: Array) -> Any:
         """A gradient in the user's structure; zero for settings of modules: updates leave them alone."""
         arrays = [
             site.kind() if isinstance(site, Fixed) else array
-            for site, array in zip(self.sites, _arrays(self.sites, x), strict=True)
+            for site, array in zip(self.sites, _arrays(self.sites, x, self.held), strict=True)
         ]
-        return jax.tree.unflatten(self.structure, arrays)
+        return self.layout.trained(arrays, self._shape.is_trained)
+
+    def held_of(self, params: Any) -> tuple[Any, ...]:
+        """What is held, of the user's own object, such as the result of a run."""
+        leaves = zip(self._leaves_of(params), self.sites, strict=True)
+        return tuple(jnp.asarray(a) for a, site in leaves if isinstance(site, Held))
 
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The parameters as a flat dictionary of sites."""
         del args, kwargs
         arrays = [
             a
-            for a, s in zip(_arrays(self.sites, x), self.sites, strict=True)
+            for a, s in zip(_arrays(self.sites, x, self.held), self.sites, strict=True)
             if isinstance(s, Leaf)
         ]
         return dict(zip(self.names, arrays, strict=True))
@@ -138,14 +204,17 @@ class FunctionSource(LossSource):
         del args, kwargs
         if isinstance(params, dict) and set(params) == set(self.names):
             return ravel_sites(params, self._leaves)
-        leaves, structure = jax.tree.flatten(params)
-        if structure != self.structure:
-            raise ValueError(
-                f"Loss: expected parameters of the structure {self.structure}, or a dict of "
-                f"{sorted(self.names)}, got {structure}."
-            )
+        leaves = self._leaves_of(params)
         arrays = [a for a, site in zip(leaves, self.sites, strict=True) if isinstance(site, Leaf)]
         return ravel_sites(dict(zip(self.names, arrays, strict=True)), self._leaves)
+
+    def _leaves_of(self, params: Any) -> list[Any]:
+        try:
+            return self.layout.leaves(params)
+        except ValueError as error:
+            raise ValueError(
+                f"Loss: expected {error}; a dict of {sorted(self.names)} will do too."
+            ) from error
 
     def ravel(self, sites: dict[str, Array]) -> Array:
         """The same as `unconstrain`: parameters of a function are not constrained."""
@@ -180,36 +249,64 @@ class FunctionSource(LossSource):
 
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from a pytree prefix of the parameters."""
-        indices = jax.tree.unflatten(self.structure, range(len(self.sites)))
+        indices = self.layout.groups(range(len(self.sites)), self._shape.is_trained)
         prefix = jax.tree.broadcast(tree, indices)
+        found = dict(zip(jax.tree.leaves(indices), jax.tree.leaves(prefix), strict=True))
         values = [
-            jnp.broadcast_to(jnp.asarray(value, float), site.shape).reshape(-1)
-            for value, site in zip(jax.tree.leaves(prefix), self.sites, strict=True)
+            jnp.broadcast_to(jnp.asarray(found[i], float), site.shape).reshape(-1)
+            for i, site in enumerate(self.sites)
             if isinstance(site, Leaf)
         ]
         return jnp.concatenate(values)
 
 
-def _value(settings: tuple[Any, Any], fn: Any, x: Array, arguments: Partition) -> Any:
-    structure, sites = settings
+def _call(
+    shape: Shape, fn: Any, x: Array, held: tuple[Any, ...], arguments: Partition
+) -> tuple[Any, Any, Any]:
+    """The loss, what comes beside it, and the parameters as the function has left them."""
     args, kwargs = arguments.tree
-    params = jax.tree.unflatten(structure, _arrays(sites, x))
-    return fn(params, *args, **kwargs)
+    key = kwargs.get(STREAMS) if shape.layout.has_streams else None
+    if key is not None:
+        kwargs = {name: value for name, value in kwargs.items() if name != STREAMS}
+    params = shape.layout.build(_arrays(shape.sites, x, held), key)
+    out = shape.layout.called(fn, params, args, kwargs)
+    if not shape.has_aux:
+        return out, None, params
+    if not isinstance(out, tuple) or len(out) != 2:
+        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+        raise TypeError(
+            f"Loss: expected a function with has_aux=True to return a pair (loss, aux), got {got}."
+        )
+    return *out, params
 
 
-def _probe(
-    settings: tuple[Any, Any], fn: Any, x: Array, arguments: Partition
-) -> tuple[list[Any], None]:
-    out = jax.tree.leaves(_value(settings, fn, x, arguments))
+def _value(shape: Shape, fn: Any, *operands: Any) -> Any:
+    return _call(shape, fn, *operands)[0]
+
+
+def _aux(shape: Shape, fn: Any, *operands: Any) -> Any:
+    return _call(shape, fn, *operands)[1]
+
+
+def _updated(shape: Shape, fn: Any, *operands: Any) -> tuple[Any, ...]:
+    _, aux, params = _call(shape, fn, *operands)
+    leaves = zip(shape.layout.updated(params, aux), shape.sites, strict=True)
+    return tuple(jnp.asarray(a) for a, site in leaves if isinstance(site, Held))
+
+
+def _probe(shape: Shape, fn: Any, *operands: Any) -> tuple[list[Any], None]:
+    loss, aux, _ = _call(shape, fn, *operands)
     # What is no array is refused later, by what it is.
-    return [leaf for leaf in out if isinstance(leaf, jax.Array | np.ndarray | np.generic)], None
+    arrays = (jax.Array, np.ndarray, np.generic)
+    return [leaf for leaf in jax.tree.leaves((loss, aux)) if isinstance(leaf, arrays)], None
 
 
-def _arrays(sites: tuple[Any, ...], x: Array) -> list[Any]:
-    arrays, start = [], 0
+def _arrays(sites: tuple[Any, ...], x: Array, held: Sequence[Any]) -> list[Any]:
+    arrays, start, rest = [], 0, iter(held)
     for site in sites:
         if not isinstance(site, Leaf):
-            arrays.append(site.value if isinstance(site, Fixed) else site)
+            is_held = isinstance(site, Held)
+            arrays.append(next(rest) if is_held else site.value if isinstance(site, Fixed) else site)
             continue
         stop = start + math.prod(site.shape)
         arrays.append(x[start:stop].reshape(site.shape).astype(site.dtype))
@@ -219,7 +316,7 @@ def _arrays(sites: tuple[Any, ...], x: Array) -> list[Any]:
 
 def flatten_params(
     params: Any, what: str = "Loss.from_function"
-) -> tuple[Array, Any, tuple[Any, ...]]:
+) -> tuple[Array, Tree, tuple[Any, ...]]:
     """Flattens floating-point parameters into one vector.
 
     Args:
@@ -228,15 +325,16 @@ def flatten_params(
         what: begins error messages.
 
     Returns:
-        The vector `(dim,)` in JAX's default float, the tree's structure, and one `Leaf`, `Fixed` or
+        The vector `(dim,)` in JAX's default float, the tree's layout, and one `Leaf`, `Fixed` or
         function per leaf.
 
     Raises:
-        TypeError: if a leaf is not of a floating-point type.
+        TypeError: if a leaf is not of a floating-point type, or a framework's state is among them.
         ValueError: if there is no parameter, or one is not finite.
     """
+    refuse_state(params, what)
     paths, structure = jax.tree_util.tree_flatten_with_path(with_context_axes(params))
-    names = unique_names([_name(path) for path, _ in paths], [_name(p, "~1") for p, _ in paths])
+    names = _names([path for path, _ in paths])
     sites, flat = [], []
     for name, (path, leaf), in_module in zip(names, paths, _in_modules(params), strict=True):
         if callable(leaf):
@@ -246,38 +344,80 @@ def flatten_params(
         if in_module and isinstance(leaf, SETTINGS) and not isinstance(leaf, np.generic):
             sites.append(Fixed(name, type(leaf), leaf))
             continue
-        where = f"params{jax.tree_util.keystr(path)}"
-        kind = attribute(leaf, "dtype") or (np.dtype(float) if isinstance(leaf, float) else None)
-        if kind is None or not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(
-                f"{what}: expected floating-point parameters, got {where} of type "
-                f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
-                "as an argument of the loss instead."
-            )
-        with np.errstate(over="ignore"):
-            array = jnp.asarray(leaf)
-        sites.append(Leaf(name, array.shape, array.dtype))
-        flat.append(array.astype(float).reshape(-1))
-        if not isinstance(array, Tracer) and not np.isfinite(flat[-1]).all():
-            raise ValueError(
-                f"{what}: expected finite starting values, got NaN or infinity in {where}."
-            )
-        if isinstance(leaf, np.ndarray):
-            check_rounding(leaf, f"{what}: {where}")
+        site, part = _parameter(name, leaf, what, f"params{jax.tree_util.keystr(path)}")
+        sites.append(site)
+        flat.append(part)
+    return _joined(flat, what), Tree(structure), tuple(sites)
+
+
+def flatten_module(
+    module: Any, wrt: Any, what: str
+) -> tuple[Array, Layout, tuple[Any, ...], tuple[Any, ...]]:
+    """Flattens what is trained of a module into one vector.
+
+    Args:
+        module: of a framework, see `take_apart`.
+        wrt: what is trained, or None for what the framework trains.
+        what: begins error messages.
+
+    Returns:
+        The vector `(dim,)` in JAX's default float, the module's layout, one `Leaf`, `Fixed`, `Held` or object per
+        leaf, and the values of what is held.
+
+    Raises:
+        TypeError: if a parameter is not of a floating-point type, or this is no module.
+        ValueError: if there is no parameter, or one is not finite.
+    """
+    parts: Parts = take_apart(module, wrt)
+    names = _names(parts.paths)
+    sites, flat, held = [], [], []
+    for name, leaf, is_trained in zip(names, parts.leaves, parts.is_trained, strict=True):
+        if is_trained:
+            site, part = _parameter(name, with_context_axes(leaf), what, f"the parameter {name!r}")
+            sites.append(site)
+            flat.append(part)
+        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            sites.append(Held(name))
+            held.append(with_context_axes(strip_weak_types(leaf)))
+        elif isinstance(leaf, SETTINGS):
+            sites.append(Fixed(name, type(leaf), leaf))
+        else:
+            sites.append(leaf)
+    return _joined(flat, what), parts.layout, tuple(sites), tuple(held)
+
+
+def _parameter(name: str, leaf: Any, what: str, where: str) -> tuple[Leaf, Array]:
+    kind = attribute(leaf, "dtype") or (np.dtype(float) if isinstance(leaf, float) else None)
+    if kind is None or not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(
+            f"{what}: expected floating-point parameters, got {where} of type "
+            f"{kind if kind is not None else type(leaf).__name__}; convert it to float, or pass it "
+            "as an argument of the loss instead."
+        )
+    with np.errstate(over="ignore"):
+        array = jnp.asarray(leaf)
+    flat = array.astype(float).reshape(-1)
+    if not isinstance(array, Tracer) and not np.isfinite(flat).all():
+        raise ValueError(
+            f"{what}: expected finite starting values, got NaN or infinity in {where}."
+        )
+    if isinstance(leaf, np.ndarray):
+        check_rounding(leaf, f"{what}: {where}")
+    return Leaf(name, array.shape, array.dtype), flat
+
+
+def _joined(flat: list[Array], what: str) -> Array:
     if not sum(part.size for part in flat):
         raise ValueError(
             f"{what}: expected at least one parameter, got an empty params; pass the "
             "starting values of the parameters as the second argument (in a module as arrays)."
         )
-    return jnp.concatenate(flat), structure, tuple(sites)
+    return jnp.concatenate(flat)
 
 
-def _name(path: tuple[Any, ...], slash: str = "/") -> str:
-    # As in JSON pointers: slashes within keys are spelled out where names would be the same otherwise.
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if slash != "/":
-        parts = [part.replace("~", "~0").replace("/", slash) for part in parts]
-    return "/".join(parts) or "params"
+def _names(paths: list[Any]) -> tuple[str, ...]:
+    # Slashes within keys are spelled out where names would be the same otherwise.
+    return unique_names([name_of(path) for path in paths], [name_of(p, "~1") for p in paths])
 
 
 def _in_modules(params: Any) -> list[bool]:

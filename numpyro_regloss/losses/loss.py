@@ -8,7 +8,7 @@ Only this module and the two sources below it know how parameters are stored.
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -40,23 +40,32 @@ from numpyro_regloss.losses.arguments import Arguments, explain
 from numpyro_regloss.losses.caller import Caller, Watch, check_executor
 from numpyro_regloss.losses.external import ExternalSource, check_call, kinds_of
 from numpyro_regloss.losses.fence import fence, reads_many_numbers
-from numpyro_regloss.losses.function import FunctionSource, flatten_params
+from numpyro_regloss.losses.function import (
+    STREAMS,
+    FunctionSource,
+    Shape,
+    flatten_module,
+    flatten_params,
+)
 from numpyro_regloss.losses.long_losses import is_long
 from numpyro_regloss.losses.minibatch import Minibatch
 from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
 from numpyro_regloss.losses.one_at_a_time import needs_one_at_a_time, one_at_a_time
+from numpyro_regloss.losses.recalibrate import batches_of, recalibrated
 from numpyro_regloss.losses.rows import check_rows
 
 __all__ = ["Loss"]
 
 T = TypeVar("T")
+# Tells the keys of the loss's own noise from those of its rows.
+NOISE = 0x6E6F6973
 
 
 @pytree_dataclass
 class Loss:
     """A loss of a flat unconstrained vector, with the data bound to it.
 
-    Build one with `Loss.from_function`, `Loss.from_model` or `Loss.from_external`. Arrays and floats among the
+    Build one with `Loss.from_function`, `Loss.from_module`, `Loss.from_model` or `Loss.from_external`. Arrays and floats among the
     bound arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
     None and functions are static, and so are arrays whose values the function needs when it is traced
     (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
@@ -73,6 +82,7 @@ class Loss:
         minibatch: which arguments are data, or None for full batches.
         fenced: whether the loss reads its arguments one number at a time; such programs compile faster so.
         is_long: whether the loss has so many operations that programs should have it once.
+        rng_names: the keyword arguments that hold random keys, fresh ones wherever a batch would be.
     """
 
     x0: Array
@@ -81,6 +91,7 @@ class Loss:
     minibatch: Minibatch | None = static_field(default=None)
     fenced: bool = static_field(default=False)
     is_long: bool = static_field(default=False)
+    rng_names: tuple[str, ...] = static_field(default=())
 
     @classmethod
     def from_function(
@@ -89,6 +100,8 @@ class Loss:
         params: Any,
         *args: Any,
         minibatch: Minibatch | None = None,
+        has_aux: bool = False,
+        rng_argname: str | None = None,
         **kwargs: Any,
     ) -> "Loss":
         """A loss `fn(params, *args, **kwargs)` that returns a scalar.
@@ -98,17 +111,24 @@ class Loss:
                 integers.
             params: starting values, any pytree of floating-point arrays and floats. In a module (of equinox, or
                 any pytree that can be called) only arrays are trained, as equinox has it: Python numbers among its
-                fields, such as a rate of 0.1, stay as they are.
+                fields, such as a rate of 0.1, stay as they are. Modules of Flax NNX, and what has batch
+                statistics, are for `Loss.from_module`.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
-            **kwargs: the same, by name.
+            has_aux: whether `fn` returns a pair (loss, aux), as of `jax.value_and_grad`; `Loss.aux` evaluates
+                the second one.
+            rng_argname: the keyword argument of `fn` that is a random key, for dropout and other noise: a fresh one
+                in every inner step of SGLD and `fit.RobbinsMonro`, for a whole outer step of engines that keep a
+                batch. Elsewhere, in `loss.value` and `values`, it is the bound one: `random.key(0)` if none is
+                given by that name.
+            **kwargs: the same as `args`, by name.
 
         Returns:
             The loss.
 
         Raises:
             TypeError: if `fn` cannot be called, does not fit its arguments, or returns something other
-                than a real scalar; if parameters are not floating-point.
+                than a real scalar; if parameters are not floating-point, or have a framework's state among them.
             ValueError: if parameters are missing or not finite, or `fn` raises.
 
         Example:
@@ -117,15 +137,101 @@ class Loss:
             >>> loss.dim, float(loss.value(loss.x0))
             (1, 1.0)
         """
-        if not callable(fn):
+        what = "Loss.from_function"
+        own = {"minibatch": minibatch, "has_aux": has_aux or None, "rng_argname": rng_argname}
+        _check_function(fn, own, 1 + len(args), what)
+        x0, layout, sites = flatten_params(params)
+        shape = Shape(layout, sites, check_flag(has_aux, f"{what}: has_aux"))
+        return cls._of_function(fn, x0, shape, (), minibatch, rng_argname, args, kwargs, what)
+
+    @classmethod
+    def from_module(
+        cls,
+        fn: Callable[..., Any],
+        module: Any,
+        *args: Any,
+        minibatch: Minibatch | None = None,
+        wrt: Any = None,
+        has_aux: bool = False,
+        rng_argname: str | None = None,
+        **kwargs: Any,
+    ) -> "Loss":
+        """A loss `fn(module, *args, **kwargs)` of a network of Flax NNX, Equinox or Flax Linen.
+
+        Parameters are what the framework trains. All else (batch statistics, counters, keys, settings) is held as
+        it is: changes that `fn` makes to it are of that call alone, as batch norm in training mode has them. A run
+        returns the module with new parameters; `Loss.recalibrate` computes its running averages.
+
+        Args:
+            fn: the loss, written as for the framework, in training mode.
+            module: of NNX, whose `nnx.Param` are trained, and whose own streams of random numbers are seeded anew
+                wherever `rng_argname` says; of Equinox, whose inexact arrays are trained, or a pair (module,
+                state) of `eqx.nn.make_with_state`, for which `fn(module, state, *args)` is called; or the
+                variables of Linen, a dict whose collection `"params"` is trained.
+            *args: data and settings, bound as defaults.
+            minibatch: which arguments are data to be drawn in batches.
+            wrt: what is trained instead: a filter of NNX, a filter of `eqx.partition`, or names of collections.
+            has_aux: see `Loss.from_function`. What Equinox and Linen return as the new state is found in it.
+            rng_argname: see `Loss.from_function`.
+            **kwargs: the same as `args`, by name.
+
+        Returns:
+            The loss.
+
+        Raises:
+            TypeError: if `module` is none of these, or as of `Loss.from_function`.
+            ValueError: as of `Loss.from_function`.
+
+        Example:
+            >>> from flax import nnx
+            >>> net = nnx.Sequential(nnx.Linear(2, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(1)))
+            >>> loss = Loss.from_module(lambda net, x: jnp.mean(net(x) ** 2), net, jnp.eye(2))
+            >>> loss.dim, type(loss.constrain(loss.x0)).__name__
+            (40, 'Sequential')
+        """
+        what = "Loss.from_module"
+        x0, layout, sites, held = flatten_module(module, wrt, what)
+        own = {"minibatch": minibatch, "wrt": wrt, "has_aux": has_aux or None}
+        own["rng_argname"] = rng_argname
+        _check_function(fn, own, layout.num_first + len(args), what)
+        shape = Shape(layout, sites, check_flag(has_aux, f"{what}: has_aux"))
+        return cls._of_function(fn, x0, shape, held, minibatch, rng_argname, args, kwargs, what)
+
+    @classmethod
+    def _of_function(
+        cls,
+        fn: Any,
+        x0: Array,
+        shape: Shape,
+        held: tuple[Any, ...],
+        minibatch: Minibatch | None,
+        rng_argname: str | None,
+        args: tuple,
+        kwargs: dict,
+        what: str,
+    ) -> "Loss":
+        if not isinstance(rng_argname, str | None):
             raise TypeError(
-                f"Loss.from_function: expected a function of (params, *args), got {type(fn).__name__}."
+                f"{what}: expected rng_argname as the name of an argument of the function, got "
+                f"{type(rng_argname).__name__}; a key itself is passed by that name."
             )
-        check_own_names(fn, {"minibatch": minibatch}, 1 + len(args), "Loss.from_function")
-        x0, structure, sites = flatten_params(params)
-        trace = functools.partial(FunctionSource.trace, fn, (structure, sites), x0)
-        arguments, source = Arguments(fn, 1).bind(args, kwargs, trace, _checked(minibatch), "loss")
-        return cls._checked(x0, arguments, source, minibatch)
+        names = (() if rng_argname is None else (rng_argname,)) + (STREAMS,) * (
+            shape.layout.has_streams
+        )
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"{what}: expected another rng_argname than {STREAMS!r}, which seeds the module's own streams of "
+                "random numbers; rename the argument of the function."
+            )
+        for name in names:
+            key = kwargs.get(name)
+            key = jax.random.key(0) if key is None else check_key(key, f"{what}: {name}")
+            kwargs = {**kwargs, name: key}
+        trace = functools.partial(FunctionSource.trace, fn, shape, x0, held)
+        arguments, source = Arguments(fn, shape.layout.num_first).bind(
+            args, kwargs, trace, _checked(minibatch), "loss"
+        )
+        return cls._checked(x0, arguments, source, minibatch, names)
 
     @classmethod
     def from_model(
@@ -270,11 +376,11 @@ class Loss:
         if chunk_size is not None:
             check_count(chunk_size, f"{what}: chunk_size")
         check_executor(fn, executor)
-        x0, structure, sites = flatten_params(params, what)
+        x0, layout, sites = flatten_params(params, what)
         caller = Caller.of(
             fn, executor, batch=batch, on_error=on_error, timeout=timeout, chunk_size=chunk_size
         )
-        source = ExternalSource(caller, structure, sites, kinds_of(params, sites))
+        source = ExternalSource(caller, layout, sites, kinds=kinds_of(params, sites))
         arguments = Arguments(fn, 1).split(args, kwargs)  # ty: ignore[invalid-argument-type]
         return cls(x0, arguments, source)
 
@@ -292,6 +398,11 @@ class Loss:
     def flat_names(self) -> tuple[str, ...]:
         """One label per flat parameter, such as `theta[0]`."""
         return self.source.flat_names
+
+    @property
+    def is_random(self) -> bool:
+        """Whether engines draw something anew for it: rows of its data, or a key of its noise."""
+        return self.minibatch is not None or bool(self.rng_names)
 
     @property
     def returns_integers(self) -> bool:
@@ -363,6 +474,57 @@ class Loss:
         """
         return self.evaluate(x, self.bind(args, kwargs))
 
+    def aux(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
+        """What the function returns beside the loss, with `has_aux=True`; no run evaluates it.
+
+        Args:
+            x: `(dim,)`, flat and unconstrained.
+            args: positional arguments in place of the bound ones.
+            kwargs: keyword arguments over the bound ones.
+
+        Returns:
+            Arrays in the user's structure.
+
+        Raises:
+            TypeError: if the loss was built without `has_aux`.
+        """
+        self._check_point(x)
+        if not isinstance(self.source, FunctionSource) or not self.source.has_aux:
+            raise TypeError(
+                "Loss.aux: expected a loss of a function that returns (loss, aux), built with has_aux=True in "
+                "Loss.from_function or Loss.from_module."
+            )
+        return _aux(self.source, with_context_axes(x), self.bind(args, kwargs))
+
+    def recalibrate(self, params: Any, batches: Iterable[Any] | None = None) -> Any:
+        """The module with running averages of its own parameters, for batch norm in evaluation mode.
+
+        Averages that a run would keep are of other parameters. Here `fn` is called in training mode on one batch
+        after the other, with the momentum taken out, so that each batch counts alike.
+
+        Args:
+            params: the module, such as `result.params`.
+            batches: positional arguments of the loss for each batch, as tuples; or single arrays. Default: the
+                bound data, in pieces of the minibatch if there is one.
+
+        Returns:
+            A module of the same parameters. State that is no running average is what the framework makes of it.
+
+        Raises:
+            TypeError: if the loss is not from `Loss.from_module`.
+            ValueError: if there is no batch, or `fn` does not hand out the new state: NNX changes the module
+                itself, of Equinox and Linen it is returned beside the loss, `has_aux=True`.
+        """
+        if not isinstance(self.source, FunctionSource) or self.is_external:
+            raise TypeError("Loss.recalibrate: expected a loss from Loss.from_module.")
+        if batches is None:
+            found = batches_of(self, self.bind())
+        else:
+            found = (self.bind(b if isinstance(b, tuple | list) else (b,)) for b in batches)
+        key = jax.random.key(0)
+        keyed = (self._with_noise(jax.random.fold_in(key, i), a) for i, a in enumerate(found))
+        return recalibrated(self.source, params, keyed)
+
     def constrain(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
         """The parameters as the user wrote them: their pytree, or their sites by name."""
         self._check_point(x)
@@ -413,7 +575,7 @@ class Loss:
         if not args and not kwargs:
             return with_context_axes(self.arguments, divided=True)
         bound_args, bound_kwargs = self.arguments.tree
-        split = Arguments(self.source.user.fn, int(self.source.density is None))
+        split = Arguments(self.source.user.fn, self.source.num_first)
         given = tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}
         constants = self.arguments.constants
         arguments, _ = split.bind(*given, self.source.check, None, "model", constants)
@@ -467,19 +629,28 @@ class Loss:
         return _factorizes(structure, shapes, num_calls)
 
     def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
-        """One minibatch of the arguments and the factor `rows / batch_size`; all of them without one.
+        """One minibatch of the arguments with fresh noise, and the factor `rows / batch_size`.
 
         Args:
             rng_key: a random key.
             arguments: from `bind`.
 
         Returns:
-            The arguments of the batch and the data scale.
+            The arguments of the batch and the data scale; all of them and one without a minibatch.
         """
-        if self.minibatch is None:
-            return arguments, 1.0
-        scale = self.minibatch.num_rows(arguments) / self.minibatch.batch_size
-        return self.minibatch.draw(rng_key, with_context_axes(arguments, divided=True)), scale
+        scale = 1.0
+        noisy = self._with_noise(jax.random.fold_in(rng_key, NOISE), arguments)
+        if self.minibatch is not None:
+            scale = self.minibatch.num_rows(noisy) / self.minibatch.batch_size
+            noisy = self.minibatch.draw(rng_key, with_context_axes(noisy, divided=True))
+        return noisy, scale
+
+    def _with_noise(self, rng_key: Key, arguments: Partition) -> Partition:
+        if not self.rng_names:
+            return arguments
+        args, kwargs = arguments.tree
+        keys = {n: jax.random.fold_in(rng_key, i) for i, n in enumerate(self.rng_names)}
+        return Partition((args, {**kwargs, **keys}))
 
     def check_captured(self) -> None:
         """Refuses to go on with data that the function no longer reads, where it reads any by itself.
@@ -531,9 +702,14 @@ class Loss:
 
     @classmethod
     def _checked(
-        cls, x0: Array, arguments: Partition, source: Any, minibatch: Minibatch | None
+        cls,
+        x0: Array,
+        arguments: Partition,
+        source: Any,
+        minibatch: Minibatch | None,
+        rng_names: tuple[str, ...] = (),
     ) -> "Loss":
-        loss = cls(x0, arguments, source, minibatch)
+        loss = cls(x0, arguments, source, minibatch, rng_names=rng_names)
         loss._check_value()  # noqa: SLF001
         out = _raw_value.eval_shape(source, x0, arguments).dtype
         if jnp.issubdtype(out, jnp.floating) and out.itemsize < 4:
@@ -562,7 +738,7 @@ class Loss:
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
                 f"Loss: expected the loss to return a scalar, got {got}; sum or average it over the "
-                "data, and return nothing beside it."
+                "data, and say has_aux=True if the function returns a pair (loss, aux)."
             )
         if not any(jnp.issubdtype(out.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
             raise TypeError(
@@ -595,12 +771,25 @@ def _raw_value(source: Any, x: Array, arguments: Partition) -> Any:
     return source.value(x, *arguments.tree, 1.0)
 
 
+@jax.jit
+def _aux(source: Any, x: Array, arguments: Partition) -> Any:
+    return source.aux(x, *arguments.tree)
+
+
 @functools.lru_cache(maxsize=256)
 def _factorizes(structure: Any, shapes: tuple[Any, ...], num_calls: int) -> bool:
     def value(leaves: list[Array]) -> Any:
         return _raw_value(*jax.tree.unflatten(structure, leaves))
 
     return needs_one_at_a_time(value, shapes, num_calls)
+
+
+def _check_function(fn: Any, own: dict[str, Any], num_args: int, what: str) -> None:
+    if not callable(fn):
+        raise TypeError(
+            f"{what}: expected a function of (params, *args), got {type(fn).__name__}."
+        )
+    check_own_names(fn, own, num_args, what)
 
 
 def _checked(minibatch: Any) -> Minibatch | None:

@@ -139,7 +139,7 @@ class RegularizedLoss:
         return self.loss.source.constrain(x, *self.arguments.tree)
 
     def on_batch(self, rng_key: Key) -> "RegularizedLoss":
-        """The same target on a fresh minibatch of the data, or itself if the loss has none.
+        """The same target on a fresh minibatch of the data and with fresh noise, or itself if the loss has none.
 
         Args:
             rng_key: a random key.
@@ -147,7 +147,7 @@ class RegularizedLoss:
         Returns:
             The target on the batch.
         """
-        if self.loss.minibatch is None:
+        if not self.loss.is_random:
             return self
         arguments, scale = self.loss.draw_batch(rng_key, self.arguments)
         return replace_fields(self, arguments=arguments, data_scale=scale)
@@ -172,8 +172,9 @@ class RegularizedLoss:
         )
 
     def without_batches(self) -> "RegularizedLoss":
-        """The same target on the data that it has, whatever the loss's minibatch."""
-        return replace_fields(self, loss=replace_fields(self.loss, minibatch=None))
+        """The same target on the data and with the noise that it has, whatever the loss's minibatch."""
+        loss = replace_fields(self.loss, minibatch=None, rng_names=())
+        return replace_fields(self, loss=loss)
 
 
 def model(target: RegularizedLoss) -> None:

@@ -43,6 +43,16 @@ class ReplicaSource(LossSource):
         return self.base.user
 
     @property
+    def held(self) -> tuple[Any, ...]:  # ty: ignore[incompatible-property-override]
+        """As of one replica."""
+        return self.base.held
+
+    @property
+    def num_first(self) -> int:
+        """As of one replica."""
+        return self.base.num_first
+
+    @property
     def is_external(self) -> bool:
         """As one replica is."""
         return self.base.is_external

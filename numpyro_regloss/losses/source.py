@@ -18,11 +18,18 @@ class LossSource(Protocol):
     Attributes:
         user: the user's function, with what it captures.
         density: which density of a NumPyro model the loss is of; None for what is no model.
+        held: values of what is no parameter of a network, such as running averages.
         fixed_names: settings among the parameters, which are not optimized.
     """
 
     user: Any
     density: Any = None
+    held: tuple[Any, ...] = ()
+
+    @property
+    def num_first(self) -> int:
+        """How many arguments of the user's function come before the data."""
+        return int(self.density is None)
 
     @property
     def fixed_names(self) -> tuple[str, ...]:

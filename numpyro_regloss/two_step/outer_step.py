@@ -83,8 +83,8 @@ class LossOfDraws(NamedTuple):
         mean: average over q, in the units of the loss; of minibatches if there are any, as the others.
         sd: standard deviation over q.
         lowest: the lowest one.
-        share_lower: part of q where the loss is below that at the centre; NaN of minibatches, which differ between
-            the two.
+        share_lower: part of q where the loss is below that at the centre; NaN of minibatches and noise, which
+            differ between the two.
         temperature: the target's; an engine may have used another.
     """
 
@@ -441,7 +441,7 @@ def _loss_of_draws(target: RegularizedLoss, draws: Draws, center_loss: Array) ->
         mean=lowest + mean,
         sd=jnp.sqrt(jnp.sum(weight * (above - mean) ** 2)),
         lowest=lowest,
-        share_lower=share if target.loss.minibatch is None else jnp.full_like(share, jnp.nan),
+        share_lower=jnp.full_like(share, jnp.nan) if target.loss.is_random else share,
         temperature=jnp.asarray(target.temperature, loss.dtype),
     )
 

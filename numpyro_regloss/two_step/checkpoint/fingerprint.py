@@ -84,6 +84,9 @@ def settings_text(
     found |= dict(_described("arguments of the loss", arguments.tree))
     found["start (the loss's params)"] = _array(loss.x0)
     found |= dict(_described("loss.minibatch", loss.minibatch))
+    found |= dict(_described("loss.rng_names", loss.rng_names))
+    if loss.source.held:
+        found["state of the module"] = hash_of(loss.source.held)[:16]
     is_key = isinstance(start, jax.Array)
     found["rng_key" if is_key else "init_state"] = _array(start) if is_key else hash_of(start)[:16]
     return found
