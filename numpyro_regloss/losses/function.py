@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss that is a function of a pytree: how its parameters become one flat vector and return."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ class Held(NamedTuple):
     name: str
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shape:
     """What compiles of a function of parameters.
 
     Attributes:
@@ -113,6 +115,11 @@ class FunctionSource(LossSource):
         """
         user, _ = UserFunction.trace(fn, _probe, shape, *((x0, held, some) for some in each))
         return cls(user, shape.layout, shape.sites, held, shape.has_aux)
+
+    @property
+    def is_module(self) -> bool:
+        """Whether parameters are those of a framework's module."""
+        return self.layout.is_module
 
     @property
     def num_first(self) -> int:
@@ -306,7 +313,9 @@ def _arrays(sites: tuple[Any, ...], x: Array, held: Sequence[Any]) -> list[Any]:
     for site in sites:
         if not isinstance(site, Leaf):
             is_held = isinstance(site, Held)
-            arrays.append(next(rest) if is_held else site.value if isinstance(site, Fixed) else site)
+            arrays.append(
+                next(rest) if is_held else site.value if isinstance(site, Fixed) else site
+            )
             continue
         stop = start + math.prod(site.shape)
         arrays.append(x[start:stop].reshape(site.shape).astype(site.dtype))

@@ -65,9 +65,9 @@ NOISE = 0x6E6F6973
 class Loss:
     """A loss of a flat unconstrained vector, with the data bound to it.
 
-    Build one with `Loss.from_function`, `Loss.from_module`, `Loss.from_model` or `Loss.from_external`. Arrays and floats among the
-    bound arguments are traced, so new values of equal shape never recompile; integers, booleans, strings,
-    None and functions are static, and so are arrays whose values the function needs when it is traced
+    Build one with `Loss.from_function`, `Loss.from_module`, `Loss.from_model` or `Loss.from_external`. Arrays and
+    floats among the bound arguments are traced, so new values of equal shape never recompile; integers, booleans,
+    strings, None and functions are static, and so are arrays whose values the function needs when it is traced
     (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
     structure of parameters are the same program.
 
@@ -117,9 +117,9 @@ class Loss:
             minibatch: which arguments are data to be drawn in batches.
             has_aux: whether `fn` returns a pair (loss, aux), as of `jax.value_and_grad`; `Loss.aux` evaluates
                 the second one.
-            rng_argname: the keyword argument of `fn` that is a random key, for dropout and other noise: a fresh one
-                in every inner step of SGLD and `fit.RobbinsMonro`, for a whole outer step of engines that keep a
-                batch. Elsewhere, in `loss.value` and `values`, it is the bound one: `random.key(0)` if none is
+            rng_argname: the keyword argument of `fn` that is a random key, for dropout and other noise: a fresh
+                one in every inner step of SGLD and `fit.RobbinsMonro`, for a whole outer step of engines that keep
+                a batch. Elsewhere, in `loss.value` and `values`, it is the bound one: `random.key(0)` if none is
                 given by that name.
             **kwargs: the same as `args`, by name.
 
@@ -749,6 +749,7 @@ class Loss:
         """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
         kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
         kind = "from_external" if self.is_external else kind
+        kind = "from_module" if self.source.is_module else kind
         names = self.source.fixed_names
         fixed = f", fixed={names}" if names else ""
         return (
@@ -786,9 +787,7 @@ def _factorizes(structure: Any, shapes: tuple[Any, ...], num_calls: int) -> bool
 
 def _check_function(fn: Any, own: dict[str, Any], num_args: int, what: str) -> None:
     if not callable(fn):
-        raise TypeError(
-            f"{what}: expected a function of (params, *args), got {type(fn).__name__}."
-        )
+        raise TypeError(f"{what}: expected a function of (params, *args), got {type(fn).__name__}.")
     check_own_names(fn, own, num_args, what)
 
 

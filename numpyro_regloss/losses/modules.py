@@ -74,6 +74,11 @@ class Layout(Protocol):
         """How many arguments of the function come before the data."""
         ...
 
+    @property
+    def is_module(self) -> bool:
+        """Whether it is a framework's."""
+        ...
+
 
 class Parts:
     """A module that was taken apart.
@@ -103,6 +108,7 @@ class Tree:
     structure: Any
 
     has_streams = False
+    is_module = False
 
     @property
     def num_first(self) -> int:
@@ -151,10 +157,17 @@ class Equinox(Tree):
 
     has_state: bool
 
+    is_module = True
+
     @property
     def num_first(self) -> int:
         """The module, and its state if there is one."""
         return 1 + self.has_state
+
+    def __reduce__(self) -> Any:
+        # Structures of Equinox hold a sentinel that is compared by identity; modules pickle.
+        example = self.build(range(self.structure.num_leaves))
+        return _equinox_like, (example, self.has_state)
 
     def trained(self, leaves: Sequence[Any], is_trained: Sequence[bool]) -> Any:
         """The module with None in all other places, as `eqx.filter_grad` has it."""
@@ -198,6 +211,8 @@ class Linen(Tree):
 
     collections: tuple[str, ...]
 
+    is_module = True
+
     def trained(self, leaves: Sequence[Any], is_trained: Sequence[bool]) -> Any:
         """The collections that are trained."""
         del is_trained
@@ -237,6 +252,7 @@ class Nnx:
     keys: tuple[int, ...]
 
     num_first = 1
+    is_module = True
 
     @property
     def has_streams(self) -> bool:
@@ -376,6 +392,10 @@ def _of_equinox(module: Any, wrt: Any, *, has_state: bool) -> Parts:
     is_trained = [i and path[first:] in kept for i, (path, _) in zip(in_net, flat, strict=True)]
     paths = [path[first:] if i else path for i, (path, _) in zip(in_net, flat, strict=True)]
     return Parts(Equinox(structure, has_state), paths, [leaf for _, leaf in flat], is_trained)
+
+
+def _equinox_like(example: Any, has_state: bool) -> Equinox:  # noqa: FBT001
+    return Equinox(jax.tree.structure(example), has_state)
 
 
 def _of_linen(variables: Any, wrt: Any) -> Parts:

@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running averages of a network at its final parameters, such as the statistics of batch norm.
 
-A framework moves an average s by a rule s' = m s + (1 - m) b, with a momentum m and the statistic b of a batch. Two
-calls with s = 0 and s = 1 tell m, and every further call a statistic. Their plain mean over batches has no share of
-the start and none of earlier parameters.
+A framework moves an average s by s' = m s + (1 - m) b, with a momentum m and the statistic b of a batch. Two calls
+with s = 0 and s = 1 tell m, and every further call a statistic. The plain mean over batches has no share of
+the start, and none of earlier parameters.
 
-Reference: Izmailov, Podoprikhin, Garipov, Vetrov & Wilson (2018), "Averaging Weights Leads to Wider Optima and Better
-Generalization", whose averaged weights need statistics of their own (PyTorch: `update_bn`).
+Reference: Izmailov, Podoprikhin, Garipov, Vetrov & Wilson (2018), "Averaging Weights Leads to Wider Optima and
+Better Generalization", whose averaged weights need statistics of their own (PyTorch: `update_bn`).
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,7 +43,9 @@ def recalibrated(source: Any, params: Any, batches: Iterable[Partition]) -> Any:
         ValueError: if there is no batch, or the function does not hand out its new state.
     """
     x, held = source.unconstrain(params, (), {}), source.held_of(params)
-    momenta, sums, count = [], [], 0
+    momenta: list[Any] = []
+    sums: list[Any] = []
+    count = 0
 
     def after(held: tuple[Any, ...], arguments: Partition) -> tuple[Any, ...]:
         return _updated(replace_fields(source, held=held), x, arguments)
@@ -84,8 +87,12 @@ def batches_of(loss: Any, arguments: Partition) -> Iterator[Partition]:
         return
     size, flags = loss.minibatch.batch_size, loss.minibatch.is_row(arguments)
     for start in range(0, loss.minibatch.num_rows(arguments) + 1 - size, size):
-        is_row, index = iter(flags), np.arange(start, start + size)
-        yield arguments.map(lambda a, f=is_row, i=index: take_rows(a, i) if next(f) else a)
+        is_row, index = iter(flags), jnp.arange(start, start + size)
+        yield arguments.map(partial(_rows, is_row, index))
+
+
+def _rows(is_row: Iterator[bool], index: Array, leaf: Any) -> Any:
+    return take_rows(leaf, index) if next(is_row) else leaf
 
 
 @jax.jit
@@ -116,4 +123,3 @@ def _is_float(leaf: Any) -> bool:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-

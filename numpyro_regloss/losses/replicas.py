@@ -43,9 +43,14 @@ class ReplicaSource(LossSource):
         return self.base.user
 
     @property
-    def held(self) -> tuple[Any, ...]:  # ty: ignore[incompatible-property-override]
+    def held(self) -> tuple[Any, ...]:
         """As of one replica."""
         return self.base.held
+
+    @property
+    def is_module(self) -> bool:
+        """As of one replica."""
+        return self.base.is_module
 
     @property
     def num_first(self) -> int:

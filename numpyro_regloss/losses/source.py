@@ -18,13 +18,21 @@ class LossSource(Protocol):
     Attributes:
         user: the user's function, with what it captures.
         density: which density of a NumPyro model the loss is of; None for what is no model.
-        held: values of what is no parameter of a network, such as running averages.
         fixed_names: settings among the parameters, which are not optimized.
     """
 
     user: Any
     density: Any = None
-    held: tuple[Any, ...] = ()
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """Values of what is no parameter of a network, such as running averages."""
+        return ()
+
+    @property
+    def is_module(self) -> bool:
+        """Whether parameters are those of a framework's module."""
+        return False
 
     @property
     def num_first(self) -> int:
