@@ -15,7 +15,18 @@ from flax import linen, nnx
 from harness import count_compiles
 from jax import random
 
-from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, fit, schemes, shift, values
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    Minibatch,
+    RegularizedLoss,
+    TwoStep,
+    anchor,
+    fit,
+    schemes,
+    shift,
+    values,
+)
 
 X = random.normal(random.key(0), (48, 3))
 Y = (X[:, 0] > 0).astype(int)
@@ -399,20 +410,16 @@ SCHEMES = {
     "heat": lambda loss: schemes.heat(loss, 1e-2, temperature=1e-2, fit=fit.RobbinsMonro(5)),
     "entropy_sgd": lambda loss: schemes.entropy_sgd(loss, tau=1e-3),
     "cloud": lambda loss: schemes.local_entropy(
-        loss, 1e-2, shift.Importance(500), temperature=1e-2
+        loss, 0.05, shift.Importance(2_000), temperature=0.1
     ),
     "parle": lambda loss: schemes.parle(loss, 1e-3, num_replicas=2),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme"),
-    [
-        pytest.param(n, s, marks=[] if (n, s) == ("linen", "heat") else pytest.mark.long)
-        for n in FRAMEWORKS
-        for s in SCHEMES
-    ],
-)
+# The page on modules has one run in the quick tests.
+@pytest.mark.long
+@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes_return_the_module(name, scheme):
     framework = FRAMEWORKS[name]
     loss = framework.loss(minibatch=Minibatch(16))
@@ -427,8 +434,57 @@ def test_schemes_return_the_module(name, scheme):
     accuracy = jnp.mean(framework.evaluate(module, X).argmax(-1) == Y)
     # Its own start has about one half, and the data are separable.
     assert accuracy > 0.8
-    if scheme == "heat":
+    if (name, scheme) == ("linen", "heat"):
         target = RegularizedLoss(loss, result.state.reference)
         assert jnp.isfinite(values.heat(random.key(0), target, num_samples=200).value)
         profile = values.profile(random.key(0), loss, module, taus=[1e-3], num_samples=200)
         np.testing.assert_allclose(profile.loss, loss.value(loss.unconstrain(module)), rtol=1e-5)
+
+
+@pytest.mark.long
+def test_accuracy_is_that_of_a_loop_by_hand():
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    x, y = jnp.asarray(data.data[order] / 16.0, jnp.float32), jnp.asarray(data.target[order])
+    train, test = (x[:1200], y[:1200]), (x[1200:], y[1200:])
+    num_steps, rate = 600, optax.sgd(0.1, momentum=0.9)
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(64, 32, rngs=rngs)
+            self.norm = nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
+            self.dropout = nnx.Dropout(0.2, rngs=rngs)
+            self.last = nnx.Linear(32, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    def accuracy(net):
+        return float(jnp.mean(nnx_evaluate(net, test[0]).argmax(-1) == test[1]))
+
+    def by_hand(net, key):
+        optimizer = nnx.Optimizer(net, rate, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(net, optimizer, index):
+            optimizer.update(net, nnx.grad(nnx_loss)(net, train[0][index], train[1][index]))
+
+        for index in random.randint(key, (num_steps, 128), 0, len(train[0])):
+            step(net, optimizer, index)
+        return net
+
+    found = {"by hand": [], "run": []}
+    for seed in range(3):
+        found["by hand"].append(accuracy(by_hand(Net(nnx.Rngs(seed)), random.key(seed))))
+        loss = Loss.from_module(nnx_loss, Net(nnx.Rngs(seed)), *train, minibatch=Minibatch(128))
+        # The same updates, of gradients at draws so close to the centre that nothing is smoothed.
+        one = fit.RobbinsMonro(1, step_size=1.0, antithetic=False)
+        anchored = anchor.Optax(rate)
+        same = TwoStep(loss, 1e-6, shift.Implicit(), one, anchored, temperature=1.0)
+        result = same.run(random.key(seed), num_steps, progress_bar=False)
+        found["run"].append(accuracy(loss.recalibrate(result.params)))
+    mean = {name: np.mean(each) for name, each in found.items()}
+    # Half a point, as is asked; a network of these has a spread of 0.3 points over seeds.
+    assert abs(mean["run"] - mean["by hand"]) < 0.005, found
