@@ -26,13 +26,12 @@ from numpyro_regloss._core.rounding import check_rounding
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.captured import UserFunction
 from numpyro_regloss.losses.modules import Layout, Parts, Tree, name_of, refuse_state, take_apart
+from numpyro_regloss.losses.noise import STREAMS
 from numpyro_regloss.losses.sites import flat_labels, ravel_sites, unique_names
 from numpyro_regloss.losses.source import LossSource
 
-__all__ = ["STREAMS", "FunctionSource", "flatten_module", "flatten_params"]
+__all__ = ["FunctionSource", "flatten_module", "flatten_params"]
 
-# The argument that seeds the streams of random numbers that a module has of its own.
-STREAMS = "rngs"
 SETTINGS = (bool, int, float, complex, str)
 FLOAT32 = float(np.finfo(np.float32).eps)
 

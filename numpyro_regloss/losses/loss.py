@@ -41,7 +41,6 @@ from numpyro_regloss.losses.caller import Caller, Watch, check_executor
 from numpyro_regloss.losses.external import ExternalSource, check_call, kinds_of
 from numpyro_regloss.losses.fence import fence, reads_many_numbers
 from numpyro_regloss.losses.function import (
-    STREAMS,
     FunctionSource,
     Shape,
     flatten_module,
@@ -49,16 +48,15 @@ from numpyro_regloss.losses.function import (
 )
 from numpyro_regloss.losses.long_losses import is_long
 from numpyro_regloss.losses.minibatch import Minibatch
+from numpyro_regloss.losses.noise import bind_keys, renew_keys
 from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
 from numpyro_regloss.losses.one_at_a_time import needs_one_at_a_time, one_at_a_time
-from numpyro_regloss.losses.recalibrate import batches_of, recalibrated
+from numpyro_regloss.losses.recalibrate import recalibrated
 from numpyro_regloss.losses.rows import check_rows
 
 __all__ = ["Loss"]
 
 T = TypeVar("T")
-# Tells the keys of the loss's own noise from those of its rows.
-NOISE = 0x6E6F6973
 
 
 @pytree_dataclass
@@ -210,23 +208,8 @@ class Loss:
         kwargs: dict,
         what: str,
     ) -> "Loss":
-        if not isinstance(rng_argname, str | None):
-            raise TypeError(
-                f"{what}: expected rng_argname as the name of an argument of the function, got "
-                f"{type(rng_argname).__name__}; a key itself is passed by that name."
-            )
-        names = (() if rng_argname is None else (rng_argname,)) + (STREAMS,) * (
-            shape.layout.has_streams
-        )
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"{what}: expected another rng_argname than {STREAMS!r}, which seeds the module's own streams of "
-                "random numbers; rename the argument of the function."
-            )
-        for name in names:
-            key = kwargs.get(name)
-            key = jax.random.key(0) if key is None else check_key(key, f"{what}: {name}")
-            kwargs = {**kwargs, name: key}
+        has_streams = shape.layout.has_streams
+        names, kwargs = bind_keys(rng_argname, kwargs, what, has_streams=has_streams)
         trace = functools.partial(FunctionSource.trace, fn, shape, x0, held)
         arguments, source = Arguments(fn, shape.layout.num_first).bind(
             args, kwargs, trace, _checked(minibatch), "loss"
@@ -517,13 +500,7 @@ class Loss:
         """
         if not isinstance(self.source, FunctionSource) or self.is_external:
             raise TypeError("Loss.recalibrate: expected a loss from Loss.from_module.")
-        if batches is None:
-            found = batches_of(self, self.bind())
-        else:
-            found = (self.bind(b if isinstance(b, tuple | list) else (b,)) for b in batches)
-        key = jax.random.key(0)
-        keyed = (self._with_noise(jax.random.fold_in(key, i), a) for i, a in enumerate(found))
-        return recalibrated(self.source, params, keyed)
+        return recalibrated(self, params, batches)
 
     def constrain(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
         """The parameters as the user wrote them: their pytree, or their sites by name."""
@@ -639,18 +616,11 @@ class Loss:
             The arguments of the batch and the data scale; all of them and one without a minibatch.
         """
         scale = 1.0
-        noisy = self._with_noise(jax.random.fold_in(rng_key, NOISE), arguments)
+        noisy = renew_keys(self.rng_names, rng_key, arguments)
         if self.minibatch is not None:
             scale = self.minibatch.num_rows(noisy) / self.minibatch.batch_size
             noisy = self.minibatch.draw(rng_key, with_context_axes(noisy, divided=True))
         return noisy, scale
-
-    def _with_noise(self, rng_key: Key, arguments: Partition) -> Partition:
-        if not self.rng_names:
-            return arguments
-        args, kwargs = arguments.tree
-        keys = {n: jax.random.fold_in(rng_key, i) for i, n in enumerate(self.rng_names)}
-        return Partition((args, {**kwargs, **keys}))
 
     def check_captured(self) -> None:
         """Refuses to go on with data that the function no longer reads, where it reads any by itself.

@@ -21,20 +21,21 @@ import numpy as np
 from numpyro_regloss._core.pytree import Partition, replace_fields
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.minibatch import take_rows
+from numpyro_regloss.losses.noise import renew_keys
 
-__all__ = ["batches_of", "recalibrated"]
+__all__ = ["recalibrated"]
 
 # Momenta of all entries are equal up to so many units of the last digit.
 ROUNDING = 64.0
 
 
-def recalibrated(source: Any, params: Any, batches: Iterable[Partition]) -> Any:
+def recalibrated(loss: Any, params: Any, batches: Iterable[Any] | None) -> Any:
     """A module whose running averages are the mean over batches.
 
     Args:
-        source: of the loss, a function of modules.
+        loss: of a function of modules.
         params: the module.
-        batches: arguments of the loss.
+        batches: positional arguments of the loss for each batch; None for the bound data.
 
     Returns:
         The module.
@@ -42,6 +43,7 @@ def recalibrated(source: Any, params: Any, batches: Iterable[Partition]) -> Any:
     Raises:
         ValueError: if there is no batch, or the function does not hand out its new state.
     """
+    source = loss.source
     x, held = source.unconstrain(params, (), {}), source.held_of(params)
     momenta: list[Any] = []
     sums: list[Any] = []
@@ -51,7 +53,10 @@ def recalibrated(source: Any, params: Any, batches: Iterable[Partition]) -> Any:
         return _updated(replace_fields(source, held=held), x, arguments)
 
     original = held
-    for arguments in batches:
+    for arguments in _batches(loss, batches):
+        arguments = renew_keys(
+            loss.rng_names, jax.random.fold_in(jax.random.key(0), count), arguments
+        )
         if not count:
             ends = [after(tuple(_filled(a, end) for a in held), arguments) for end in (0, 1)]
             momenta = [_momentum(*pair) for pair in zip(*ends, strict=True)]
@@ -72,19 +77,16 @@ def recalibrated(source: Any, params: Any, batches: Iterable[Partition]) -> Any:
     return source.layout.settled(module) if all_known else module
 
 
-def batches_of(loss: Any, arguments: Partition) -> Iterator[Partition]:
-    """The data of a loss in pieces of a minibatch, one after the other; a rest that is smaller is left out.
-
-    Args:
-        loss: the loss.
-        arguments: from `bind`.
-
-    Yields:
-        Arguments of a batch.
-    """
+def _batches(loss: Any, batches: Iterable[Any] | None) -> Iterator[Partition]:
+    if batches is not None:
+        for batch in batches:
+            yield loss.bind(tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+        return
+    arguments = loss.bind()
     if loss.minibatch is None:
         yield arguments
         return
+    # A rest that is smaller is left out: its statistics would count as much as those of the others.
     size, flags = loss.minibatch.batch_size, loss.minibatch.is_row(arguments)
     for start in range(0, loss.minibatch.num_rows(arguments) + 1 - size, size):
         is_row, index = iter(flags), jnp.arange(start, start + size)
