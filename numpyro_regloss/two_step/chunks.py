@@ -27,7 +27,7 @@ SECONDS_PER_CHUNK, MOST_SECONDS, SHARE = 0.25, 10.0, 0.1
 CHUNK_BYTES = 2**23
 CHUNK_STEPS = 512
 # Why several processes end a run together; of several causes the last one.
-CAUSES = (None, "arrived", "callback", "terminated", "interrupted", "failed")
+CAUSES = (None, "exhausted", "arrived", "callback", "terminated", "interrupted", "failed")
 
 
 def history_capacity(row: Any) -> int:
@@ -58,6 +58,7 @@ def run_in_chunks(
     path: Path | None = None,
     keeper: Keeper | SharedKeeper | None = None,
     rows: Any = None,
+    exhausted: Callable[[], bool] = lambda: False,
     processes: Processes,
 ) -> tuple[Any, Any, np.ndarray, BaseException | str | None]:
     """Advances a state chunk by chunk and collects the history on the host.
@@ -78,13 +79,14 @@ def run_in_chunks(
         path: keeps centres at its own interval.
         keeper: saves the run, and knows of its end.
         rows: of a run that is gone on with, its infos and seconds so far; they count as steps of this one.
+        exhausted: whether there are no data for a further step.
         processes: that run it together, each of which gets the same.
 
     Returns:
         The last state, the infos stacked as NumPy arrays, the wall seconds of each step (of its chunk over the
         steps in it; compilation counts to the first), and why it stopped before its time: `"arrived"`,
-        `"callback"`, `"terminated"`, what was raised on the way (Ctrl-C or an exception of the loss or the
-        callback), or None.
+        `"callback"`, `"terminated"`, `"exhausted"`, what was raised on the way (Ctrl-C or an exception of
+        the loss or the callback), or None.
 
     Raises:
         KeyboardInterrupt: if it came before the first chunk was done; as does any other exception.
@@ -147,6 +149,8 @@ def run_in_chunks(
                     cause = "arrived"
                 elif keeper is not None and keeper.termination.came:
                     cause = "terminated"
+                elif exhausted() and done + count < num_steps:
+                    cause = "exhausted"
                 if not processes.alone:
                     cause = "interrupted" if interrupt.came else cause
                     heard = False

@@ -35,7 +35,7 @@ class TwoStepResult(NamedTuple):
         seconds: wall time of each step, `(step,)`: that of its chunk over the steps in it; the first step has that
             of compiling. No part of the history, which depends on the key alone. None unless `run` made it.
         stopped: why the run ended before its number of steps: `"arrived"`, `"callback"`, `"interrupted"` (Ctrl-C),
-            `"terminated"` (SIGTERM, where there are checkpoints); or None.
+            `"terminated"` (SIGTERM, where there are checkpoints), `"exhausted"` (no further batch); or None.
         path: numbers of steps and centres `(centre, dim)` that `Record(centers_every=k)` kept where the history
             has no vectors, the first and the last among them; else None.
     """
