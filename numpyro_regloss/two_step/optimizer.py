@@ -330,8 +330,8 @@ class TwoStep:
                 it saves and returns.
             batches: data that do not fit on the device: an iterable, such as a loader, of which each step takes
                 one item: a tuple of positional arguments of the loss, an array or a dict of keyword arguments.
-                The next item is fetched while a step runs. Where items end, the run does. A `Minibatch` of the loss
-                draws rows of the item.
+                The next item is fetched while a step runs. Where items end, the run does. A `Minibatch` of the
+                loss draws rows of the item.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
