@@ -10,7 +10,7 @@ import jax
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss.losses.loss import Loss
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "NoFeed", "feed_of"]
 
 WHAT = "TwoStep.run: batches"
 
@@ -29,11 +29,14 @@ class Feed:
         item: positional and keyword arguments of the first step.
         arguments: of the next step.
         is_empty: whether there is no next one.
+        limit: steps that can be dispatched together, or zero for any number.
 
     Raises:
         TypeError: if there is nothing to iterate over.
         ValueError: if there is no item.
     """
+
+    limit = 1
 
     def __init__(self, loss: Loss, batches: Iterable[Any], kwargs: dict, num_steps: int) -> None:
         if not isinstance(batches, Iterable):
@@ -53,6 +56,11 @@ class Feed:
             )
         self._bound, self._kind = loss.arguments.tree, _kind(self.arguments)
         self.is_empty = False
+
+    def of_step(self, arguments: Partition) -> Partition:
+        """Arguments of the next step, whatever those of the run."""
+        del arguments
+        return self.arguments
 
     def advance(self) -> None:
         """Fetches the arguments of the next step, while that of the last ones is running.
@@ -79,6 +87,59 @@ class Feed:
         if isinstance(item, dict):
             return (), {**self._kwargs, **item}
         return tuple(item) if isinstance(item, tuple | list) else (item,), self._kwargs
+
+
+class NoFeed:
+    """All steps have the same arguments."""
+
+    limit, is_empty = 0, False
+
+    def of_step(self, arguments: Partition) -> Partition:
+        """Those of the run."""
+        return arguments
+
+    def advance(self) -> None:
+        """Nothing is fetched."""
+
+
+def feed_of(
+    optimizer: Any, batches: Any, num_steps: int, checkpoint: Any, args: tuple, kwargs: dict
+) -> tuple[Feed | NoFeed, tuple, dict]:
+    """The feed of a run, and the arguments of its first step.
+
+    Args:
+        optimizer: of the run.
+        batches: an iterable, or None.
+        num_steps: of the run.
+        checkpoint: of the run.
+        args: positional arguments of the run's loss.
+        kwargs: keyword arguments.
+
+    Returns:
+        The feed, positional and keyword arguments.
+
+    Raises:
+        TypeError: if there are positional arguments beside batches.
+        ValueError: if there are checkpoints or a mesh beside batches.
+    """
+    if batches is None:
+        return NoFeed(), args, kwargs
+    if args:
+        raise TypeError(
+            f"TwoStep.run: expected either batches or positional arguments of the loss, got {len(args)} beside "
+            "batches; what is the same in all steps is bound to the loss, or passed by name."
+        )
+    if checkpoint is not None:
+        raise ValueError(
+            "TwoStep.run: expected no checkpoint with batches, since an iterable cannot be set back to where a "
+            "run was; save result.state, and go on with init_state=."
+        )
+    if optimizer.mesh is not None:
+        raise ValueError(
+            "TwoStep.run: expected no mesh with batches; put the data on the devices and pass them as arguments."
+        )
+    feed = Feed(optimizer.loss, batches, kwargs, num_steps)
+    return feed, *feed.item
 
 
 def _kind(arguments: Partition) -> Any:

@@ -45,7 +45,7 @@ from numpyro_regloss.two_step.checkpoint.keeper import Keeper, history_of
 from numpyro_regloss.two_step.checkpoint.settings import settings_of
 from numpyro_regloss.two_step.checkpoint.shared import SharedKeeper
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
-from numpyro_regloss.two_step.feed import Feed
+from numpyro_regloss.two_step.feed import feed_of
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
@@ -368,11 +368,7 @@ class TwoStep:
                 "TwoStep.run: expected values, got tracers; inside of jax.jit, jax.vmap and jax.grad use "
                 "TwoStep.init and TwoStep.scan."
             )
-        feed = None
-        if batches is not None:
-            self._check_batches(args, checkpoint)
-            feed = Feed(self.loss, batches, kwargs, num_steps)
-            args, kwargs = feed.item
+        feed, args, kwargs = feed_of(self, batches, num_steps, checkpoint, args, kwargs)
         arguments = self.loss.bind(args, kwargs)
         # The first step has the loss at the start too: a long one need not be compiled for it alone.
         is_checked = init_state is not None or not self._is_checked_late
@@ -416,20 +412,24 @@ class TwoStep:
             self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
             row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
             vectors = row.motion is None
-            alone = feed is not None or (callback is not None and callback_every == 1)
-            capacity = 1 if alone else history_capacity(row)
+            capacity = feed.limit or (
+                1 if callback and callback_every == 1 else history_capacity(row)
+            )
             kept = 0 if self.record is None or vectors else self.record.centers_every
             path = Path(kept, None if saved is None else saved.centers) if kept else None
 
             def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
                 before, optimizer = int(state.step), outer_step.successor(self, state)
                 with watch.running(), processes.watched():
-                    data = arguments if feed is None else feed.arguments
                     state, rows, _ = outer_step.advance(
-                        optimizer, state, data, np.int32(count), capacity, vectors
+                        optimizer,
+                        state,
+                        feed.of_step(arguments),
+                        np.int32(count),
+                        capacity,
+                        vectors,
                     )
-                    if feed is not None:
-                        feed.advance()
+                    feed.advance()
                     rows = jax.tree.map(same_everywhere, rows)
                     after = int(state.step)
                 if not is_checked and not before:
@@ -450,7 +450,7 @@ class TwoStep:
                 path=path,
                 keeper=keeper,
                 rows=None if saved is None else (saved.infos, saved.seconds),
-                exhausted=lambda: feed is not None and feed.is_empty,
+                exhausted=lambda: feed.is_empty,
                 processes=processes,
             )
             if keeper is not None:
@@ -502,23 +502,6 @@ class TwoStep:
         """
         _check_kind(state, "TwoStep.get_params: state")
         return self.loss.constrain(state.reference.mean, args, kwargs)
-
-    def _check_batches(self, args: tuple, checkpoint: Any) -> None:
-        if args:
-            raise TypeError(
-                f"TwoStep.run: expected either batches or positional arguments of the loss, got {len(args)} "
-                "beside batches; what is the same in all steps is bound to the loss, or passed by name."
-            )
-        if checkpoint is not None:
-            raise ValueError(
-                "TwoStep.run: expected no checkpoint with batches, since an iterable cannot be set back to where "
-                "a run was; save result.state, and go on with init_state=."
-            )
-        if self.mesh is not None:
-            raise ValueError(
-                "TwoStep.run: expected no mesh with batches; put the data on the devices and pass them as "
-                "arguments."
-            )
 
     def _check_asking(self) -> None:
         if self.fit.uses_gradient or not self.fit.uses_draws:
