@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_regloss._core.checks import (
-    WITHOUT_GRADIENTS,
     check_count,
     check_differentiable,
     check_key,
@@ -48,7 +47,12 @@ from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.feed import feed_of
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
-from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
+from numpyro_regloss.two_step.parts import (
+    check_groups,
+    check_parts,
+    followers,
+    who_differentiates,
+)
 from numpyro_regloss.two_step.record import Record
 from numpyro_regloss.two_step.result import (
     RejectedError,
@@ -627,15 +631,5 @@ def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
-            f"under jax.jit and jax.vmap{_gradients(optimizer)}: it must allow that."
+            f"under jax.jit and jax.vmap{who_differentiates(optimizer.shift, optimizer.fit)}: it must allow that."
         ) from error
-
-
-def _gradients(optimizer: TwoStep) -> str:
-    names = followers(optimizer.shift, optimizer.fit)
-    verb = "differentiates" if len(names) == 1 else "differentiate"
-    return (
-        f", and {' and '.join(names)} {verb} it ({WITHOUT_GRADIENTS} need no gradient)"
-        if names
-        else ""
-    )

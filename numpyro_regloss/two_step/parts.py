@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_regloss._core.checks import check_positive
+from numpyro_regloss._core.checks import WITHOUT_GRADIENTS, check_positive
 from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.fit.base import Fit
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.shift.base import Shift
 
-__all__ = ["check_groups", "check_parts", "followers"]
+__all__ = ["check_groups", "check_parts", "followers", "who_differentiates"]
 
 
 @runtime_checkable
@@ -99,6 +99,17 @@ def check_groups(value: Any, loss: Loss, what: str) -> Any:
 def followers(*parts: Any) -> list[str]:
     """Names of the engines that differentiate the loss."""
     return [type(part).__name__ for part in parts if part.uses_gradient]
+
+
+def who_differentiates(*parts: Any) -> str:
+    """The end of a sentence on engines that differentiate the loss, or nothing."""
+    names = followers(*parts)
+    verb = "differentiates" if len(names) == 1 else "differentiate"
+    return (
+        f", and {' and '.join(names)} {verb} it ({WITHOUT_GRADIENTS} need no gradient)"
+        if names
+        else ""
+    )
 
 
 def _hint(part: Any) -> str:
