@@ -425,13 +425,9 @@ class TwoStep:
             def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
                 before, optimizer = int(state.step), outer_step.successor(self, state)
                 with watch.running(), processes.watched():
+                    data = feed.of_step(arguments)
                     state, rows, _ = outer_step.advance(
-                        optimizer,
-                        state,
-                        feed.of_step(arguments),
-                        np.int32(count),
-                        capacity,
-                        vectors,
+                        optimizer, state, data, np.int32(count), capacity, vectors
                     )
                     feed.advance()
                     rows = jax.tree.map(same_everywhere, rows)
