@@ -12,6 +12,7 @@ is checked wherever work with it begins.
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -193,6 +194,10 @@ class UserFunction:
         """
         self.program.check(thorough=thorough)
 
+    def own_settings(self) -> AbstractContextManager[Any]:
+        """JAX's settings as the user chose them when he built the loss."""
+        return jax.default_matmul_precision(self.program.precision)
+
     def call(self, body: Callable[..., Any], *operands: Any) -> Any:
         """Runs the function with the arrays that this object holds in the place of those that it reads.
 
@@ -203,7 +208,7 @@ class UserFunction:
         Returns:
             What `body` returns.
         """
-        with jax.default_matmul_precision(self.program.precision):
+        with self.own_settings():
             return self._call(body, *operands)
 
     def _call(self, body: Callable[..., Any], *operands: Any) -> Any:

@@ -392,9 +392,8 @@ class Loss:
         """Whether the loss has no gradient because it returns integers or booleans."""
         if self.is_external:
             return False
-        return not jnp.issubdtype(
-            _raw_value.eval_shape(self.source, self.x0, self.arguments).dtype, jnp.floating
-        )
+        out = _shape_of(self.source, self.x0, self.arguments)
+        return not jnp.issubdtype(out.dtype, jnp.floating)
 
     @property
     def is_external(self) -> bool:
@@ -584,7 +583,8 @@ class Loss:
             source, x, arguments = jax.tree.unflatten(structure, leaves)
             if self.is_long and data_scale == 1.0 and not is_concrete(leaves):
                 # Its trace is remembered.
-                return jnp.asarray(_raw_value(source, x, arguments), float)
+                with source.user.own_settings():
+                    return jnp.asarray(_raw_value(source, x, arguments), float)
             args, kwargs = arguments.tree
             return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
 
@@ -681,7 +681,7 @@ class Loss:
     ) -> "Loss":
         loss = cls(x0, arguments, source, minibatch, rng_names=rng_names)
         loss._check_value()  # noqa: SLF001
-        out = _raw_value.eval_shape(source, x0, arguments).dtype
+        out = _shape_of(source, x0, arguments).dtype
         if jnp.issubdtype(out, jnp.floating) and out.itemsize < 4:
             warnings.warn(
                 f"Loss: the loss returns {out}, whose {-math.log10(jnp.finfo(out).eps):.0f} digits are too few to "
@@ -689,7 +689,8 @@ class Loss:
                 "jnp.mean(..., dtype=float).",
                 stacklevel=find_stack_level(),
             )
-        jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
+        with source.user.own_settings():
+            jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
         return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
 
     def _check_point(self, x: Any) -> None:
@@ -703,7 +704,7 @@ class Loss:
         split = _split(self.minibatch, self.arguments)
         explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
-        out = explain(lambda: _raw_value.eval_shape(self.source, self.x0, self.arguments), "loss")
+        out = explain(lambda: _shape_of(self.source, self.x0, self.arguments), "loss")
         if not hasattr(out, "shape") or out.shape != ():
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
@@ -742,6 +743,12 @@ def _raw_value(source: Any, x: Array, arguments: Partition) -> Any:
     return source.value(x, *arguments.tree, 1.0)
 
 
+def _shape_of(source: Any, x: Array, arguments: Partition) -> Any:
+    # Under the settings of later calls, so that they find its trace.
+    with source.user.own_settings():
+        return _raw_value.eval_shape(source, x, arguments)
+
+
 @jax.jit
 def _aux(source: Any, x: Array, arguments: Partition) -> Any:
     return source.aux(x, *arguments.tree)
@@ -750,7 +757,9 @@ def _aux(source: Any, x: Array, arguments: Partition) -> Any:
 @functools.lru_cache(maxsize=256)
 def _factorizes(structure: Any, shapes: tuple[Any, ...], num_calls: int) -> bool:
     def value(leaves: list[Array]) -> Any:
-        return _raw_value(*jax.tree.unflatten(structure, leaves))
+        source, x, arguments = jax.tree.unflatten(structure, leaves)
+        with source.user.own_settings():
+            return _raw_value(source, x, arguments)
 
     return needs_one_at_a_time(value, shapes, num_calls)
 
