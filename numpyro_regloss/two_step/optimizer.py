@@ -35,6 +35,7 @@ from numpyro_regloss.anchor import Proximal
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.caller import Watch
+from numpyro_regloss.losses.groups import check_groups
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
@@ -47,7 +48,7 @@ from numpyro_regloss.two_step.checkpoint.shared import SharedKeeper
 from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
-from numpyro_regloss.two_step.parts import check_groups, check_parts, followers
+from numpyro_regloss.two_step.parts import check_parts, followers
 from numpyro_regloss.two_step.record import Record
 from numpyro_regloss.two_step.result import (
     RejectedError,
