@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does `values.flatness_verdict` have the sign of SAM's gain over SGD right, and what does it cost?
 
-Networks 64-h-10 of ReLUs on scikit-learn's digits, 1000 rows for training and 797 for tests. Labels of training are
-replaced at random at the noise of the setting. SGD takes batches of 50 at a constant rate. SAM (`optax.contrib.sam`,
-rho 0.1) has the same starts, batches, rates and number of updates, which are twice the gradients. The gain is that
-of test accuracy; its error is over seeds, which draw starts, batches and noise. Verdicts are on networks of SGD, on
-their noisy training data alone.
+Networks 64-h-10 of ReLUs on scikit-learn's digits, 1000 rows for training and 797 for tests. Labels of training
+are replaced at random, as many as the setting says. SGD takes batches of 50 at a constant rate. SAM
+(`optax.contrib.sam`, rho 0.1) has the same starts, batches, rates and number of updates, which are twice the
+gradients. The gain is that of test accuracy; its error is over seeds, which draw starts, batches and noise.
+Verdicts are on networks of SGD, on their noisy training data alone.
 
-The limits of the verdict were chosen on the settings "seen"; nothing was chosen on the "new" ones. Where the gain is
-within two standard errors it has no sign to speak of: the table counts all settings, and the others again.
+The limits of the verdict were chosen on the settings "seen"; nothing was chosen on the "new" ones. Where the gain
+is within two standard errors it has no sign to speak of: the table counts all settings, and the others again.
 """
 
 import itertools

@@ -62,6 +62,11 @@ def test_profile_with_values_that_have_no_error():
     assert report.heat.error[1] == np.inf
     assert np.isfinite(report.local_entropy.error).all()
     assert "± inf" in str(report).splitlines()[-1]
+    assert [line.endswith("! do not trust heat") for line in str(report).splitlines()[2:]] == [
+        False,
+        True,
+    ]
+    np.testing.assert_array_equal(report.trusted, [True, False])
     ax = plots.profile(report)
     ax.figure.canvas.draw()
     assert np.isfinite(ax.lines[1].get_ydata()).all()

@@ -43,6 +43,7 @@ from numpyro_regloss.losses.fence import fence, reads_many_numbers
 from numpyro_regloss.losses.function import FunctionSource, flatten_params
 from numpyro_regloss.losses.long_losses import is_long
 from numpyro_regloss.losses.minibatch import Minibatch
+from numpyro_regloss.losses.misuse import warn_of_raw_images
 from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
 from numpyro_regloss.losses.one_at_a_time import needs_one_at_a_time, one_at_a_time
 from numpyro_regloss.losses.rows import check_rows
@@ -544,6 +545,8 @@ class Loss:
                 stacklevel=find_stack_level(),
             )
         jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
+        if source.density is None:
+            warn_of_raw_images(jaxpr, jax.tree.leaves((source, x0, arguments)))
         return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
 
     def _check_point(self, x: Any) -> None:

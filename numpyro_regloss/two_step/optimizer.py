@@ -37,6 +37,7 @@ from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.groups import check_groups
 from numpyro_regloss.losses.loss import Loss
+from numpyro_regloss.losses.misuse import warn_of_sum
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
 from numpyro_regloss.two_step.asking import as_points, check_points, checked_values
@@ -177,6 +178,7 @@ class TwoStep:
         if is_concrete(value):
             _check_start(value, watch)
             self.loss.check_digits(state.reference, "TwoStep")
+            warn_of_sum(self.loss, arguments, value, self.temperature, "TwoStep")
             if not gradient_ok:
                 raise ValueError(
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "

@@ -40,7 +40,7 @@ from numpyro_regloss.values.estimators import METHODS, estimate_entropy, estimat
 from numpyro_regloss.values.pairs import heat_of_means, warn_of_errors
 from numpyro_regloss.values.rise import check_average, pairs
 
-__all__ = ["Profile", "profile"]
+__all__ = ["SCALE_WORDS", "Profile", "profile"]
 
 SCALE_WORDS = {
     "filter": "the norm of each filter",
