@@ -128,13 +128,15 @@ def judge(setting, seeds, num_judged, data):
     before, after = tested(found, x_test, y_test), tested(flat, x_test, y_test)
     gain = np.asarray(after[0] - before[0], float)
     error = float(np.std(gain, ddof=1) / np.sqrt(seeds))
-    answers, ratios = [], []
+    answers, ratios, rises, shares = [], [], [], []
     for i in range(num_judged):
         params = jax.tree.map(lambda a: a[i], found)  # noqa: B023
         loss = Loss.from_function(cross_entropy, params, x, labels[i])
         verdict = values.flatness_verdict(random.key(i), loss)
         answers.append(verdict.answer)
         ratios.append(verdict.ratio)
+        rises.append(float(verdict.rise.value))
+        shares.append(rises[-1] / verdict.loss)
     return {
         "hidden": width,
         "epochs": epochs,
@@ -143,6 +145,8 @@ def judge(setting, seeds, num_judged, data):
         "SGD, %": float(np.mean(before[0])),
         "SAM's gain, %": float(np.mean(gain)),
         "± se": error,
+        "rise": float(np.mean(rises)),
+        "rise / loss": float(np.mean(shares)),
         "ratio": float(np.mean(ratios)),
         "first verdict": answers[0],
         **{name: answers.count(name) for name in ANSWERS},

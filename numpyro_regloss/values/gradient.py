@@ -60,7 +60,9 @@ REMEDY = 'kind="local_entropy" with shift.Importance'
 GRADIENT_REMEDY = "Use a smaller tau or more draws."
 # Noise moves the mean of a cloud by sqrt(dim / draws) widths of the regularizer, all parameters together. Weights
 # that still count many draws move it by about one.
-SHORT_REMEDY = 'With gradients use kind="heat", shift.SGLD, schemes or transforms, which take a step for each.'
+SHORT_REMEDY = (
+    'With gradients use kind="heat", shift.SGLD, schemes or transforms, which take a step for each.'
+)
 # So few effective draws do not tell their own error.
 LEAST_ESS = 20.0
 
