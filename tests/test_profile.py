@@ -153,6 +153,28 @@ BAD = [
         ValueError,
         "num_samples",
     ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], scale="kernel"),
+        ValueError,
+        "scale: expected None, one of",
+    ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], scale="filter"),
+        ValueError,
+        "not all zero",
+    ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], scale=-1.0),
+        ValueError,
+        "scale",
+    ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], batches=True),
+        ValueError,
+        "with a minibatch",
+    ),
+    (lambda: values.flatness_verdict(random.key(0), PROBLEM.loss), TypeError, "expected a Loss"),
+    (lambda: values.flatness_verdict(random.key(0), LOSS), ValueError, "not all zero"),
     (lambda: values.value_and_grad(PROBLEM.loss, 0.1), TypeError, "expected a Loss"),
     (lambda: values.value_and_grad(LOSS, -0.1), ValueError, "tau"),
     (lambda: values.value_and_grad(LOSS, 0.1, shift.Implicit()), TypeError, "makes draws"),
