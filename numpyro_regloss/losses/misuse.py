@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.util import find_stack_level
 
@@ -100,7 +101,8 @@ def _are_pixels(leaf: Any) -> bool:
         return False
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return False
-    some = np.asarray(leaf[:NUM_LOOKED])
+    # On the host: of arrays on a mesh JAX would ask where the rows shall lie.
+    some = np.asarray(leaf)[:NUM_LOOKED]
     largest = some.max()
     return bool(BRIGHT <= largest <= LARGEST and some.min() >= 0 and np.all(some == np.rint(some)))
 
@@ -142,11 +144,13 @@ def _share_of_half(loss: Any, arguments: Partition, rows: int, value: float) -> 
     else:
         is_row = loss.minibatch.is_row(arguments)
     flags = iter(is_row)
-    half = arguments.map(lambda leaf: leaf[: rows // 2] if next(flags) else leaf)
     plain = replace_fields(loss, minibatch=None)
     try:
+        half = arguments.map(
+            lambda leaf: jnp.asarray(np.asarray(leaf)[: rows // 2]) if next(flags) else leaf
+        )
         found: Array = plain.evaluate(loss.x0, half)
     except Exception:  # noqa: BLE001
-        # The user's code needs all rows, whatever it raises: then it is not known to be a sum.
+        # The function needs all rows, whatever it raises, or they are not all here: nobody knows if it is a sum.
         return math.nan
     return float(found) / value
