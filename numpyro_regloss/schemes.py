@@ -20,13 +20,13 @@ from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Key
 from numpyro_regloss.anchor import Optax, Proximal
 from numpyro_regloss.fit import ForwardKL, RobbinsMonro
+from numpyro_regloss.losses.groups import check_groups
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.minibatch import Minibatch
 from numpyro_regloss.losses.replicas import Tied, replicate
 from numpyro_regloss.schedules import Geometric
 from numpyro_regloss.shift import SGLD, Auto, Implicit, Importance
 from numpyro_regloss.two_step.optimizer import TwoStep, TwoStepResult
-from numpyro_regloss.two_step.parts import check_groups
 
 __all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
 

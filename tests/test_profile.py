@@ -62,6 +62,11 @@ def test_profile_with_values_that_have_no_error():
     assert report.heat.error[1] == np.inf
     assert np.isfinite(report.local_entropy.error).all()
     assert "± inf" in str(report).splitlines()[-1]
+    assert [line.endswith("! do not trust heat") for line in str(report).splitlines()[2:]] == [
+        False,
+        True,
+    ]
+    np.testing.assert_array_equal(report.trusted, [True, False])
     ax = plots.profile(report)
     ax.figure.canvas.draw()
     assert np.isfinite(ax.lines[1].get_ydata()).all()
@@ -148,6 +153,28 @@ BAD = [
         ValueError,
         "num_samples",
     ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], scale="kernel"),
+        ValueError,
+        "scale: expected None, one of",
+    ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], scale="filter"),
+        ValueError,
+        "not all zero",
+    ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], scale=-1.0),
+        ValueError,
+        "scale",
+    ),
+    (
+        lambda: values.profile(random.key(0), LOSS, taus=[0.1], batches=True),
+        ValueError,
+        "with a minibatch",
+    ),
+    (lambda: values.flatness_verdict(random.key(0), PROBLEM.loss), TypeError, "expected a Loss"),
+    (lambda: values.flatness_verdict(random.key(0), LOSS), ValueError, "not all zero"),
     (lambda: values.value_and_grad(PROBLEM.loss, 0.1), TypeError, "expected a Loss"),
     (lambda: values.value_and_grad(LOSS, -0.1), ValueError, "tau"),
     (lambda: values.value_and_grad(LOSS, 0.1, shift.Implicit()), TypeError, "makes draws"),

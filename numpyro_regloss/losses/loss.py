@@ -38,6 +38,7 @@ from numpyro_regloss._core.types import Array, Key, Scalar, Vector
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.arguments import Arguments, explain
 from numpyro_regloss.losses.caller import Caller, Watch, check_executor
+from numpyro_regloss.losses.compiled import aux_of, factorizes, raw_value, shape_of
 from numpyro_regloss.losses.external import ExternalSource, check_call, kinds_of
 from numpyro_regloss.losses.fence import fence, reads_many_numbers
 from numpyro_regloss.losses.function import (
@@ -48,9 +49,10 @@ from numpyro_regloss.losses.function import (
 )
 from numpyro_regloss.losses.long_losses import is_long
 from numpyro_regloss.losses.minibatch import Minibatch
+from numpyro_regloss.losses.misuse import warn_of_raw_images
 from numpyro_regloss.losses.noise import bind_keys, renew_keys
 from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
-from numpyro_regloss.losses.one_at_a_time import needs_one_at_a_time, one_at_a_time
+from numpyro_regloss.losses.one_at_a_time import one_at_a_time
 from numpyro_regloss.losses.recalibrate import recalibrated
 from numpyro_regloss.losses.rows import check_rows
 
@@ -392,7 +394,7 @@ class Loss:
         """Whether the loss has no gradient because it returns integers or booleans."""
         if self.is_external:
             return False
-        out = _shape_of(self.source, self.x0, self.arguments)
+        out = shape_of(self.source, self.x0, self.arguments)
         return not jnp.issubdtype(out.dtype, jnp.floating)
 
     @property
@@ -476,7 +478,7 @@ class Loss:
                 "Loss.aux: expected a loss of a function that returns (loss, aux), built with has_aux=True in "
                 "Loss.from_function or Loss.from_module."
             )
-        return _aux(self.source, with_context_axes(x), self.bind(args, kwargs))
+        return aux_of(self.source, with_context_axes(x), self.bind(args, kwargs))
 
     def recalibrate(self, params: Any, batches: Iterable[Any] | None = None) -> Any:
         """The module with running averages of its own parameters, for batch norm in evaluation mode.
@@ -584,7 +586,7 @@ class Loss:
             if self.is_long and data_scale == 1.0 and not is_concrete(leaves):
                 # Its trace is remembered.
                 with source.user.own_settings():
-                    return jnp.asarray(_raw_value(source, x, arguments), float)
+                    return jnp.asarray(raw_value(source, x, arguments), float)
             args, kwargs = arguments.tree
             return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
 
@@ -603,7 +605,7 @@ class Loss:
         """
         leaves, structure = jax.tree.flatten((self.source, self.x0, arguments))
         shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in leaves)
-        return _factorizes(structure, shapes, num_calls)
+        return factorizes(structure, shapes, num_calls)
 
     def draw_batch(self, rng_key: Key, arguments: Partition) -> tuple[Partition, float]:
         """One minibatch of the arguments with fresh noise, and the factor `rows / batch_size`.
@@ -681,7 +683,7 @@ class Loss:
     ) -> "Loss":
         loss = cls(x0, arguments, source, minibatch, rng_names=rng_names)
         loss._check_value()  # noqa: SLF001
-        out = _shape_of(source, x0, arguments).dtype
+        out = shape_of(source, x0, arguments).dtype
         if jnp.issubdtype(out, jnp.floating) and out.itemsize < 4:
             warnings.warn(
                 f"Loss: the loss returns {out}, whose {-math.log10(jnp.finfo(out).eps):.0f} digits are too few to "
@@ -690,7 +692,9 @@ class Loss:
                 stacklevel=find_stack_level(),
             )
         with source.user.own_settings():
-            jaxpr = _raw_value.trace(source, x0, arguments).jaxpr.jaxpr
+            jaxpr = raw_value.trace(source, x0, arguments).jaxpr.jaxpr
+        if source.density is None:
+            warn_of_raw_images(jaxpr, jax.tree.leaves((source, x0, arguments)))
         return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
 
     def _check_point(self, x: Any) -> None:
@@ -704,7 +708,7 @@ class Loss:
         split = _split(self.minibatch, self.arguments)
         explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
         # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
-        out = explain(lambda: _shape_of(self.source, self.x0, self.arguments), "loss")
+        out = explain(lambda: shape_of(self.source, self.x0, self.arguments), "loss")
         if not hasattr(out, "shape") or out.shape != ():
             got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
             raise TypeError(
@@ -736,32 +740,6 @@ def _split(minibatch: Any, arguments: Partition) -> tuple[Partition | None, tupl
     minibatch.num_rows(arguments)
     batch = jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)
     return batch, minibatch.is_row(arguments)
-
-
-@jax.jit
-def _raw_value(source: Any, x: Array, arguments: Partition) -> Any:
-    return source.value(x, *arguments.tree, 1.0)
-
-
-def _shape_of(source: Any, x: Array, arguments: Partition) -> Any:
-    # Under the settings of later calls, so that they find its trace.
-    with source.user.own_settings():
-        return _raw_value.eval_shape(source, x, arguments)
-
-
-@jax.jit
-def _aux(source: Any, x: Array, arguments: Partition) -> Any:
-    return source.aux(x, *arguments.tree)
-
-
-@functools.lru_cache(maxsize=256)
-def _factorizes(structure: Any, shapes: tuple[Any, ...], num_calls: int) -> bool:
-    def value(leaves: list[Array]) -> Any:
-        source, x, arguments = jax.tree.unflatten(structure, leaves)
-        with source.user.own_settings():
-            return _raw_value(source, x, arguments)
-
-    return needs_one_at_a_time(value, shapes, num_calls)
 
 
 def _check_function(fn: Any, own: dict[str, Any], num_args: int, what: str) -> None:

@@ -112,6 +112,20 @@ class Minibatch:
         picks = iter(flags)
         return arguments.map(lambda leaf: take_rows(leaf, index) if next(picks) else leaf)
 
+    def block(self, index: Any, arguments: Partition) -> Partition:
+        """The arguments of one of the batches that follow each other in the data, without overlap.
+
+        Args:
+            index: which, below rows // `batch_size`.
+            arguments: the loss's `(args, kwargs)`.
+
+        Returns:
+            The arguments of the batch.
+        """
+        rows = index * self.batch_size + jnp.arange(self.batch_size)
+        picks = iter(self._select(arguments)[0])
+        return arguments.map(lambda leaf: take_rows(leaf, rows) if next(picks) else leaf)
+
     def is_row(self, arguments: Partition) -> tuple[bool, ...]:
         """Which of the traced arguments are data."""
         return tuple(self._select(arguments)[0])

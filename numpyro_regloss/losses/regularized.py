@@ -152,6 +152,30 @@ class RegularizedLoss:
         arguments, scale = self.loss.draw_batch(rng_key, self.arguments)
         return replace_fields(self, arguments=arguments, data_scale=scale)
 
+    @property
+    def num_blocks(self) -> int:
+        """How many whole batches there are in the data; one where the loss has no minibatch."""
+        minibatch = self.loss.minibatch
+        if minibatch is None:
+            return 1
+        return minibatch.num_rows(self.arguments) // minibatch.batch_size
+
+    def on_block(self, index: Any) -> "RegularizedLoss":
+        """The same target on one of the batches that follow each other in the data, or itself without a minibatch.
+
+        Args:
+            index: which, below `num_blocks`.
+
+        Returns:
+            The target on the batch.
+        """
+        minibatch = self.loss.minibatch
+        if minibatch is None:
+            return self
+        scale = minibatch.num_rows(self.arguments) / minibatch.batch_size
+        arguments = minibatch.block(index, self.arguments)
+        return replace_fields(self, arguments=arguments, data_scale=scale)
+
     def split_over(self, num_steps: int) -> "RegularizedLoss":
         """The same target whose batches are shares of one batch, where its minibatch is to be split.
 

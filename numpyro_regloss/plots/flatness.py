@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from numpyro_regloss.plots.style import ENTROPY, GRAY, HEAT, band, check_axes
-from numpyro_regloss.values.flatness import Profile
+from numpyro_regloss.values.flatness import SCALE_WORDS, Profile
 
 __all__ = ["profile"]
 
@@ -51,7 +51,8 @@ def profile(report: Profile, ax: Any = None) -> Any:
         band(ax, width, rise, error, marker=marker, markersize=3.5, **style)
     ax.axhline(0.0, color=GRAY, lw=0.8, ls=":")
     ax.set_xscale("log")
-    ax.set_xlabel("width of the regularizer, sqrt(tau) (units of the parameters)")
+    unit = f"relative to {SCALE_WORDS[report.scale]}" if report.scale else "units of the parameters"
+    ax.set_xlabel(f"width of the regularizer, sqrt(tau) ({unit})")
     ax.set_ylabel("regularized loss − loss (units of the loss)")
     ax.legend(frameon=False)
     return ax

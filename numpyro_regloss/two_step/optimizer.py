@@ -34,7 +34,9 @@ from numpyro_regloss.anchor import Proximal
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.caller import Watch
+from numpyro_regloss.losses.groups import check_groups
 from numpyro_regloss.losses.loss import Loss
+from numpyro_regloss.losses.misuse import warn_of_sum
 from numpyro_regloss.losses.probe import check_gradient
 from numpyro_regloss.two_step import outer_step
 from numpyro_regloss.two_step.asking import as_points, check_points, checked_values
@@ -47,12 +49,7 @@ from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.feed import feed_of
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
-from numpyro_regloss.two_step.parts import (
-    check_groups,
-    check_parts,
-    followers,
-    who_differentiates,
-)
+from numpyro_regloss.two_step.parts import check_parts, followers, who_differentiates
 from numpyro_regloss.two_step.record import Record
 from numpyro_regloss.two_step.result import (
     RejectedError,
@@ -181,6 +178,7 @@ class TwoStep:
         if is_concrete(value):
             _check_start(value, watch)
             self.loss.check_digits(state.reference, "TwoStep")
+            warn_of_sum(self.loss, arguments, value, self.temperature, "TwoStep")
             if not gradient_ok:
                 raise ValueError(
                     "TwoStep: expected a finite gradient at the start, got NaN or infinity; choose "

@@ -5,17 +5,14 @@
 import inspect
 from typing import Any, Protocol, runtime_checkable
 
-import jax
-import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_regloss._core.checks import WITHOUT_GRADIENTS, check_positive
+from numpyro_regloss._core.checks import WITHOUT_GRADIENTS
 from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.fit.base import Fit
-from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.shift.base import Shift
 
-__all__ = ["check_groups", "check_parts", "followers", "who_differentiates"]
+__all__ = ["check_parts", "followers", "who_differentiates"]
 
 
 @runtime_checkable
@@ -62,38 +59,6 @@ def check_parts(shift: Any, fit: Any, anchor: Any, what: str) -> None:
                 f"init and step, got {type(part).__name__}; inherit from it: "
                 f"class {type(part).__name__}({name}.{kind.__name__})."
             )
-
-
-def check_groups(value: Any, loss: Loss, what: str) -> Any:
-    """Casts one positive number for all parameters, or one per parameter or group of them.
-
-    Args:
-        value: a number, an array `(dim,)`, or a pytree prefix of the parameters (a dict by site name for a model);
-            the values of tracers pass unchecked.
-        loss: whose parameters they are.
-        what: begins the error message.
-
-    Returns:
-        An array `()` or `(dim,)`.
-
-    Raises:
-        ValueError: if a number is not positive, or the groups are not those of the parameters.
-    """
-    shapes = ((), (loss.dim,))
-    is_array = isinstance(value, np.ndarray | jax.Array)
-    is_number = jax.tree_util.all_leaves([value]) and (not is_array or value.shape in shapes)
-    if value is None or is_number:
-        return check_positive(value, what, shapes)
-    for leaf in jax.tree.leaves(value):
-        check_positive(leaf, what, (np.shape(leaf),))
-    try:
-        groups = loss.source.expand(value)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{what}: expected a number, or one value per group of parameters (a pytree prefix of the "
-            f"parameters), got {str(value)[:100]}: {error}"
-        ) from error
-    return check_positive(groups, what, shapes)
 
 
 def followers(*parts: Any) -> list[str]:

@@ -7,12 +7,15 @@ from numpyro_regloss.values.estimators import METHODS, heat, local_entropy
 from numpyro_regloss.values.flatness import Profile, profile
 from numpyro_regloss.values.gradient import value_and_grad
 from numpyro_regloss.values.grid import Landscape, landscape
+from numpyro_regloss.values.verdict import FlatnessVerdict, flatness_verdict
 
 __all__ = [
     "METHODS",
     "Estimate",
+    "FlatnessVerdict",
     "Landscape",
     "Profile",
+    "flatness_verdict",
     "heat",
     "landscape",
     "local_entropy",

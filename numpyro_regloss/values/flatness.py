@@ -5,10 +5,12 @@
     rise of F_tau = F_tau(x) - loss(x),   rise of F^H_tau = F^H_tau(x) - loss(x)
 
 At a minimum with Hessian H the heat rises by tau tr(H) / 2 and F_tau by T log det(I + tau H / T) / 2: little where
-the minimum is flat on the scale sqrt(tau). Where F_tau falls below the loss there is lower ground within reach.
+the minimum is flat on the scale sqrt(tau). Where F_tau falls below the loss there is lower ground within reach. At
+a kink, as networks of ReLUs have, the heat rises as sqrt(tau) at first, whatever the Hessian beside it.
 
-Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
-Regularization in Deep Learning".
+References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
+Regularization in Deep Learning"; Li, Xu, Taylor, Studer & Goldstein (2018), "Visualizing the Loss Landscape of
+Neural Nets" (scales by filter).
 """
 
 from collections.abc import Sequence
@@ -19,28 +21,46 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_regloss._core.checks import check_choice, check_count, check_key, check_positive
+from numpyro_regloss._core.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_key,
+    check_positive,
+)
 from numpyro_regloss._core.mesh import check_mesh
+from numpyro_regloss._core.pareto import MAX_KHAT
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import Gaussian
+from numpyro_regloss.losses.groups import check_scale
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.values.estimate import Estimate
 from numpyro_regloss.values.estimators import METHODS, estimate_entropy, estimate_heat
-from numpyro_regloss.values.pairs import warn_of_errors
+from numpyro_regloss.values.pairs import heat_of_means, warn_of_errors
+from numpyro_regloss.values.rise import check_average, pairs
 
-__all__ = ["Profile", "profile"]
+__all__ = ["SCALE_WORDS", "Profile", "profile"]
+
+SCALE_WORDS = {
+    "filter": "the norm of each filter",
+    "layer": "the norm of each layer",
+    "groups": "the scale of each group",
+}
 
 
 class Profile(NamedTuple):
     """A flatness report; prints as a table.
 
     Attributes:
-        tau: variances of the regularizer, `(k,)`, in squared units of the parameters.
+        tau: variances of the regularizer, `(k,)`, in squared units of the parameters, or relative to the squares
+            of what `scale` says.
         loss: the plain loss at the parameters.
         local_entropy: F_tau, an `Estimate` of arrays `(k,)`.
         heat: F^H_tau, likewise.
         method: how each F_tau was found, k names.
+        scale: `"filter"`, `"layer"`, `"groups"` of the user's own, or None.
+        batch_size: rows of the batches that it was found on; None for all rows.
     """
 
     tau: Array
@@ -48,6 +68,13 @@ class Profile(NamedTuple):
     local_entropy: Estimate
     heat: Estimate
     method: tuple[str, ...]
+    scale: str | None = None
+    batch_size: int | None = None
+
+    @property
+    def trusted(self) -> np.ndarray:
+        """At which widths both values have an error: none of their k-hats is above 0.7, `(k,)`."""
+        return _is_known(self.local_entropy) & _is_known(self.heat)
 
     @property
     def local_entropy_rise(self) -> Array:
@@ -61,21 +88,24 @@ class Profile(NamedTuple):
 
     def __str__(self) -> str:
         head = f"{'sqrt(tau)':>10} {'F_tau - loss':>24} {'heat - loss':>24} {'k-hat':>7}  method"
-        rows = [
-            f"{np.sqrt(tau):10.4g} {rise:12.5g} ± {error:<9.2g} {heat_rise:12.5g} ± {heat_error:<9.2g} "
-            f"{khat:7.2f}  {method}"
-            for tau, rise, error, heat_rise, heat_error, khat, method in zip(
-                self.tau,
-                self.local_entropy_rise,
-                self.local_entropy.error,
-                self.heat_rise,
-                self.heat.error,
-                self.local_entropy.khat,
-                self.method,
-                strict=True,
+        rows = []
+        columns = self.tau, self.local_entropy_rise, self.heat_rise, self.method
+        for i, (tau, rise, heat_rise, method) in enumerate(zip(*columns, strict=True)):
+            entropy, heat = _row(self.local_entropy, i), _row(self.heat, i)
+            doubtful = [
+                name for name, one in (("F_tau", entropy), ("heat", heat)) if not _is_known(one)
+            ]
+            mark = f"  ! do not trust {' and '.join(doubtful)}" if doubtful else ""
+            rows.append(
+                f"{np.sqrt(tau):10.4g} {rise:12.5g} ± {entropy.error:<9.2g} {heat_rise:12.5g} ± "
+                f"{heat.error:<9.2g} {np.maximum(entropy.khat, heat.khat):7.2f}  {method}{mark}"
             )
-        ]
-        return "\n".join([f"loss {float(self.loss):.6g}", head, *rows])
+        title = f"loss {float(self.loss):.6g}"
+        if self.scale is not None:
+            title += f"; sqrt(tau) relative to {SCALE_WORDS[self.scale]}"
+        if self.batch_size is not None:
+            title += f"; heat on fresh batches of {self.batch_size} rows, F_tau on one of them"
+        return "\n".join([title, head, *rows])
 
 
 def profile(
@@ -89,10 +119,22 @@ def profile(
     num_samples: int = 2_000,
     chunk_size: int | None = None,
     mesh: Any = None,
+    scale: Any = None,
+    batches: bool = False,
 ) -> Profile:
     """Both regularized losses of any trained parameters over a range of tau.
 
     The same random key serves every tau, so that neighbors share their noise and the curve is smooth.
+
+    With `scale="filter"` each weight moves by sqrt(tau) times the root mean square of its filter, `"layer"` of its
+    whole array: sqrt(tau) = 0.1 is a tenth of their norms, and networks of ReLUs that are the same function with
+    rescaled layers have the same profile. Filters are the last axis of arrays of two axes and more, as Flax has
+    it; biases and gains have the norm of their vector. Weights that are all zero do not move.
+
+    With `batches=True` each pair of draws of the heat sees a fresh batch of the loss's minibatch, at both of its
+    points and at the centre: without bias for averaged losses. An average over a batch is biased within
+    exp(-loss / T): F_tau is that of one batch, less the loss of that batch, and its error says nothing of other
+    batches.
 
     Args:
         rng_key: a random key.
@@ -105,13 +147,18 @@ def profile(
         num_samples: see `values.local_entropy` and `values.heat`.
         chunk_size: evaluations at once.
         mesh: devices that divide the draws, see `TwoStep`.
+        scale: `"filter"`, `"layer"`, or standard deviations by group of parameters in units of sqrt(tau) (a pytree
+            prefix of the parameters), for a tau of each layer.
+        batches: whether draws see batches in place of all rows.
 
     Returns:
-        The report.
+        The report. Where k-hat is above 0.7 the error is infinite and the table has a mark.
 
     Raises:
-        TypeError: if the loss is not a `Loss`.
-        ValueError: if there is no tau, one is not positive, or the plain loss is not finite at the parameters.
+        TypeError: if the loss is not a `Loss`, or is that of a model where norms of its parameters are asked for.
+        ValueError: if there is no tau, one is not positive, or the plain loss is not finite at the parameters; if
+            the scale is out of range; if batches are asked for of a loss without a minibatch, with a mesh, or of
+            a loss whose batches do not average to it.
 
     Example:
         >>> loss = Loss.from_function(lambda x: 0.5 * jnp.sum(x**2), jnp.zeros(2))
@@ -139,35 +186,83 @@ def profile(
     plain = loss.value(x)
     if not np.isfinite(plain):
         raise ValueError(f"{what}: expected a finite loss at the parameters, got {plain}.")
+    widths = check_scale(scale, loss, x, f"{what}: scale") ** 2
+    check_flag(batches, f"{what}: batches")
+    batch_size = _check_batches(loss, mesh, what) if batches else None
     key_entropy, key_heat = random.split(rng_key)
+    key_batch = random.fold_in(rng_key, 2)
     entropies, heats = [], []
     for tau in values:
-        target = RegularizedLoss(loss, Gaussian.isotropic(x, tau), temperature=temperature)
-        entropies.append(
-            estimate_entropy(
-                key_entropy,
-                target,
-                method=method,
-                num_samples=num_samples,
-                chunk_size=chunk_size,
-                mesh=mesh,
-            )
+        reference = Gaussian.isotropic(x, tau * widths)
+        target = RegularizedLoss(loss, reference, temperature=temperature)
+        shown, offset = target, 0.0
+        if batches:
+            shown = target.on_batch(key_batch)
+            offset = plain - _value(shown, x)
+        entropy = estimate_entropy(
+            key_entropy,
+            shown,
+            method=method,
+            num_samples=num_samples,
+            chunk_size=chunk_size,
+            mesh=mesh,
         )
-        heats.append(
-            estimate_heat(
+        entropies.append(_sure(entropy._replace(value=entropy.value + offset)))
+        if batches:
+            found = _pairs(key_heat, target, num_pairs=-(-num_samples // 2))
+            check_average(found, plain, what)
+            rise = heat_of_means(found.rise, found.largest)
+            heat = rise._replace(value=plain + rise.value)
+        else:
+            heat = estimate_heat(
                 key_heat, target, num_samples=num_samples, chunk_size=chunk_size, mesh=mesh
             )
-        )
+        heats.append(_sure(heat))
     report = Profile(
         jnp.asarray(values, x.dtype),
         plain,
         _stacked(entropies),
         _stacked(heats),
         tuple(estimate.method for estimate in entropies),
+        scale if scale is None or isinstance(scale, str) else "groups",
+        batch_size,
     )
     judged = {"F_tau": report.local_entropy, "the heat": report.heat}
     warn_of_errors(what, judged, "Use smaller taus or more draws.")
     return report
+
+
+@jax.jit
+def _value(target: RegularizedLoss, x: Array) -> Array:
+    return target.value(x)
+
+
+_pairs = jax.jit(pairs, static_argnames="num_pairs")
+
+
+def _check_batches(loss: Loss, mesh: Any, what: str) -> int:
+    if loss.minibatch is None:
+        raise ValueError(
+            f"{what}: expected a loss with a minibatch for batches=True, got one without; build it with "
+            "Loss.from_function(..., minibatch=Minibatch(256))."
+        )
+    if mesh is not None:
+        raise ValueError(f"{what}: expected no mesh with batches=True; leave one of them out.")
+    return loss.minibatch.batch_size
+
+
+def _is_known(estimate: Estimate) -> Any:
+    return np.isfinite(estimate.error) & ~(np.asarray(estimate.khat) > MAX_KHAT)
+
+
+def _sure(estimate: Estimate) -> Estimate:
+    # Whatever the method says of itself: above 0.7 there is no small error.
+    error = jnp.where(estimate.khat > MAX_KHAT, jnp.inf, estimate.error)
+    return estimate._replace(error=error)
+
+
+def _row(estimate: Estimate, index: int) -> Estimate:
+    return jax.tree.map(lambda a: a[index], estimate)
 
 
 def _stacked(estimates: list[Estimate]) -> Estimate:

@@ -8,12 +8,14 @@ Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characteri
 Regularization in Deep Learning".
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random
 
 from numpyro_regloss._core.checks import (
@@ -56,6 +58,13 @@ __all__ = ["value_and_grad"]
 
 REMEDY = 'kind="local_entropy" with shift.Importance'
 GRADIENT_REMEDY = "Use a smaller tau or more draws."
+# Noise moves the mean of a cloud by sqrt(dim / draws) widths of the regularizer, all parameters together. Weights
+# that still count many draws move it by about one.
+SHORT_REMEDY = (
+    'With gradients use kind="heat", shift.SGLD, schemes or transforms, which take a step for each.'
+)
+# So few effective draws do not tell their own error.
+LEAST_ESS = 20.0
 
 
 def value_and_grad(
@@ -74,7 +83,8 @@ def value_and_grad(
         loss: the loss, from `Loss.from_function`.
         tau: variance of the regularizer, in squared units of the parameters.
         shift: of the local entropy: the engine that draws from q, started anew in every call; default: an
-            antithetic cloud of `num_samples`, without gradients of the loss.
+            antithetic cloud of `num_samples`, without gradients of the loss. It is for fewer parameters than
+            draws: a warning says so, and another where the effective sample size is below 20.
         kind: `"local_entropy"` or `"heat"`, which differentiates the loss.
         temperature: T, in the units of the loss.
         num_samples: loss evaluations of the value, which the default engine shares; of the heat, gradients.
@@ -119,6 +129,13 @@ def value_and_grad(
         )
     mesh = check_mesh(mesh, f"{what}: mesh", external=loss.is_external)
     heat = kind == "heat"
+    is_short = shift is None and not heat and loss.dim > num_samples
+    if is_short:
+        warnings.warn(
+            f"{what}: a cloud of {num_samples} draws, the default engine, says nothing of {loss.dim} parameters: "
+            f"their gradient is noise. {SHORT_REMEDY}",
+            stacklevel=2,
+        )
     names = ['kind="heat"'] if heat else [type(engine).__name__] * engine.uses_gradient
     check_differentiable(names, loss, what, REMEDY)
     start = RegularizedLoss.unchecked(loss, Gaussian.isotropic(loss.x0, tau), loss.arguments, 1.0)
@@ -142,9 +159,24 @@ def value_and_grad(
         estimate, gradient = here(find(*copied(mesh, (keys, target))))
         remedy = HEAT_REMEDY if kind == "heat" else GRADIENT_REMEDY
         warn_of_errors(what, {"the value": estimate}, remedy)
+        if shift is None and not heat and not is_short:
+            _warn_of_few(what, estimate, num_samples)
         return estimate, loss.source.tangent(gradient)  # ty: ignore[missing-union-attribute]
 
     return regularized
+
+
+def _warn_of_few(what: str, estimate: Estimate, num_samples: int) -> None:
+    # An estimate without an error has had its warning.
+    if not is_concrete(estimate) or not np.isfinite(np.asarray(estimate.error)).all():
+        return
+    ess = float(np.min(estimate.ess))
+    if ess < LEAST_ESS:
+        warnings.warn(
+            f"{what}: the effective sample size is {ess:.3g} of {num_samples} draws, so that the gradient is "
+            f"that of a few of them. Use a smaller tau, a higher temperature or more draws. {SHORT_REMEDY}",
+            stacklevel=3,
+        )
 
 
 @jax.jit
