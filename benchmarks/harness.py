@@ -26,6 +26,7 @@ PACKAGES = (
     "scikit-learn",
     "cbx",
     "cma",
+    "evosax",
 )
 
 

@@ -5,7 +5,8 @@
 References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy
 and Heat Regularization in Deep Learning"; Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun &
 Zecchina (2017), "Entropy-SGD: Biasing Gradient Descent into Wide Valleys"; Chaudhari, Baldassi, Zecchina, Soatto,
-Talwalkar & Oberman (2017), "Parle: Parallelizing Stochastic Gradient Descent".
+Talwalkar & Oberman (2017), "Parle: Parallelizing Stochastic Gradient Descent"; Kingma & Ba (2015), "Adam: A Method
+for Stochastic Optimization".
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_regloss._core.checks import check_count
-from numpyro_regloss._core.optimizers import momentum
+from numpyro_regloss._core.checks import check_count, check_positive
+from numpyro_regloss._core.optimizers import TracedAdam, momentum
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Key
 from numpyro_regloss.anchor import Optax, Proximal
@@ -28,7 +29,7 @@ from numpyro_regloss.schedules import Geometric
 from numpyro_regloss.shift import SGLD, Auto, Implicit, Importance
 from numpyro_regloss.two_step.optimizer import TwoStep, TwoStepResult
 
-__all__ = ["anneal", "entropy_sgd", "heat", "local_entropy", "minimize", "parle"]
+__all__ = ["anneal", "entropy_sgd", "gradient_free", "heat", "local_entropy", "minimize", "parle"]
 
 # The width of the first cloud of `anneal` over that of the last.
 NARROWING = 1e4
@@ -308,6 +309,67 @@ def anneal(
     tau = Geometric(first**2, last**2, num_steps)
     cloud = Importance(num_samples, ess=ess)
     return TwoStep(loss, tau, shift=cloud, fit=ForwardKL(), mesh=mesh)
+
+
+def gradient_free(
+    loss: Loss,
+    width: Any,
+    num_samples: int = 64,
+    *,
+    rate: Any = 1.5,
+    ess: Any = 0.5,
+    chunk_size: int | None = None,
+    record: Any = None,
+    mesh: Any = None,
+) -> TwoStep:
+    """Trains a network from values of its loss alone.
+
+    Small importance clouds whose temperature T the effective sample size sets, and Adam on the gradient of the
+    local entropy that they estimate, T (x - E_q[x']) / tau with tau = `width`². As the loss falls so does T, and
+    so do the gradients, which Adam's memory turns into smaller steps. T is another one at every step, and so is
+    F_tau: none is sure to fall. Many small steps go further than few good ones, since Adam averages them.
+
+    It is `TwoStep(loss, width**2, shift.Importance(num_samples, ess=ess), fit.ForwardKL(),
+    anchor.Optax(optax.adam(...)))`; write that for another optimizer.
+
+    Args:
+        loss: the loss; with a `Minibatch` each step has one batch.
+        width: standard deviation of the clouds, in units of the parameters; for a network a fraction of the size
+            of its weights: wide enough that the loss changes within it, where it is a staircase. A number, or one
+            per group of parameters, as for `anneal`.
+        num_samples: loss evaluations per step, one for the centre aside, in antithetic pairs.
+        rate: of Adam, in widths per step.
+        ess: effective sample size as a share of the cloud.
+        chunk_size: draws evaluated at once, see `shift.Importance`.
+        record: a `Record`, for verdicts and values in the history.
+        mesh: devices that divide the cloud, see `TwoStep`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        TypeError: if the loss is none.
+        ValueError: if a width or the rate is not positive, or a width not for the loss's parameters.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> terraces = lambda x: jnp.sum(jnp.floor(4 * jnp.abs(x - 1.0)))
+        >>> optimizer = gradient_free(Loss.from_function(terraces, jnp.zeros(100)), width=0.05)
+        >>> result = optimizer.run(random.key(0), 300, progress_bar=False)
+        >>> float(terraces(jnp.zeros(100))), float(terraces(result.params))
+        (400.0, 0.0)
+    """
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"schemes.gradient_free: expected a Loss, got {type(loss).__name__}; wrap it with "
+            "Loss.from_function."
+        )
+    widths = check_groups(width, loss, "schemes.gradient_free: width")
+    rate = check_positive(rate, "schemes.gradient_free: rate")
+    cloud = Importance(num_samples, ess=ess, chunk_size=chunk_size)
+    anchor = Optax(TracedAdam(rate * widths))
+    return TwoStep(loss, widths**2, cloud, ForwardKL(), anchor, record=record, mesh=mesh)
 
 
 def minimize(

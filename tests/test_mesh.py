@@ -124,7 +124,12 @@ def test_calls_on_the_host_are_not_divided():
 
 @pytest.mark.parametrize(
     "scheme",
-    [schemes.entropy_sgd, schemes.parle, lambda *a, mesh: schemes.anneal(*a, 5, mesh=mesh)],
+    [
+        schemes.entropy_sgd,
+        schemes.parle,
+        schemes.gradient_free,
+        lambda *a, mesh: schemes.anneal(*a, 5, mesh=mesh),
+    ],
 )
 def test_every_scheme_takes_a_mesh(scheme):
     mesh = jax.make_mesh((1,), ("draws",))

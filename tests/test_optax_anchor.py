@@ -23,6 +23,7 @@ from numpyro_regloss import (
     schemes,
     shift,
 )
+from numpyro_regloss.draws import StoredDraws
 from numpyro_regloss.schedules import Scoping
 
 CLOUD = shift.Importance(200)
@@ -38,6 +39,12 @@ LOSS = Loss.from_function(bowl, np.zeros(2))
 def run(step, tau):
     optimizer = TwoStep(LOSS, tau, CLOUD, fit.ForwardKL(), step, 0.5)
     return optimizer.run(random.key(0), 6, progress_bar=False)
+
+
+def cold(target):
+    """No draws, of half of the target's temperature."""
+    empty = jnp.zeros((1, 0))
+    return StoredDraws(jnp.zeros((1, 0, 2)), empty, empty, 0.5 * target.temperature)
 
 
 SCOPING = Scoping(0.2, 0.1, 1e-12)
@@ -62,11 +69,11 @@ def test_displacements_at_a_rate_of_one_are_plain_steps_whatever_tau_is():
 )
 def test_gradients_at_the_rate_tau_over_temperature_are_plain_steps(scale):
     scale = jnp.asarray(scale, float)
-    target = RegularizedLoss(LOSS, Gaussian(jnp.array([1.0, -1.0]), scale), temperature=0.5)
+    target = RegularizedLoss(LOSS, Gaussian(jnp.array([1.0, -1.0]), scale), temperature=1.0)
     fitted = target.reference._replace(mean=jnp.array([0.5, 0.2]))
     rate = 0.2 / 0.5
     step = anchor.Optax(optax.sgd(rate))
-    after = step.step(random.key(0), step.init(target), target, None, fitted, None)[1]
+    after = step.step(random.key(0), step.init(target), target, cold(target), fitted, None)[1]
     gradient = 0.5 * np.linalg.solve(target.reference.covariance, [0.5, -1.2])
     np.testing.assert_allclose(after.mean, target.reference.mean - rate * gradient, rtol=1e-4)
     if scale.ndim == 0:
@@ -81,7 +88,7 @@ def test_optimizers_with_states_and_schedules():
     state = step.init(target)
     for t in range(3):
         fitted = target.reference._replace(mean=target.reference.mean - jnp.array([1.0, -2.0]))
-        state, after, info = step.step(random.key(0), state, target, None, fitted, None)
+        state, after, info = step.step(random.key(0), state, target, cold(target), fitted, None)
         expected = float(rate(t)) * jnp.array([-1.0, 1.0])
         np.testing.assert_allclose(after.mean - target.reference.mean, expected, rtol=1e-3)
         np.testing.assert_allclose(info.step_norm, np.sqrt(2) * float(rate(t)), rtol=1e-3)
@@ -106,7 +113,7 @@ def test_updates_that_are_not_finite_fall_back_to_the_plain_step():
     fitted = target.reference._replace(mean=jnp.zeros(2))
     for safeguard in (True, False):
         step = anchor.Optax(broken(0), safeguard=safeguard)
-        info = step.step(random.key(0), step.init(target), target, None, fitted, None)[2]
+        info = step.step(random.key(0), step.init(target), target, cold(target), fitted, None)[2]
         assert bool(info.ok) == bool(info.fell_back) == safeguard
 
 
@@ -199,6 +206,34 @@ def test_the_loss_of_replicas():
     np.testing.assert_allclose(both.evaluate(x, arguments, scale), expected, rtol=1e-5)
 
 
+def test_gradient_free_is_its_parts_with_the_gradient_of_the_temperature_that_the_weights_set():
+    widths, loss = (
+        np.array([0.1, 0.2]),
+        Loss.from_function(lambda p: bowl(p["x"]), {"x": np.zeros(2)}),
+    )
+    scheme = schemes.gradient_free(loss, {"x": widths}, 50, rate=0.5, ess=0.3)
+    history = scheme.run(random.key(0), 4, progress_bar=False).history
+    temperature = history.shift.temperature[:, None]
+    assert np.ptp(temperature) > 0.1 * np.mean(temperature)
+    mean = history.reference.mean
+    gradient = temperature * (mean - history.fitted.mean) / widths**2
+    found = history.anchor.gradient_norm
+    np.testing.assert_allclose(found, np.linalg.norm(gradient, axis=-1), rtol=1e-4)
+    adam = optax.adam(1.0, b2=0.99, eps=1e-30)
+    state = adam.init(jnp.zeros(2))
+    for k in range(3):
+        step, state = adam.update(jnp.asarray(gradient[k]), state)
+        np.testing.assert_allclose(mean[k + 1] - mean[k], 0.5 * widths * step, rtol=1e-3)
+
+
+def test_new_numbers_of_gradient_free_are_no_new_program():
+    first, second = (
+        schemes.gradient_free(LOSS, w, rate=r, ess=e)
+        for w, r, e in ((0.1, 1.0, 0.5), (0.2, 2.0, 0.4))
+    )
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
 def normal(y):
     m = numpyro.sample("m", dist.Normal(0.0, 1.0))
     s = numpyro.sample("s", dist.HalfNormal(1.0))
@@ -274,6 +309,21 @@ BAD = {
         lambda: schemes.parle(NETWORK, 0.1, num_replicas=20),
         ValueError,
         "fewer replicas",
+    ),
+    "gradient-free a function": (
+        lambda: schemes.gradient_free(bowl, 0.1),
+        TypeError,
+        "schemes.gradient_free: expected a Loss",
+    ),
+    "no width": (
+        lambda: schemes.gradient_free(LOSS, 0.0),
+        ValueError,
+        "schemes.gradient_free: width",
+    ),
+    "rate below zero": (
+        lambda: schemes.gradient_free(LOSS, 0.1, rate=-1.0),
+        ValueError,
+        "schemes.gradient_free: rate",
     ),
     "tau missing": (lambda: schemes.entropy_sgd(LOSS), TypeError, "tau"),
 }

@@ -7,7 +7,16 @@ from typing import Any
 
 import jax
 
-__all__ = ["adam", "get_optax", "momentum"]
+from numpyro_regloss._core.pytree import pytree_dataclass
+from numpyro_regloss._core.types import Array
+
+__all__ = ["TracedAdam", "adam", "get_optax", "momentum"]
+
+# Of gradients that scatter by a half or more, some hundred steps are enough to know the size, and Adam's usual
+# thousand are more than a run may have.
+SCATTER_DECAY = 0.99
+# The size of a gradient is in units of the loss, which may be anything: only not a division by zero.
+SMALLEST = 1e-30
 
 
 def get_optax() -> Any:
@@ -29,3 +38,28 @@ def adam() -> Any:
 def momentum() -> Any:
     """Nesterov's momentum of 0.9; a rate of one is the plain step where the optimizer is handed displacements."""
     return get_optax().sgd(1.0, momentum=0.9, nesterov=True)
+
+
+@pytree_dataclass
+class TracedAdam:
+    """Adam for gradients that scatter, whose rate is traced: another rate is no new program.
+
+    Args:
+        rate: about the length of a step of each parameter, `()` or `(dim,)`, in units of the parameters.
+    """
+
+    rate: Any
+
+    def init(self, x: Array) -> Any:
+        """Zero moments."""
+        return _moments().init(x)
+
+    def update(self, gradient: Array, state: Any, x: Array) -> tuple[Array, Any]:
+        """The step and the next moments."""
+        direction, state = _moments().update(gradient, state, x)
+        return -self.rate * direction, state
+
+
+@cache
+def _moments() -> Any:
+    return get_optax().scale_by_adam(b2=SCATTER_DECAY, eps=SMALLEST)

@@ -4,9 +4,10 @@ r"""An Optax optimizer in place of the plain step: the outer loop of Entropy-SGD
 
     g = T Σ⁻¹ (x - fitted mean),   x ← x + update(g)
 
-with Σ = tau I the covariance of the reference. With `fit.ForwardKL` g is the gradient of the local entropy F_tau,
-with the heat fits that of the Moreau envelope of the heat-regularized loss. Plain gradient descent of rate tau / T
-is the plain step; other optimizers lose its guarantee that the regularized loss falls.
+with Σ = tau I the covariance of the reference and T the temperature of the draws, which an engine with `ess` sets
+anew at every step. With `fit.ForwardKL` g is the gradient of the local entropy F_tau, with the heat fits that of
+the Moreau envelope of the heat-regularized loss. Plain gradient descent of rate tau / T is the plain step; other
+optimizers lose its guarantee that the regularized loss falls.
 
 Reference: Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun & Zecchina (2017), "Entropy-SGD:
 Biasing Gradient Descent into Wide Valleys".
@@ -117,19 +118,19 @@ class Optax(Anchor):
             rng_key: unused.
             state: of the optimizer.
             target: the target of this step.
-            draws: unused.
+            draws: of whose temperature the gradient is.
             fitted: the fitted Gaussian.
             fit_info: unused.
 
         Returns:
             The optimizer's next state, the next reference and the info.
         """
-        del rng_key, draws, fit_info
+        del rng_key, fit_info
         reference = target.reference
         x = reference.mean
         displacement = x - fitted.mean
         gradient = reference.unscale_transpose(reference.whiten(fitted.mean))
-        gradient = -target.temperature * gradient
+        gradient = -draws.temperature * gradient
         handed = displacement if self.direction == "displacement" else gradient
         update, after = self.optimizer.tree.update(handed, state, x)
         # Numbers of the state too: momentum that is not finite would spoil every later step.

@@ -188,7 +188,7 @@ def compare(
         log_ratio = (
             along - 0.5 * step @ step + jnp.where(is_far(variance, ess), 0.5 * variance, seen)
         )
-        return jnp.where(jnp.isfinite(log_ratio), target.temperature * log_ratio, -jnp.inf)
+        return jnp.where(jnp.isfinite(log_ratio), draws.temperature * log_ratio, -jnp.inf)
 
     means, both = jax.vmap(proposed)(masks)
     of_steps = jax.vmap(judged, (None, None, 0))
