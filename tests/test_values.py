@@ -8,7 +8,7 @@ from conftest import SIGMAS, long, with_long
 from jax import random
 from test_engines import setup
 
-from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, problems, values
+from numpyro_regloss import Gaussian, Loss, Minibatch, RegularizedLoss, problems, shift, values
 from numpyro_regloss._core.tail import mean_with_error
 
 PROBLEMS = {
@@ -216,3 +216,13 @@ def test_a_wall_that_few_draws_pass(method):
         # Some 13 draws of 10,000.
         assert abs(estimate.value - exact) < SIGMAS * estimate.error
         assert estimate.error < 0.6
+
+
+def test_gradient_of_draws_whose_weights_set_the_temperature():
+    # Of a linear loss the gradient of F_tau is its slope, whatever the temperature.
+    slope = jnp.array([3.0, -2.0])
+    loss = Loss.from_function(lambda x: slope @ x, np.zeros(2))
+    engine = shift.Importance(20_000, ess=0.5)
+    regularized = jax.jit(values.value_and_grad(loss, 0.5, shift=engine, num_samples=20_000))
+    _, gradient = regularized(jnp.zeros(2), random.key(0))
+    np.testing.assert_allclose(gradient, slope, rtol=0.1)

@@ -204,7 +204,7 @@ def _local_entropy(
             mesh=None,
         )
     offset = target.reference.mean - fitted.mean
-    return estimate, target.temperature * offset / target.reference.variance
+    return estimate, draws.temperature * offset / target.reference.variance
 
 
 @own_settings
