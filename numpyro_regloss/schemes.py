@@ -243,7 +243,7 @@ def parle(
         optimizer=optimizer,
         mesh=mesh,
     )
-    tied = Tied(base.anchor.optimizer, np.asarray(coupling, all_replicas.x0.dtype), num_replicas)
+    tied = Tied(base.anchor.optimizer, np.asarray(coupling, all_replicas.x0.dtype))
     return dataclasses.replace(base, anchor=Optax(tied, direction="displacement"))
 
 
@@ -368,7 +368,8 @@ def gradient_free(
     widths = check_groups(width, loss, "schemes.gradient_free: width")
     rate = check_positive(rate, "schemes.gradient_free: rate")
     cloud = Importance(num_samples, ess=ess, chunk_size=chunk_size)
-    anchor = Optax(TracedAdam(rate * widths))
+    rates = rate * widths
+    anchor = Optax(TracedAdam(loss.source.as_tree(rates) if rates.ndim else rates))
     return TwoStep(loss, widths**2, cloud, ForwardKL(), anchor, record=record, mesh=mesh)
 
 

@@ -334,3 +334,52 @@ def test_bad_input(name):
     call, exception, words = BAD[name]
     with pytest.raises(exception, match=words):
         call()
+
+
+def test_the_optimizer_sees_the_parameters_as_the_user_wrote_them():
+    def loss_fn(params):
+        return jnp.sum((params["body"]["w"] - 1.0) ** 2) + jnp.sum((params["head"] - 1.0) ** 2)
+
+    params = {
+        "head": np.zeros(2, np.float32),
+        "body": {"w": np.zeros((2, 3), np.float32)},
+        "f": jnp.tanh,
+    }
+    loss = Loss.from_function(loss_fn, params)
+    rates = optax.multi_transform(
+        {"slow": optax.sgd(0.1), "frozen": optax.set_to_zero()},
+        {"head": "frozen", "body": {"w": "slow"}, "f": None},
+    )
+    decayed = optax.masked(
+        optax.add_decayed_weights(10.0), {"head": False, "body": {"w": True}, "f": None}
+    )
+    step = anchor.Optax(optax.chain(rates, decayed))
+    optimizer = TwoStep(loss, 0.1, shift.Importance(2_000), fit.ForwardKL(), step)
+    result = optimizer.run(random.key(0), 1, progress_bar=False)
+    np.testing.assert_array_equal(result.params["head"], 0.0)
+    assert (result.params["body"]["w"] > 0.05).all()
+
+
+def test_the_optimizer_of_a_model_sees_its_sites():
+    def model():
+        numpyro.sample("free", dist.Normal(jnp.ones(2), 1.0).to_event(1))
+        numpyro.sample("held", dist.LogNormal(1.0, 1.0))
+
+    seen = []
+
+    def init(params):
+        seen.append(jax.tree.map(jnp.shape, params))
+        return ()
+
+    def update(gradient, state, params):
+        return gradient | {"free": -0.1 * gradient["free"], "held": jnp.zeros(())}, state
+
+    loss = Loss.from_model(model)
+    step = anchor.Optax(optax.GradientTransformation(init, update))
+    result = TwoStep(loss, 0.1, CLOUD, fit.ForwardKL(), step).run(
+        random.key(0), 3, progress_bar=False
+    )
+    assert seen[-1] == {"free": (2,), "held": ()}
+    start = loss.constrain(loss.x0)
+    np.testing.assert_array_equal(result.params["held"], start["held"])
+    assert (result.params["free"] != start["free"]).all()

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from numpyro_regloss._core.pytree import pytree_dataclass
-from numpyro_regloss._core.types import Array
 
 __all__ = ["TracedAdam", "adam", "get_optax", "momentum"]
 
@@ -45,19 +44,20 @@ class TracedAdam:
     """Adam for gradients that scatter, whose rate is traced: another rate is no new program.
 
     Args:
-        rate: about the length of a step of each parameter, `()` or `(dim,)`, in units of the parameters.
+        rate: about the length of a step of each parameter, in their units: a number, or a pytree like them.
     """
 
     rate: Any
 
-    def init(self, x: Array) -> Any:
+    def init(self, x: Any) -> Any:
         """Zero moments."""
         return _moments().init(x)
 
-    def update(self, gradient: Array, state: Any, x: Array) -> tuple[Array, Any]:
+    def update(self, gradient: Any, state: Any, x: Any) -> tuple[Any, Any]:
         """The step and the next moments."""
         direction, state = _moments().update(gradient, state, x)
-        return -self.rate * direction, state
+        rates = jax.tree.broadcast(self.rate, direction)
+        return jax.tree.map(lambda rate, d: -rate * d, rates, direction), state
 
 
 @cache

@@ -54,8 +54,8 @@ class OptaxInfo(NamedTuple):
 class Optax(Anchor):
     """The next reference by any Optax optimizer.
 
-    The optimizer sees one flat vector, as all engines do: what it does by groups of parameters (layer-wise rates,
-    masks) it cannot do here; tau may differ by group instead.
+    The optimizer sees the parameters as the user wrote them, in JAX's default float (of a NumPyro model unconstrained
+    sites by name), so that masks, rates by layer and weight decay apply as anywhere.
 
     Args:
         optimizer: `init(x)` and `update(gradient, state, x)`, such as `optax.adam(0.01)`; built once, since a new
@@ -101,7 +101,7 @@ class Optax(Anchor):
 
     def init(self, target: RegularizedLoss) -> Any:
         """The optimizer's state at the first reference."""
-        return self.optimizer.tree.init(target.reference.mean)
+        return self.optimizer.tree.init(target.loss.source.as_tree(target.reference.mean))
 
     def step(
         self,
@@ -132,7 +132,9 @@ class Optax(Anchor):
         gradient = reference.unscale_transpose(reference.whiten(fitted.mean))
         gradient = -draws.temperature * gradient
         handed = displacement if self.direction == "displacement" else gradient
-        update, after = self.optimizer.tree.update(handed, state, x)
+        source = target.loss.source
+        update, after = self.optimizer.tree.update(source.as_tree(handed), state, source.as_tree(x))
+        update = source.from_tree(update)
         # Numbers of the state too: momentum that is not finite would spoil every later step.
         floats = [
             a for a in jax.tree.leaves(after) if jnp.issubdtype(jnp.result_type(a), jnp.inexact)

@@ -253,6 +253,23 @@ class FunctionSource(LossSource):
     ) -> None:
         """A function averages or sums its rows as it likes."""
 
+    def as_tree(self, x: Array) -> Any:
+        """The parameters in the user's structure and JAX's default float, None for all that is no parameter."""
+        arrays, start = [], 0
+        for site in self.sites:
+            size = math.prod(site.shape) if isinstance(site, Leaf) else 0
+            part = x[start : start + size]
+            arrays.append(part.reshape(site.shape) if isinstance(site, Leaf) else None)
+            start += size
+        return self.layout.groups(arrays, self._shape.is_trained)
+
+    def from_tree(self, tree: Any) -> Array:
+        """The inverse of `as_tree`."""
+        places = [i if isinstance(site, Leaf) else None for i, site in enumerate(self.sites)]
+        order = jax.tree.leaves(self.layout.groups(places, self._shape.is_trained))
+        found = dict(zip(order, jax.tree.leaves(tree), strict=True))
+        return jnp.concatenate([found[i].reshape(-1) for i in sorted(found)])
+
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from a pytree prefix of the parameters."""
         indices = self.layout.groups(range(len(self.sites)), self._shape.is_trained)

@@ -278,6 +278,14 @@ class ModelSource(LossSource):
             for site in self.sites
         ])
 
+    def as_tree(self, x: Array) -> dict[str, Array]:
+        """Unconstrained sites by name."""
+        return self.unravel(x)
+
+    def from_tree(self, tree: dict[str, Array]) -> Array:
+        """The inverse of `as_tree`."""
+        return self.ravel(tree)
+
     def unravel(self, x: Array) -> dict[str, Array]:
         """The flat vector as unconstrained sites by name."""
         arrays, start = {}, 0

@@ -125,6 +125,14 @@ class ReplicaSource(LossSource):
         """Unconstrained sites with a leading axis of replicas as the flat vector."""
         return jnp.concatenate([self.base.ravel(_pick(sites, a)) for a in range(self.num_replicas)])
 
+    def as_tree(self, x: Array) -> Any:
+        """That of one replica, with a leading axis."""
+        return jax.vmap(self.base.as_tree)(self._rows(x))
+
+    def from_tree(self, tree: Any) -> Array:
+        """The inverse of `as_tree`."""
+        return jax.vmap(self.base.from_tree)(tree).reshape(-1)
+
     def expand(self, tree: Any) -> Array:
         """One value per flat parameter from what one replica takes."""
         return jnp.tile(self.base.expand(tree), self.num_replicas)
@@ -193,22 +201,19 @@ class Tied:
     Attributes:
         optimizer: the optimizer.
         coupling: how much of them.
-        num_replicas: how many replicas the flat parameters hold.
     """
 
     optimizer: Partition
     coupling: Any
-    num_replicas: int = static_field()
 
-    def init(self, params: Array) -> Any:
+    def init(self, params: Any) -> Any:
         """The optimizer's state at the start."""
         return self.optimizer.tree.init(params)
 
-    def update(self, gradient: Array, state: Any, params: Array) -> tuple[Array, Any]:
-        """The update of all replicas, `(num_replicas * dim,)`."""
-        rows = params.reshape(self.num_replicas, -1)
-        apart = (rows - jnp.mean(rows, 0)).reshape(-1)
-        return self.optimizer.tree.update(gradient + self.coupling * apart, state, params)
+    def update(self, gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        """The update of all replicas, whose axis is the first of every array."""
+        tied = jax.tree.map(lambda g, x: g + self.coupling * (x - jnp.mean(x, 0)), gradient, params)
+        return self.optimizer.tree.update(tied, state, params)
 
 
 def _stack(trees: list[Any]) -> Any:

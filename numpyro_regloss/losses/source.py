@@ -92,6 +92,14 @@ class LossSource(Protocol):
         """The flat vector of unconstrained values by name, with leading axes."""
         ...
 
+    def as_tree(self, x: Array) -> Any:
+        """The flat vector in the user's structure, unconstrained and in JAX's default float."""
+        return x
+
+    def from_tree(self, tree: Any) -> Array:
+        """The inverse of `as_tree`."""
+        return tree
+
     def expand(self, tree: Any) -> Array:
         """One value per group of parameters as one value per parameter."""
         ...
