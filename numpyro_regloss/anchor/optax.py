@@ -54,8 +54,8 @@ class OptaxInfo(NamedTuple):
 class Optax(Anchor):
     """The next reference by any Optax optimizer.
 
-    The optimizer sees the parameters as the user wrote them, in JAX's default float (of a NumPyro model unconstrained
-    sites by name), so that masks, rates by layer and weight decay apply as anywhere.
+    The optimizer sees the parameters as the user wrote them, in JAX's default float (of a NumPyro model its
+    unconstrained sites by name), so that masks, rates by layer and weight decay apply as anywhere.
 
     Args:
         optimizer: `init(x)` and `update(gradient, state, x)`, such as `optax.adam(0.01)`; built once, since a new
