@@ -161,12 +161,12 @@ def test_auto_has_a_value_wherever_a_method_has(monkeypatch):
     assert found.method == "gaussian"
     assert abs(found.value + 8.0) < SIGMAS * found.error < 0.01
 
-    def failing(*arguments):
-        estimate, draws = by_smc(*arguments)
+    def failing(*arguments, **settings):
+        estimate, draws = by_smc(*arguments, **settings)
         return estimate._replace(value=jnp.nan, error=jnp.inf), draws
 
-    def failing_too(*arguments):
-        estimate, own = by_scores(*arguments)
+    def failing_too(*arguments, **settings):
+        estimate, own = by_scores(*arguments, **settings)
         return estimate, own._replace(error=jnp.inf)
 
     by_smc, by_scores = estimators._by_smc, estimators._by_scores

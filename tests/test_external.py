@@ -289,7 +289,7 @@ def test_ctrl_c_is_heard_on_other_threads():
     with loss.watch() as watch:
         thread = threading.Thread(target=work)
         thread.start()
-        while len(calls) < 5:
+        while len(calls) < 5 and thread.is_alive():
             time.sleep(0.01)
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -15,13 +15,13 @@ __all__ = ["aux_of", "factorizes", "raw_value", "shape_of"]
 
 @jax.jit
 def raw_value(source: Any, x: Array, arguments: Any) -> Any:
-    """What the user's function returns; its trace is remembered under `source.user.own_settings()`."""
+    """What the user's function returns; its trace is remembered under `source.own_settings()`."""
     return source.value(x, *arguments.tree, 1.0)
 
 
 def shape_of(source: Any, x: Array, arguments: Any) -> Any:
     """Shape and type of the same."""
-    with source.user.own_settings():
+    with source.own_settings():
         return raw_value.eval_shape(source, x, arguments)
 
 
@@ -46,7 +46,7 @@ def factorizes(structure: Any, shapes: tuple[Any, ...], num_calls: int) -> bool:
 
     def value(leaves: list[Array]) -> Any:
         source, x, arguments = jax.tree.unflatten(structure, leaves)
-        with source.user.own_settings():
+        with source.own_settings():
             return raw_value(source, x, arguments)
 
     return needs_one_at_a_time(value, shapes, num_calls)

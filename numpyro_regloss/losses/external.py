@@ -9,7 +9,7 @@ the workers of an executor.
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -46,6 +46,10 @@ class ExternalSource(FunctionSource):
     def is_external(self) -> bool:
         """JAX sees no more than the numbers."""
         return True
+
+    def own_settings(self) -> AbstractContextManager[Any]:
+        """What runs on the host has none."""
+        return nullcontext()
 
     def watch(self) -> AbstractContextManager[Watch]:
         """Listens to the calls."""

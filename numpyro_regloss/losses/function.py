@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -252,6 +253,10 @@ class FunctionSource(LossSource):
         self, arguments: Partition, batch: Partition | None, is_row: tuple[bool, ...]
     ) -> None:
         """A function averages or sums its rows as it likes."""
+
+    def own_settings(self) -> AbstractContextManager[Any]:
+        """As the function was built."""
+        return self.user.own_settings()
 
     def as_tree(self, x: Array) -> Any:
         """The parameters in the user's structure and JAX's default float, None for all that is no parameter."""

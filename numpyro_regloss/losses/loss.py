@@ -585,7 +585,7 @@ class Loss:
             source, x, arguments = jax.tree.unflatten(structure, leaves)
             if self.is_long and data_scale == 1.0 and not is_concrete(leaves):
                 # Its trace is remembered.
-                with source.user.own_settings():
+                with source.own_settings():
                     return jnp.asarray(raw_value(source, x, arguments), float)
             args, kwargs = arguments.tree
             return jnp.asarray(source.value(x, args, kwargs, data_scale), float)
@@ -691,7 +691,7 @@ class Loss:
                 "jnp.mean(..., dtype=float).",
                 stacklevel=find_stack_level(),
             )
-        with source.user.own_settings():
+        with source.own_settings():
             jaxpr = raw_value.trace(source, x0, arguments).jaxpr.jaxpr
         if source.density is None:
             warn_of_raw_images(jaxpr, jax.tree.leaves((source, x0, arguments)))

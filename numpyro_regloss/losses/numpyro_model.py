@@ -9,6 +9,7 @@ refused, with what to do instead.
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -277,6 +278,10 @@ class ModelSource(LossSource):
             jnp.broadcast_to(jnp.asarray(tree[site.name], float), site.shape).reshape(-1)
             for site in self.sites
         ])
+
+    def own_settings(self) -> AbstractContextManager[Any]:
+        """As the model was built."""
+        return self.user.own_settings()
 
     def as_tree(self, x: Array) -> dict[str, Array]:
         """Unconstrained sites by name."""

@@ -125,6 +125,10 @@ class ReplicaSource(LossSource):
         """Unconstrained sites with a leading axis of replicas as the flat vector."""
         return jnp.concatenate([self.base.ravel(_pick(sites, a)) for a in range(self.num_replicas)])
 
+    def own_settings(self) -> AbstractContextManager[Any]:
+        """As one replica was built."""
+        return self.base.own_settings()
+
     def as_tree(self, x: Array) -> Any:
         """That of one replica, with a leading axis."""
         return jax.vmap(self.base.as_tree)(self._rows(x))

@@ -92,6 +92,10 @@ class LossSource(Protocol):
         """The flat vector of unconstrained values by name, with leading axes."""
         ...
 
+    def own_settings(self) -> AbstractContextManager[Any]:
+        """JAX's settings as the user chose them when he built the loss."""
+        return nullcontext()
+
     def as_tree(self, x: Array) -> Any:
         """The flat vector in the user's structure, unconstrained and in JAX's default float."""
         return x
