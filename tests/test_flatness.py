@@ -106,6 +106,7 @@ def test_batches_of_a_sum_are_refused():
         report_of(summed, batches=True)
 
 
+@pytest.mark.long
 def test_verdict_compares_curvature_with_slope(loss):
     @jax.jit
     def trained(params):
@@ -231,6 +232,7 @@ def test_a_cloud_of_fewer_draws_than_parameters_is_told_once():
     values.value_and_grad(wide, 1e-6, kind="heat", num_samples=50)
 
 
+@pytest.mark.long
 def test_a_cloud_of_few_effective_draws_is_told_once():
     steep = Loss.from_function(lambda x: jnp.sum(x), np.ones(1))
     call = values.value_and_grad(steep, 1.0, temperature=0.4, num_samples=60)
