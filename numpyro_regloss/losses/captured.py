@@ -163,8 +163,7 @@ class UserFunction:
         fn = _Tree(fn) if is_tree else fn
         leaves, structure = jax.tree.flatten(shapes)
         # Said at every product, or its derivative would have that of the code around it.
-        chosen = jax.config.jax_default_matmul_precision  # ty: ignore[missing-attribute]
-        precision = chosen or "default"
+        precision = attribute(jax.config, "jax_default_matmul_precision") or "default"
         kinds = tuple((s.shape, s.dtype) for s in leaves)
         name = (handle(fn), probe, settings, structure, kinds, precision)
         program, results = _remembered.get(name, (None, None))
