@@ -18,12 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from numpyro_regloss._core.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_own_names,
+    check_positive,
+)
 from numpyro_regloss._core.pytree import Partition, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.losses.caller import WHAT, Call, Caller, Watch
-from numpyro_regloss.losses.function import FunctionSource, Leaf
+from numpyro_regloss.losses.caller import WHAT, Call, Caller, Watch, check_executor
+from numpyro_regloss.losses.function import FunctionSource, Leaf, flatten_params
 
-__all__ = ["ExternalSource", "check_call", "kinds_of"]
+__all__ = ["ExternalSource", "external_source"]
 
 
 @pytree_dataclass
@@ -139,7 +146,7 @@ def _refuse(primals: Any, tangents: Any) -> NoReturn:
     )
 
 
-def kinds_of(params: Any, sites: tuple[Any, ...]) -> tuple[Any, ...]:
+def _kinds_of(params: Any, sites: tuple[Any, ...]) -> tuple[Any, ...]:
     """In which types the function gets its parameters: those in which the user wrote them.
 
     Args:
@@ -160,7 +167,48 @@ def kinds_of(params: Any, sites: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(kinds)
 
 
-def check_call(fn: Any, params: Any, args: tuple, kwargs: dict) -> None:
+def external_source(
+    fn: Any, params: Any, args: tuple, kwargs: dict, settings: dict[str, Any]
+) -> tuple[Array, ExternalSource]:
+    """What `Loss.from_external` is made of.
+
+    Args:
+        fn: the user's function, or None.
+        params: starting values.
+        args: of the function.
+        kwargs: of the function.
+        settings: how it is called, by the names of `Loss.from_external`.
+
+    Returns:
+        The start `(dim,)` and the source.
+
+    Raises:
+        TypeError: see `Loss.from_external`.
+        ValueError: likewise.
+    """
+    what = "Loss.from_external"
+    on_error = settings["on_error"]
+    defaults = {
+        "batch": settings["batch"] or None,
+        "on_error": None if on_error == "reject" else on_error,
+    }
+    check_own_names(fn, {**settings, **defaults}, 1 + len(args), what)
+    _check_call(fn, params, args, kwargs)
+    check_flag(settings["batch"], f"{what}: batch")
+    check_choice(on_error, f"{what}: on_error", ("reject", "raise"))
+    if settings["timeout"] is not None:
+        check_positive(settings["timeout"], f"{what}: timeout")
+    if settings["chunk_size"] is not None:
+        check_count(settings["chunk_size"], f"{what}: chunk_size")
+    executor = settings["executor"]
+    check_executor(fn, executor)
+    x0, layout, sites = flatten_params(params, what)
+    how = {name: value for name, value in settings.items() if name != "executor"}
+    caller = Caller.of(fn, executor, **how)
+    return x0, ExternalSource(caller, layout, sites, kinds=_kinds_of(params, sites))
+
+
+def _check_call(fn: Any, params: Any, args: tuple, kwargs: dict) -> None:
     """Refuses a function that does not take its arguments, without calling it.
 
     Args:

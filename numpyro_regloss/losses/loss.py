@@ -6,8 +6,6 @@ Only this module and the two sources below it know how parameters are stored.
 """
 
 import functools
-import math
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -16,15 +14,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import (
-    check_choice,
-    check_count,
     check_flag,
     check_key,
     check_own_names,
-    check_positive,
 )
 from numpyro_regloss._core.pytree import (
     Partition,
@@ -37,9 +31,9 @@ from numpyro_regloss._core.pytree import (
 from numpyro_regloss._core.types import Array, Key, Scalar, Vector
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.arguments import Arguments, explain
-from numpyro_regloss.losses.caller import Caller, Watch, check_executor
+from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.compiled import aux_of, factorizes, raw_value, shape_of
-from numpyro_regloss.losses.external import ExternalSource, check_call, kinds_of
+from numpyro_regloss.losses.external import ExternalSource, external_source
 from numpyro_regloss.losses.fence import fence, reads_many_numbers
 from numpyro_regloss.losses.function import (
     FunctionSource,
@@ -53,6 +47,12 @@ from numpyro_regloss.losses.misuse import warn_of_raw_images
 from numpyro_regloss.losses.noise import bind_keys, renew_keys
 from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
 from numpyro_regloss.losses.one_at_a_time import one_at_a_time
+from numpyro_regloss.losses.output import (
+    batch_of,
+    check_output,
+    warn_of_equal_draws,
+    warn_of_few_digits,
+)
 from numpyro_regloss.losses.recalibrate import recalibrated
 from numpyro_regloss.losses.rows import check_rows
 
@@ -276,7 +276,7 @@ class Loss:
             args, kwargs, trace, _checked(minibatch), "model"
         )
         source = ModelSource(user, density, sites)
-        split = _split(minibatch, arguments)
+        split = batch_of(minibatch, arguments)
         source = explain(lambda: source.with_data(arguments, *split), "loss of a minibatch")
         x0 = jnp.zeros(source.dim, float)
         if rng_key is not None:
@@ -344,28 +344,14 @@ class Loss:
             >>> float(loss.value(loss.x0))
             5.0
         """
-        what = "Loss.from_external"
-        own = {
+        settings = {
             "executor": executor,
-            "batch": batch or None,
-            "on_error": None if on_error == "reject" else on_error,
+            "batch": batch,
+            "on_error": on_error,
             "timeout": timeout,
             "chunk_size": chunk_size,
         }
-        check_own_names(fn, own, 1 + len(args), what)  # ty: ignore[invalid-argument-type]
-        check_call(fn, params, args, kwargs)
-        check_flag(batch, f"{what}: batch")
-        check_choice(on_error, f"{what}: on_error", ("reject", "raise"))
-        if timeout is not None:
-            check_positive(timeout, f"{what}: timeout")
-        if chunk_size is not None:
-            check_count(chunk_size, f"{what}: chunk_size")
-        check_executor(fn, executor)
-        x0, layout, sites = flatten_params(params, what)
-        caller = Caller.of(
-            fn, executor, batch=batch, on_error=on_error, timeout=timeout, chunk_size=chunk_size
-        )
-        source = ExternalSource(caller, layout, sites, kinds=kinds_of(params, sites))
+        x0, source = external_source(fn, params, args, kwargs, settings)
         arguments = Arguments(fn, 1).split(args, kwargs)  # ty: ignore[invalid-argument-type]
         return cls(x0, arguments, source)
 
@@ -557,7 +543,7 @@ class Loss:
         given = tuple(args or bound_args), {**bound_kwargs, **(kwargs or {})}
         constants = self.arguments.constants
         arguments, _ = split.bind(*given, self.source.check, None, "model", constants)
-        replace_fields(self, arguments=arguments)._check_value()
+        check_output(self.source, self.x0, arguments, self.minibatch)
         return arguments
 
     def evaluate(self, x: Vector, arguments: Partition, data_scale: float = 1.0) -> Scalar:
@@ -656,21 +642,7 @@ class Loss:
             reference: the Gaussian of the draws, concrete or not; nothing is said of one that is traced.
             what: begins the warning.
         """
-        digits = self.source.digits()
-        if not np.ndim(digits) or not is_concrete(reference):
-            return
-        mean, width = np.asarray(reference.mean), np.sqrt(np.asarray(reference.variance))
-        spacing = np.ldexp(digits, np.frexp(mean)[1] - 1) * (mean != 0)
-        # Draws of half a spacing and more are rounded here and there, and right on average.
-        lost = 2 * width < spacing
-        if 2 * lost.sum() > (digits > 0).sum():
-            warnings.warn(
-                f"{what}: {lost.sum()} of {mean.size} parameters have types of 16 bits, whose neighboring numbers "
-                f"are up to {spacing.max():.2g} apart at the centre, and draws around it are at most "
-                f"{width[lost].max():.2g} wide: to the loss they are all the same. Take a larger tau, or "
-                "parameters of type float32, and cast them within the loss if it computes in 16 bits.",
-                stacklevel=find_stack_level(),
-            )
+        warn_of_equal_draws(self.source, reference, what)
 
     @classmethod
     def _checked(
@@ -682,15 +654,8 @@ class Loss:
         rng_names: tuple[str, ...] = (),
     ) -> "Loss":
         loss = cls(x0, arguments, source, minibatch, rng_names=rng_names)
-        loss._check_value()  # noqa: SLF001
-        out = shape_of(source, x0, arguments).dtype
-        if jnp.issubdtype(out, jnp.floating) and out.itemsize < 4:
-            warnings.warn(
-                f"Loss: the loss returns {out}, whose {-math.log10(jnp.finfo(out).eps):.0f} digits are too few to "
-                "tell draws apart; compute in it as you like, but sum over the data in float32: "
-                "jnp.mean(..., dtype=float).",
-                stacklevel=find_stack_level(),
-            )
+        check_output(source, x0, arguments, minibatch)
+        warn_of_few_digits(shape_of(source, x0, arguments).dtype)
         with source.own_settings():
             jaxpr = raw_value.trace(source, x0, arguments).jaxpr.jaxpr
         if source.density is None:
@@ -704,22 +669,6 @@ class Loss:
                 "several."
             )
 
-    def _check_value(self) -> None:
-        split = _split(self.minibatch, self.arguments)
-        explain(lambda: self.source.check_data(self.arguments, *split), "loss of a minibatch")
-        # The shapes of a jitted function are remembered: new values of equal shape run nothing again.
-        out = explain(lambda: shape_of(self.source, self.x0, self.arguments), "loss")
-        if not hasattr(out, "shape") or out.shape != ():
-            got = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-            raise TypeError(
-                f"Loss: expected the loss to return a scalar, got {got}; sum or average it over the "
-                "data, and say has_aux=True if the function returns a pair (loss, aux)."
-            )
-        if not any(jnp.issubdtype(out.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
-            raise TypeError(
-                f"Loss: expected a real scalar, got {out.dtype}; take its real part, or another number."
-            )
-
     def __repr__(self) -> str:
         """Kind, size, bound arguments without data, and what is no parameter among the fields of modules."""
         kind = "from_model" if isinstance(self.source, ModelSource) else "from_function"
@@ -731,15 +680,6 @@ class Loss:
             f"Loss.{kind}(dim={self.dim}, arguments={self.arguments}, minibatch={self.minibatch}"
             f"{fixed})"
         )
-
-
-def _split(minibatch: Any, arguments: Partition) -> tuple[Partition | None, tuple[bool, ...]]:
-    """Shapes of the arguments of a batch, None without one, and which of the traced ones are its rows."""
-    if minibatch is None:
-        return None, ()
-    minibatch.num_rows(arguments)
-    batch = jax.eval_shape(minibatch.draw, jax.random.key(0), arguments)
-    return batch, minibatch.is_row(arguments)
 
 
 def _check_function(fn: Any, own: dict[str, Any], num_args: int, what: str) -> None:
