@@ -33,13 +33,15 @@ import shape_checker
 shape_checker.pass_by_what_has_no_shapes()
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax import random
 from numpyro.infer import AIES, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal
 from page_engines import Damped, RandomWalk
 
-from numpyro_regloss import TwoStep, anchor, fit, shift
+from numpyro_regloss import Loss, Minibatch, TwoStep, anchor, fit, shift
 
 # For `jax.jit` where a program computes for longer than it compiles.
 OPTIMIZED = {"xla_backend_optimization_level": "2"}
@@ -293,3 +295,28 @@ def x64():
 
 def as_flat(params):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def gradients_of_batches(make):
+    """The history of 100 updates of five inner steps, each of which is a gradient and nothing else.
+
+    What the engine says that it evaluated is compared with what the loss was asked for.
+    """
+    calls = []
+
+    def counted(x, rows):
+        jax.debug.callback(lambda x: calls.append(1), x[0])
+        return jnp.mean((rows @ x - 1.0) ** 2)
+
+    rows = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+    optimizer = make(
+        Loss.from_function(counted, np.zeros(3), rows, minibatch=Minibatch(64, split=True))
+    )
+    state = optimizer.init(random.key(0))
+    jax.effects_barrier()
+    calls.clear()
+    _, history = optimizer.scan(state, 100)
+    jax.effects_barrier()
+    assert len(calls) == np.sum(history.num_grad) <= 5.25 * 100
+    assert np.all(history.num_loss == 0)
+    return history

@@ -30,7 +30,7 @@ TABLE = {
         **more,
     ),
     "entropy_sgd": lambda **more: transforms.entropy_sgd(
-        tau=1e-6, temperature=1e-8, step_size=1e-3, num_samples=5, **more
+        tau=1e-6, temperature=1e-8, step_size=1e-3, num_samples=5, noise="two_point", **more
     ),
     "fsgld": lambda **more: transforms.fsgld(1e-3, tau=1e-6, temperature=1e-7, **more),
 }
@@ -246,6 +246,8 @@ def test_what_is_wrong_is_said():
         transforms.heat(optax.sgd(0.1), {"a": 0.0})
     optimizer = transforms.heat(optax.sgd(0.1), 0.1)
     state = optimizer.init(jnp.zeros(1))
+    with pytest.raises(ValueError, match="averaging_decay between"):
+        transforms.entropy_sgd(0.1, averaging_decay=1.5)
     with pytest.raises(ValueError, match="third argument of update"):
         optimizer.update(jnp.zeros(1), state)
     with pytest.raises(ValueError, match="without a centre"):

@@ -16,14 +16,15 @@ from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Array, Key
 
 __all__ = [
+    "NO_PARAMS",
     "as_key",
-    "cond",
     "at",
     "check_width",
+    "cond",
     "eval_params",
     "full",
     "moved",
-    "noise",
+    "toward",
     "updates_to",
 ]
 
@@ -131,23 +132,19 @@ def full(params: Tree) -> Tree:
     return jax.tree.map(lambda a: jnp.array(a, jnp.promote_types(a.dtype, jnp.float32)), params)
 
 
-def noise(rng_key: Key, like: Tree, kind: str = "normal") -> Tree:
-    """Independent noise of mean zero and variance one.
+def toward(mean: Tree, new: Tree, share: Array) -> Tree:
+    """A running mean, moved towards a new term by its share of the weight.
 
     Args:
-        rng_key: a random key.
-        like: a pytree of arrays.
-        kind: `"normal"` or `"two_point"`, ±1.
+        mean: so far, in full precision.
+        new: the term, of any type.
+        share: from 0 to 1.
 
     Returns:
-        A pytree of the same shapes and types.
+        The mean, of the types of `mean`.
     """
-    leaves, structure = jax.tree.flatten(like)
-    keys = random.split(rng_key, max(len(leaves), 1))
-    draw = random.normal if kind == "normal" else random.rademacher
-    return structure.unflatten([
-        draw(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=False)
-    ])
+    moved = jax.tree.map(lambda m, a: m + share * (a.astype(m.dtype) - m), mean, new)
+    return optax.tree.cast_like(moved, mean)
 
 
 def moved(
@@ -203,4 +200,4 @@ def updates_to(
             return step(grad_fn(place, i), state, place)
 
         place, state = lax.fori_loop(0, num_more, more, (place, state))
-    return jax.tree.map(lambda new, old: (new - old).astype(old.dtype), place, params), state
+    return optax.tree.cast_like(optax.tree.sub(place, params), params), state

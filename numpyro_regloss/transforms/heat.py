@@ -57,7 +57,7 @@ def heat(
     """Minimizes the heat regularization E[Φ(x')] by gradients at perturbed points.
 
     One gradient per call of `update`. The loop's parameters are perturbed; `eval_params` gives the centre. The
-    first gradient of a loop is at the unperturbed start.
+    first gradient of a loop, and its mirror, are at the unperturbed start.
 
     Args:
         optimizer: of the centre, such as `optax.adam(1e-3)`: it is called once in `num_samples` calls.
@@ -109,19 +109,18 @@ def heat(
 
     def init(params: Any) -> HeatState:
         center = base.full(params)
-        zeros = jax.tree.map(jnp.zeros_like, center)
         return HeatState(
             jnp.zeros((), int),
             jnp.zeros((), int),
             jnp.copy(rng_key),
             center,
-            zeros,
+            optax.tree.zeros_like(center),
             optimizer.init(center),
         )
 
     def perturbed(state: HeatState) -> tuple[Any, HeatState]:
         rng_key, key_noise = random.split(state.rng_key)
-        noise = base.noise(key_noise, state.center)
+        noise = optax.tree.random_like(key_noise, state.center)
         widths = base.at(tau, state.count, state.center)
         place = jax.tree.map(
             lambda x, xi, tau: (x + jnp.sqrt(tau) * xi).astype(x.dtype),
@@ -135,25 +134,19 @@ def heat(
         updates: Any, state: Any, params: Any = None, *, grad_fn: Any = None, **extra: Any
     ) -> tuple[Any, HeatState]:
         def averaged(gradients: Any, state: HeatState) -> HeatState:
-            share = 1.0 / (state.inner_count + 1)
-            average = jax.tree.map(
-                lambda mean, g: (mean + share * (g.astype(mean.dtype) - mean)).astype(mean.dtype),
-                state.average,
-                gradients,
-            )
+            average = base.toward(state.average, gradients, 1.0 / (state.inner_count + 1))
             state = state._replace(inner_count=state.inner_count + 1, average=average)
 
             def outer() -> HeatState:
                 center, opt_state = base.moved(
                     optimizer, average, state.opt_state, state.center, extra
                 )
-                zeros = jax.tree.map(jnp.zeros_like, average)
                 return HeatState(
                     state.count + 1,
                     jnp.zeros_like(state.inner_count),
                     state.rng_key,
                     center,
-                    zeros,
+                    optax.tree.zeros_like(average),
                     opt_state,
                 )
 
@@ -172,7 +165,7 @@ def heat(
 
         def step(gradients: Any, state: HeatState, place: Any) -> tuple[Any, HeatState]:
             moved, state = following(averaged(gradients, state), place)
-            return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, place), state
+            return optax.tree.cast_like(moved, place), state
 
         if grad_fn is None:
             return base.updates_to(step, updates, state, params)
@@ -183,10 +176,9 @@ def heat(
                 return step(grad_fn(moved, i), state, moved)
 
             moved, state = perturbed(state)
-            moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, place)
+            moved = optax.tree.cast_like(moved, place)
             _, state = lax.fori_loop(0, num_samples, one, (moved, state))
-            center = jax.tree.map(lambda new, old: new.astype(old.dtype), state.center, place)
-            return center, state
+            return optax.tree.cast_like(state.center, place), state
 
         return base.updates_to(whole, updates, state, params)
 

@@ -24,12 +24,13 @@ from numpyro_regloss._core.checks import (
     check_optimizer,
     check_positive,
 )
+from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.transforms import base
 
 __all__ = ["LocalEntropyState", "entropy_sgd", "local_entropy"]
 
-NOISES = ("normal", "two_point")
+NOISES = {"normal": random.normal, "two_point": random.rademacher}
 
 
 class LocalEntropyState(NamedTuple):
@@ -123,7 +124,11 @@ def local_entropy(
     check_count(num_samples, f"{what}: num_samples")
     check_count(num_warmup, f"{what}: num_warmup", 0)
     check_positive(averaging_decay, f"{what}: averaging_decay")
-    check_choice(noise, f"{what}: noise", NOISES)
+    if is_concrete(averaging_decay) and averaging_decay > 1:
+        raise ValueError(
+            f"{what}: expected averaging_decay between 0 and 1, got {averaging_decay}."
+        )
+    check_choice(noise, f"{what}: noise", tuple(NOISES))
     check_choice(direction, f"{what}: direction", ("gradient", "displacement"))
     optimizer, rng_key = optax.with_extra_args_support(optimizer), base.as_key(key, what)
     num_steps = num_warmup + num_samples
@@ -135,7 +140,7 @@ def local_entropy(
             jnp.zeros((), int),
             jnp.copy(rng_key),
             center,
-            jax.tree.map(jnp.zeros_like, center),
+            optax.tree.zeros_like(center),
             jnp.zeros(()),
             optimizer.init(center),
         )
@@ -160,16 +165,12 @@ def local_entropy(
                 change = spread * xi - step_size * (g.astype(x.dtype) + pull * offset)
                 return (offset + change).astype(x.dtype)
 
-            xi = base.noise(key_noise, state.center, noise)
+            xi = optax.tree.random_like(key_noise, state.center, NOISES[noise])
             offset = jax.tree.map(walked, state.center, place, gradients, pulls, xi)
             inner_count = state.inner_count + 1
             weight = jnp.where(inner_count > num_warmup, averaging_decay * state.weight + 1.0, 0.0)
             share = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1.0), 0.0)
-            average = jax.tree.map(
-                lambda mean, new: (mean + share * (new - mean)).astype(mean.dtype),
-                state.average,
-                offset,
-            )
+            average = base.toward(state.average, offset, share)
             state = state._replace(
                 inner_count=inner_count, rng_key=next_key, average=average, weight=weight
             )
@@ -190,13 +191,13 @@ def local_entropy(
                     jnp.zeros_like(inner_count),
                     next_key,
                     center,
-                    jax.tree.map(jnp.zeros_like, average),
+                    optax.tree.zeros_like(average),
                     jnp.zeros_like(weight),
                     opt_state,
                 )
 
             moved, state = base.cond(inner_count == num_steps, outer, inner)
-            return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, place), state
+            return optax.tree.cast_like(moved, place), state
 
         return base.updates_to(step, updates, state, params, grad_fn, num_steps - 1)
 
