@@ -280,10 +280,16 @@ MAPS, MANY_MAPS = Path("/proc/self/maps"), 40_000
 
 @pytest.fixture(autouse=True, scope="module")
 def room_for_programs():
-    """Drops compiled programs before there are too many; until then modules share the small ones."""
+    """Drops compiled programs before there are too many; until then modules share the small ones.
+
+    What a module leaves are mostly these, and no search for cycles passes over them again.
+    """
     yield
     if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
+        gc.unfreeze()
+        gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

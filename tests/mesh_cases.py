@@ -242,8 +242,7 @@ def resume(name):
 
 GROUPS = {
     "few": {
-        "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
-        "robbins_monro": lambda: compare("robbins_monro", ["one", "eight"]),
+        "importance": lambda: compare("importance", ["one", "eight"]),
         "heat": lambda: differences(partial(value, "heat"), ["one", "eight"]),
         "resume": lambda: resume("robbins_monro"),
         "evaluations": lambda: [evaluations(1), evaluations(8)],

@@ -396,7 +396,7 @@ VALUES_AND_FITS = {
 }
 CASES = ENGINES | VALUES_AND_FITS
 GROUPS = {
-    "few": ["importance_batches", "robbins_monro", "fit_of_parallel_chains", "smoothed_weights"],
+    "few": ["importance_batches", "fit_of_parallel_chains"],
     "engines": [*ENGINES],
     "values_and_fits": [*VALUES_AND_FITS],
 }

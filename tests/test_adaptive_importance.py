@@ -83,7 +83,7 @@ def repeated(temperature, **settings):
 
 CASES = [
     (1.0, ()),
-    (0.1, ()),
+    long(0.1, ()),
     long(1.0, (("covariance", "diagonal"), ("defensive", 0.0))),
     long(0.1, (("covariance", "diagonal"),)),
     long(1.0, (("num_samples", 128),)),

@@ -72,7 +72,7 @@ def failing_at(step, error):
 
 
 @pytest.mark.both
-@pytest.mark.parametrize("history", ["all", "scalars"])
+@pytest.mark.parametrize("history", ["all", long("scalars")])
 def test_a_run_that_goes_on_has_the_bits_of_a_whole_one(tmp_path, history):
     optimizer = make(record=Record(centers_every=4, verdicts=False))
     whole = run(None, 12, optimizer, history=history)

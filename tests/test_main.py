@@ -74,6 +74,7 @@ def test_unknown_problem_is_refused(capsys):
     assert "eight-schools" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_of_a_large_cloud(tmp_path):
     # 2,000 draws in 20,000 dimensions would take 0.15 GiB if they were stored.

@@ -16,7 +16,7 @@ REFUSED = {("fit_of_parallel_chains", "context"), ("parallel_chains", "context")
 
 @pytest.mark.both
 @pytest.mark.parametrize(
-    ("group", "least"), [("few", 4), long("engines", 30), long("values_and_fits", 15)]
+    ("group", "least"), [("few", 2), long("engines", 30), long("values_and_fits", 15)]
 )
 def test_several_devices_give_the_numbers_of_one(group, least):
     lines = on_devices(SCRIPT, group, 4)

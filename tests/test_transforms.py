@@ -187,6 +187,7 @@ def test_local_entropy_hands_over_its_gradient():
     assert abs(jnp.mean(gradient) - h / (1 + tau * h / temperature)) < SIGMAS * error
 
 
+@pytest.mark.long
 def test_fsgld_samples_the_heat_regularization():
     # Of x⁴ / 4 the heat regularization is x⁴ / 4 + 3 tau x² / 2 + const.
     tau, temperature = 0.5, 0.3
