@@ -48,12 +48,12 @@ def images(path):
     return flat[0], y.astype(np.int32), flat[1], y_test.astype(np.int32)
 
 
-def start(seed, width):
+def start(seed, width, hidden=HIDDEN):
     rng = np.random.default_rng(seed)
     return {
-        "w": np.float32(rng.normal(size=(width, HIDDEN)) * np.sqrt(2 / width)),
-        "b": np.zeros(HIDDEN, np.float32),
-        "v": np.float32(rng.normal(size=(HIDDEN, CLASSES)) * np.sqrt(1 / HIDDEN)),
+        "w": np.float32(rng.normal(size=(width, hidden)) * np.sqrt(2 / width)),
+        "b": np.zeros(hidden, np.float32),
+        "v": np.float32(rng.normal(size=(hidden, CLASSES)) * np.sqrt(1 / hidden)),
         "c": np.zeros(CLASSES, np.float32),
     }
 

@@ -1,0 +1,138 @@
+# Copyright Contributors to the numpyro_regloss project.
+# SPDX-License-Identifier: Apache-2.0
+"""Experiment d of `training.py`: networks that are trained from values of their loss, within a time."""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+from training_store import key_of, spread
+
+from numpyro_regloss import Minibatch, schemes
+
+WIDTH, NUM_SAMPLES, RATE = 0.05, 32, 1.5
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def relu(params, inputs):
+    return jax.nn.relu(inputs @ params["w"] + params["b"]) @ params["v"] + params["c"]
+
+
+def int8(params, inputs):
+    # Weights are integers of 8 bits, in units of 1/64.
+    w, v = (jnp.clip(jnp.round(64 * params[name]), -127, 127) / 64 for name in "wv")
+    return jax.nn.relu(inputs @ w + params["b"]) @ v + params["c"]
+
+
+def staircase(params, inputs):
+    hidden = jnp.floor(4 * jnp.clip(inputs @ params["w"] + params["b"], 0, 2)) / 4
+    return hidden @ params["v"] + params["c"]
+
+
+NETWORKS = {"relu": relu, "int8 weights": int8, "staircase activations": staircase}
+
+
+def cross_entropy(params, inputs, labels, *, outputs):
+    logs = jax.nn.log_softmax(outputs(params, inputs))
+    return -jnp.mean(jnp.take_along_axis(logs, labels[:, None], 1))
+
+
+# One function for each network, so that all seeds have one program.
+LOSSES = {name: partial(cross_entropy, outputs=outputs) for name, outputs in NETWORKS.items()}
+
+
+@partial(jax.jit, static_argnums=4)
+def accuracy(loss, x, inputs, labels, name):
+    return 100.0 * jnp.mean(NETWORKS[name](loss.constrain(x), inputs).argmax(-1) == labels)
+
+
+@partial(jax.jit, static_argnums=2)
+def advance(optimizer, state, num_steps):
+    state, history = optimizer.scan(state, num_steps)
+    return state, history.num_loss.sum()
+
+
+def train(
+    task, partial_result, *, name, seed, hidden, batch, width, num_samples, rate, budget, chunk
+):
+    """Curve of test accuracy over evaluations and seconds, those of tests and compilation not counted."""
+    loss = task.loss(seed, hidden, Minibatch(batch), LOSSES[name])
+    optimizer = schemes.gradient_free(loss, width, num_samples, rate=rate)
+
+    def tested(x):
+        return float(accuracy(loss, x, task.x_test, task.y_test, name))
+
+    state = optimizer.init(random.key(seed))
+    jax.block_until_ready(advance(optimizer, state, chunk))
+    curve = [[0, 0.0, tested(loss.x0)]]
+    saved = partial_result.load()
+    if saved is not None:
+        state, curve = saved
+        print(f"{name}, seed {seed}: goes on after {curve[-1][1]:.0f} s")
+    while curve[-1][1] < budget:
+        begun = time.perf_counter()
+        state, count = jax.block_until_ready(advance(optimizer, state, chunk))
+        spent = time.perf_counter() - begun
+        evaluations, seconds, _ = curve[-1]
+        now = tested(state.reference.mean)
+        curve.append([evaluations + int(count), seconds + spent, now])
+        partial_result.save((state, curve))
+    return curve
+
+
+def without_gradients(task, run, num_seeds, *, smoke, minutes, point=None):
+    """Accuracy at the end and along the way, for each kind of network."""
+    width, num_samples, rate = point or (WIDTH, NUM_SAMPLES, RATE)
+    setting = {
+        "hidden": 8 if smoke else 128,
+        "batch": 64 if smoke else 512,
+        "width": width,
+        "num_samples": num_samples,
+        "rate": rate,
+        "budget": 0.2 if smoke else 60.0 * minutes,
+        "chunk": 2 if smoke else 50,
+    }
+    budget, about = setting["budget"], {"data": task.name, **setting}
+    rows, curves = [], []
+    for name in NETWORKS:
+
+        def trained(seeds, name=name):
+            return [
+                train(
+                    task,
+                    run.store.partial(key_of("d", name, about, s)),
+                    name=name,
+                    seed=s,
+                    **setting,
+                )
+                for s in seeds
+            ]
+
+        found = [a for s in range(num_seeds) for a in run("d", name, about, [s], trained)]
+        if not found:
+            continue
+        found = [np.asarray(curve, float).T for curve in found]
+        rows.append({
+            "network": name,
+            "seeds": len(found),
+            **spread([accuracy[-1] for _, _, accuracy in found], "accuracy"),
+            **spread([accuracy.max() for _, _, accuracy in found], "best"),
+            **spread([count[-1] / seconds[-1] for count, seconds, _ in found], "evaluations / s"),
+            "evaluations": float(np.mean([count[-1] for count, _, _ in found])),
+        })
+        for share in SHARES:
+            now = share * budget
+            at = [np.interp(now, seconds, accuracy) for _, seconds, accuracy in found]
+            count = np.mean([np.interp(now, seconds, count) for count, seconds, _ in found])
+            curves.append({
+                "network": name,
+                "seconds": now,
+                "evaluations": float(count),
+                "seeds": len(found),
+                **spread(at, "accuracy"),
+            })
+    title = f"d. Test accuracy in per cent of {setting['hidden']} hidden units after {budget:.3g} s of evaluations"
+    return {title: rows, "d. Along the way; test accuracy in per cent": curves}
