@@ -10,9 +10,10 @@ Change a setting in these files and its units are other units. Use one process p
 a. The experiment of García Trillos, Kaplan & Sanz-Alonso (2019) on networks, in our settings: we do not know
    theirs. 500 updates from the same random start, test accuracy after every hundred. The rate tau / T is 0.5, as
    SGD's, at three taus, so that they differ in how far around they look. An update of SGD sees 255 rows, and so
-   does one of SGLD or heat, by five gradients of 51 rows each; one of importance sampling or HMC a batch of 256;
-   one of Entropy-SGD, with its defaults, 20 batches of 256. Importance sampling has 32 draws, whose weights set
-   T. HMC has two draws by short paths, and warms up once. Time is in turn with SGD's.
+   does one of SGLD or heat, by five gradients of 51 rows each; one of importance sampling a batch of 256; one of
+   Entropy-SGD, with its defaults, 20 batches of 256. Importance sampling has 32 draws, whose weights set T. HMC,
+   which takes hundreds of gradients for each of its two draws, has batches of 64, the smaller network and one tau.
+   Time is in turn with SGD's.
 b. What further training changes: 2,000 updates of SGD, then 200 more of SGD, heat, local entropy or Entropy-SGD
    at tau = 1e-4, with the settings of a. Accuracy, negative log-likelihood (NLL), expected calibration error (ECE,
    15 equal bins) of the test images; flatness is the rise of heat over the training loss when each weight moves

@@ -111,7 +111,7 @@ def without_gradients(task, run, num_seeds, *, smoke, minutes, point=None):
                 for s in seeds
             ]
 
-        found = [a for s in range(num_seeds) for a in run("d", name, about, [s], trained)]
+        found = run.each("d", name, about, num_seeds, trained)
         if not found:
             continue
         found = [np.asarray(curve, float).T for curve in found]

@@ -118,6 +118,14 @@ class Runner:
                 print(text, flush=True)
         return [self.store.found[key] for key in keys.values() if key in self.store.found]
 
+    def each(self, experiment, method, setting, num_seeds, function):
+        """As a call, one seed after the other, so that each is in the store when it is done."""
+        return [
+            result
+            for seed in range(num_seeds)
+            for result in self(experiment, method, setting, [seed], function)
+        ]
+
 
 def spread(values, name):
     """Mean and standard deviation over seeds as columns; None where there is none."""
