@@ -36,7 +36,7 @@ from pathlib import Path
 import harness
 from training_budgets import at_equal_gradients
 from training_figures import draw
-from training_free import without_gradients
+from training_free import NUM_SAMPLES, RATE, WIDTH, without_gradients
 from training_store import Runner, Store
 from training_tasks import Task
 from training_updates import after_sgd, from_start, sweep
@@ -57,6 +57,14 @@ def main():
     parser.add_argument("--only", default="a,b,c,d,e", help="experiments, such as a,c")
     parser.add_argument("--seeds", type=int, help="of each method and setting")
     parser.add_argument("--minutes", type=float, default=10.0, help="of each run of d")
+    parser.add_argument(
+        "--free",
+        type=float,
+        nargs=3,
+        default=(WIDTH, NUM_SAMPLES, RATE),
+        metavar=("WIDTH", "DRAWS", "RATE"),
+        help="of d: width of the clouds, draws, and rate in widths per step",
+    )
     parser.add_argument(
         "--store", type=Path, help="results; default: training.jsonl, or none with --smoke"
     )
@@ -81,7 +89,7 @@ def main():
     for name in chosen:
         experiment, seeds = EXPERIMENTS[name]
         seeds = 2 if smoke else options.seeds or seeds
-        settings = {"minutes": options.minutes} if name == "d" else {}
+        settings = {"minutes": options.minutes, "point": options.free} if name == "d" else {}
         for title, rows in experiment(task, run, seeds, smoke=smoke, **settings).items():
             if rows:
                 tables[title] = rows

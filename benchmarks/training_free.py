@@ -13,6 +13,7 @@ from training_store import key_of, spread
 
 from numpyro_regloss import Minibatch, schemes
 
+# Of `--free`, by default.
 WIDTH, NUM_SAMPLES, RATE = 0.05, 32, 1.5
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -83,14 +84,14 @@ def train(
     return curve
 
 
-def without_gradients(task, run, num_seeds, *, smoke, minutes, point=None):
+def without_gradients(task, run, num_seeds, *, smoke, minutes, point):
     """Accuracy at the end and along the way, for each kind of network."""
-    width, num_samples, rate = point or (WIDTH, NUM_SAMPLES, RATE)
+    width, num_samples, rate = point
     setting = {
         "hidden": 8 if smoke else 128,
         "batch": 64 if smoke else 512,
         "width": width,
-        "num_samples": num_samples,
+        "num_samples": int(num_samples),
         "rate": rate,
         "budget": 0.2 if smoke else 60.0 * minutes,
         "chunk": 2 if smoke else 50,
