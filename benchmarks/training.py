@@ -81,11 +81,8 @@ def main():
     if path is None and not smoke:
         path = Path("training.jsonl")
     print(harness.environment())
-    task, run, tables = (
-        Task(options.data, smoke=smoke),
-        Runner(Store(path), report_only=options.report),
-        {},
-    )
+    run = Runner(Store(path), report_only=options.report)
+    task, tables = Task(options.data, smoke=smoke), {}
     for name in chosen:
         experiment, seeds = EXPERIMENTS[name]
         seeds = 2 if smoke else options.seeds or seeds
