@@ -288,7 +288,9 @@ def test_observed_sites_do_not_take_our_labels(plate):
     loss = Loss.from_model(model, jnp.zeros(NUM_STEPS))
     optimizer = schemes.heat(loss, tau=0.5)
     result = without_running(optimizer)
-    with pytest.raises(ValueError, match=rf"names of our own in constant_data, \['{plate}'\]"):
+    with pytest.raises(
+        ValueError, match=rf"names that to_arviz uses itself in constant_data, \['{plate}'\]"
+    ):
         to_arviz(result, optimizer, observed=True)
     data = to_arviz(result, optimizer, observed=True, dims={"y": ["row"]})
     assert data["constant_data"]["y"].dims == ("row",)

@@ -52,7 +52,7 @@ def test_sampler_takes_over_where_importance_sampling_is_refused(refused):
     assert np.isnan(history.shift.khat[first:]).all()
     assert np.isnan(history.shift.rhat[:first]).all()
     assert np.isfinite(history.shift.rhat[first:]).all()
-    assert f"Auto: from step {first} of this run on HMC drew" in message
+    assert f"Auto: HMC made the draws from step {first} of this run on" in message
     assert "Use shift.NUTS or shift.SMC" in message
 
 

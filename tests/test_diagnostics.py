@@ -173,7 +173,7 @@ REPORTS = {
             "The Gaussian is not near q, by KL(q || Gaussian) (near is below 0.05 nats).",
             "KL(q || Gaussian) = 5 ± 0.1 nats.",
             "KL(Gaussian || q) cannot be distinguished from 0",
-            "mass: draws of the Gaussian reach 50% of q only.",
+            "mass: draws of the Gaussian reach only 50% of q.",
             "k-hat = 0.90: averages over the Gaussian cannot be corrected",
         ],
     ),
@@ -185,13 +185,13 @@ REPORTS = {
     ),
     "impossible": (
         (-3.0, 0.04, 0.01, 0.002, 0.1, 1.0),
-        ["It cannot be told whether", "KL(q || Gaussian) cannot be told: its estimate is -3,"],
+        ["It cannot be told whether", "KL(q || Gaussian) cannot be estimated: the result is -3,"],
     ),
     "one unknown": (
         (1.0, np.inf, 0.3, 0.02, 2.0, 1.0),
         [
             "The Gaussian is not near q, by KL(Gaussian || q)",
-            "KL(q || Gaussian) cannot be told: draws",
+            "KL(q || Gaussian) cannot be estimated: draws",
         ],
     ),
     "nothing in common": (

@@ -438,7 +438,7 @@ class Client:
 
 BAD = {
     "no function": ({"fn": 3}, TypeError, "expected a function of"),
-    "arguments": ({"fn": lambda: 1.0}, TypeError, "does not take its arguments"),
+    "arguments": ({"fn": lambda: 1.0}, TypeError, "got one that does not take them"),
     "own name": (
         {"fn": lambda params, timeout=1.0: timeout, "timeout": 3.0},
         TypeError,
@@ -556,7 +556,7 @@ def test_asking_refuses_what_cannot_be_asked():
     heat = schemes.heat(told, 0.1, fit=fit.RobbinsMonro(5, gradient="score"))
     for other, message in (
         (recorded, "record=None"),
-        (heat, "RobbinsMonro, which evaluates it"),
+        (heat, "RobbinsMonro, which evaluates the loss"),
         (schemes.local_entropy(told, 0.1, shift.SMC(50)), "SMC, whose later points depend"),
     ):
         with pytest.raises(TypeError, match=message):

@@ -284,7 +284,7 @@ def test_recalibrated_statistics_are_those_of_the_batches(framework, loss):
     np.testing.assert_allclose(framework.evaluate(again, X), wanted, atol=DIGITS)
     # In training mode nothing has changed.
     np.testing.assert_allclose(loss.unconstrain(again), loss.x0 + 0.3, rtol=1e-6)
-    with pytest.raises(ValueError, match="expected batches, got none"):
+    with pytest.raises(ValueError, match="expected at least one batch, got none"):
         loss.recalibrate(module, [])
 
 
@@ -301,7 +301,7 @@ def test_what_is_beside_the_loss():
     with pytest.raises(TypeError, match="return a pair"):
         Loss.from_function(lambda p: p**2, 1.0, has_aux=True)
     without = Loss.from_function(lambda p: p**2, 1.0)
-    with pytest.raises(TypeError, match="built with has_aux=True"):
+    with pytest.raises(TypeError, match="build it with has_aux=True"):
         without.aux(without.x0)
     with pytest.raises(ValueError, match="from_module"):
         without.recalibrate(1.0)

@@ -94,7 +94,7 @@ def test_all_processes_have_the_same_result(tmp_path):
     kind, text, lost, steps = found["failed"]
     assert (kind, lost, steps) == ("LostProcessError", [1], 4)
     assert "process 1" in text
-    assert "raised an error, which its own output tells" in text
+    assert "raised an error, and its own output says which" in text
     assert other["failed"][0] == "KeyError"
     assert steps_in(places[1] / "failed") == [4]
 

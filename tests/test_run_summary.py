@@ -205,7 +205,7 @@ def with_infos(result, shift=None, fit=None, anchor=None, record=None):
 SYMPTOMS = {
     "not finite": ({"shift": {"num_rejected": 2.0}}, "smaller tau"),
     "k-hat": ({"shift": {"khat": 0.8, "negative_elbo": 1.0}}, "richer guide"),
-    "ess": ({"shift": {"ess": 15.0}}, "too few to know"),
+    "ess": ({"shift": {"ess": 15.0}}, "too few to estimate"),
     "R-hat": ({"shift": {"rhat": 1.2}}, "chains disagree"),
     "divergences": ({"shift": {"num_divergent": 1}}, "target_accept_prob"),
     "acceptance": ({"shift": {"accept_prob": 0.05}}, "hardly moves"),
@@ -263,13 +263,13 @@ DOUBTFUL = {
     "a saddle": (
         lambda h: changed(h, loss=h.draws.mean + 0.5 * h.draws.sd, share_lower=0.6 + 0 * h.loss),
         "centre",
-        "60% of q: the centre rests on a saddle",
+        "60% of q has a lower loss than the centre: the centre rests on a saddle",
     ),
     "outside of the support": (lambda h: changed(h, loss=h.loss + np.inf), "centre", "not finite"),
     "no width": (
         lambda h: h._replace(reference=h.reference._replace(scale=0 * h.reference.scale)),
         "lengths",
-        "no finite numbers",
+        "are not finite",
     ),
 }
 
@@ -455,7 +455,7 @@ def test_noisy_centres_are_too_few_draws(cloud):
     report = diagnostics.summary(result._replace(history=history))
     assert report.arrived
     assert [finding.name for finding in report.findings] == ["draws"]
-    assert "use more of them" in report.findings[0].text
+    assert "use more draws" in report.findings[0].text
 
 
 def test_user_written_engines(cloud):

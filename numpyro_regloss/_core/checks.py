@@ -180,8 +180,8 @@ def check_own_names(fn: Callable[..., Any], own: dict[str, Any], num_args: int, 
             continue
         if own[parameter.name] is not None or parameter.default is parameter.empty:
             raise TypeError(
-                f"{what}: the function has an argument {parameter.name!r}, which is also the name of one of "
-                f"{what}, so that it cannot be passed by name; pass it by position, or bind it before: "
+                f"{what}: the function has an argument {parameter.name!r}, and so has {what}, so that it cannot "
+                f"be passed on by name; pass it by position, or bind it before: "
                 f"functools.partial(function, {parameter.name}=...)."
             )
 

@@ -141,7 +141,7 @@ def fields_of(info: Any) -> dict[str, Any]:
         return {}
     if not has_fields(info):
         raise TypeError(
-            "numpyro_regloss: expected the info of an engine as a NamedTuple or a dataclass, whose fields others "
+            "numpyro_regloss: expected the info of an engine as a NamedTuple or a dataclass, since its fields are "
             f"read by name, got {type(info).__name__}."
         )
     if isinstance(info, tuple):

@@ -78,7 +78,10 @@ def _hash_positions(
     key: Array, shape: tuple[int, ...], first: Array | None = None
 ) -> tuple[Array, Array]:
     if math.prod(shape) >= 2**32:
-        raise ValueError(f"expected fewer than 2**32 random numbers at once, got shape {shape}.")
+        raise ValueError(
+            f"numpyro_regloss: expected fewer than 2**32 random numbers at once, got shape {shape}; use fewer "
+            "draws, or a smaller chunk_size."
+        )
     low = lax.iota(np.uint32, math.prod(shape)).reshape(shape)
     low = low if first is None else low + first
     return _hash(key, jnp.zeros_like(low), low)
@@ -122,7 +125,7 @@ def _random_bits_from(key: Array, bit_width: int, shape: tuple[int, ...]) -> Arr
 
 
 def _no_other(*args: Any) -> Any:
-    raise NotImplementedError("keys of a position in an array draw numbers alone.")
+    raise NotImplementedError("a key that begins at a position of an array only draws numbers.")
 
 
 _FROM_POSITION = define_prng_impl(

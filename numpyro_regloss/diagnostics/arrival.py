@@ -83,7 +83,7 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
     pull, step = (np.asarray(a[-count:], float) for a in (motion.pull, motion.step))
     way = np.sum(step.sum(0) ** 2)
     if not (np.isfinite(way) and np.isfinite(pull).all()):
-        return None, "Arrived? The lengths of the last steps are no finite numbers: see below."
+        return None, "Arrived? The lengths of the last steps are not finite: see below."
     # Anchors with momentum step where the pull has gone, and ties between replicas pull where no step goes.
     went = min(way, np.sum(pull.sum(0) ** 2))
     where = f"in the last {count} steps the centre moved by {np.sqrt(way):.2g} sd of the reference"
@@ -98,7 +98,7 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
     if went / count < NEGLIGIBLE:
         if went > limit and _is_steady(pull, np.asarray(motion.pull, float)):
             return None, f"Arrived? {where.capitalize()}, steadily in one direction. {FASTER}"
-        return True, f"Arrived: {where}, which the loss does not notice."
+        return True, f"Arrived: {where}, which hardly changes the loss."
     if noise is None:
         if went > limit:
             return False, f"Still moving: {where}, in one direction. {CONTINUE}"

@@ -138,7 +138,7 @@ def gaussian_fit(
         )
     if isinstance(draws, BatchMeans):
         raise TypeError(
-            "gaussian_fit: expected draws, got means of batches of them, whose distribution is another; use "
+            "gaussian_fit: expected draws, got means of batches of draws, which have another distribution; use "
             'shift.SGLD(keep="draws").'
         )
     cloud, names, _ = as_draws(
@@ -270,7 +270,7 @@ def _findings(fit: GaussianFit, of_chains: str | None) -> list[str]:
         found.append(_verdict(named, missed=missed, heavy=not khat < MAX_KHAT))
         found += [_divergence_text(name, estimate) for name, estimate in named.items()]
         if missed:
-            found.append(f"mass: draws of the Gaussian reach {reached.value:.0%} of q only.")
+            found.append(f"mass: draws of the Gaussian reach only {reached.value:.0%} of q.")
         able = "can" if khat < MAX_KHAT and not missed else "cannot"
         found.append(
             f"k-hat = {khat:.2f}: averages over the Gaussian {able} be corrected by importance weights."
@@ -303,7 +303,7 @@ def _verdict(named: dict[str, Estimate], *, missed: bool, heavy: bool) -> str:
     if any(most >= SMALL_DIVERGENCE for _, most in ranges.values()):
         return (
             f"It cannot be told whether the Gaussian is near q, within {SMALL_DIVERGENCE} nats: errors are too "
-            "large. Use more draws and num_samples."
+            "large. Use more draws and a larger num_samples."
         )
     tails = ", but for its tails, which are too heavy for importance weights" if heavy else ""
     return f"The Gaussian is near q, within {SMALL_DIVERGENCE} nats in both directions{tails}."
@@ -312,10 +312,10 @@ def _verdict(named: dict[str, Estimate], *, missed: bool, heavy: bool) -> str:
 def _divergence_text(name: str, estimate: Estimate) -> str:
     least, most = _range(estimate)
     if not np.isfinite(estimate.error):
-        return f"{name} cannot be told: draws of q and of the Gaussian do not overlap."
+        return f"{name} cannot be estimated: draws of q and of the Gaussian do not overlap."
     if not np.isfinite(most):
         return (
-            f"{name} cannot be told: its estimate is {estimate.value:.2g}, but no divergence is negative; the "
+            f"{name} cannot be estimated: the result is {estimate.value:.2g}, but no divergence is negative; the "
             "draws are not q's, or too few for its tails."
         )
     if least == 0.0:
@@ -329,7 +329,7 @@ def _deviations(fit: GaussianFit) -> list[tuple[str, str]]:
     factor = float(np.log(LEAST_RATIO))
     return [
         (
-            "mean: the Gaussian's is off, in standard deviations of the draws, at {}.",
+            "mean: the Gaussian is off, by the standard deviations of the draws in brackets, at {}.",
             _where(fit, jnp.abs(fit.mean_shift), fit.mean_shift_error, LEAST_SHIFT, fit.mean_shift),
         ),
         (

@@ -65,8 +65,8 @@ def _rounding(run: Run) -> str:
         return ""
     if varied == 0.0:
         return (
-            "the loss was the same at all draws of a step, so that nothing tells where it is lower: use a larger "
-            "tau, or look whether the loss depends on its parameters."
+            "the loss was the same at all draws of a step, so the draws do not show where it is lower: use a "
+            "larger tau, or check whether the loss depends on its parameters."
         )
     if not (varied <= ROUNDINGS * unit or unit > MAX_ROUNDING * temperature):
         return ""
@@ -137,7 +137,7 @@ def _heating(run: Run) -> str:
         return ""
     return (
         f"the effective sample size set a temperature of {used:.3g}, and yours is {yours:.3g}: losses that "
-        "differ by less than the former are hardly told apart; use a smaller tau (or last_width), scale the "
+        "differ by less than the first are hardly told apart; use a smaller tau (or last_width), scale the "
         "parameters to equal importance, or go on from here with a fixed temperature and no ess."
     )
 
@@ -148,7 +148,7 @@ def _never_moved(run: Run) -> str:
         return ""
     return (
         "the centre never moved, not even by noise: gradients are zero, or cancel exactly on its two sides; use "
-        'another start, or for a loss with steps shift.Importance or fit.RobbinsMonro(gradient="score").'
+        'another start, or for a loss with jumps shift.Importance or fit.RobbinsMonro(gradient="score").'
     )
 
 
@@ -175,9 +175,9 @@ def _excess(run: Run) -> str:
         return ""
     share = np.mean(draws.share_lower[-count:])
     return (
-        f"the loss is {loss[-1]:.6g} at the centre and {mean[-1]:.6g} in the mean over q, and lower than at the "
-        f"centre in {share:.0%} of q: the centre rests on a saddle, on a ridge or between modes; start elsewhere, "
-        "or use a larger tau."
+        f"the loss is {loss[-1]:.6g} at the centre and {mean[-1]:.6g} in the mean over q, and {share:.0%} of q "
+        "has a lower loss than the centre: the centre rests on a saddle, on a ridge or between modes; start "
+        "elsewhere, or use a larger tau."
     )
 
 
@@ -185,8 +185,8 @@ def _lengths(run: Run) -> str:
     if all(np.isfinite(part).all() for part in (run.motion.pull, run.motion.step)):
         return ""
     return (
-        "steps are no finite numbers of standard deviations of the reference: tau is too small for the precision, "
-        "or a fitted mean is not finite; use a larger tau, or look at history.fitted."
+        "the lengths of steps, over the standard deviation of the reference, are not finite: tau is too small for "
+        "the precision, or a fitted mean is not finite; use a larger tau, or look at history.fitted."
     )
 
 

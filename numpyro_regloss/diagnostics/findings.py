@@ -148,16 +148,16 @@ def _khat(run: Run) -> str:
         return ""
     khat = run.median("khat")
     if not np.isfinite(khat):
-        seen = "k-hat of the weights cannot be told from so few draws of any weight"
+        seen = "too few draws have any weight to compute the k-hat of the weights"
     else:
         seen = (
-            f"k-hat of the weights is {khat:.2f} in the median, and above {MAX_KHAT} their averages are not to be "
-            "trusted"
+            f"k-hat of the weights is {khat:.2f} in the median, and above {MAX_KHAT} weighted averages are not to "
+            "be trusted"
         )
     if "negative_elbo" in run.columns:
         return f"{seen}: {GUIDE}"
     if not np.isfinite(khat):
-        return f"{seen}; use more of them, or a smaller tau."
+        return f"{seen}; use more draws, or a smaller tau."
     return (
         f"{seen}: the cloud hangs on few draws; use a smaller tau, more draws, a higher temperature, or another "
         "engine: shift.SMC, or with gradients shift.NUTS."
@@ -179,7 +179,7 @@ def _ess(run: Run) -> str:
             f"{seen}: the cloud is degenerate or too small; use more draws, a smaller tau, a higher "
             "temperature, or another engine: shift.SMC, or with gradients shift.NUTS."
         )
-    return f"{seen}, too few to know their own error; use more draws, or a smaller tau."
+    return f"{seen}, too few to estimate the error of the mean; use more draws, or a smaller tau."
 
 
 def _rhat(run: Run) -> str:
@@ -223,12 +223,12 @@ def _draws(run: Run) -> str:
     if moving or not np.isfinite(run.median("error")):
         return ""
     seen = (
-        f"the fitted mean is known to {run.median('error'):.2g} sd of the reference per parameter only, and the "
-        "centre jumps about by that"
+        f"the fitted mean has an error of {run.median('error'):.2g} sd of the reference per parameter, and the "
+        "centre jumps about by as much"
     )
     if "residual" in run.columns:
         return f"{seen}: use more num_steps of the fit, larger minibatches, or a smaller tau."
-    return f"{seen}: too few draws; use more of them, or shift.Adaptive, which draws until a step is certain."
+    return f"{seen}: use more draws, or shift.Adaptive, which draws until a step is significant."
 
 
 def _stability(run: Run) -> str:
@@ -236,8 +236,8 @@ def _stability(run: Run) -> str:
     if not run.often("stability", lambda value: (value > MAX_STABILITY) & (value < 2.0)):
         return ""
     return (
-        f"SGLD: step size times steepest curvature is {run.median('stability'):.2g} in the median, so that draws "
-        "spread too far; use half of the step_size, or a preconditioner."
+        f"SGLD: the step size times the steepest curvature is {run.median('stability'):.2g} in the median, so "
+        "that draws spread too far; use half of the step_size, or a preconditioner."
     )
 
 

@@ -117,7 +117,7 @@ def _of_gradients(seen: Probe) -> str:
         if seen.varies:
             return f"the gradient is zero around the centre, though the loss varies: {remedy}"
         return (
-            "neither the loss nor its gradient changes around the centre: look whether the loss depends on its "
+            "neither the loss nor its gradient changes around the centre: check whether the loss depends on its "
             "parameters, or use a larger tau."
         )
     if seen.gradient_fails:
@@ -125,15 +125,15 @@ def _of_gradients(seen: Probe) -> str:
     if seen.gradient_is_wrong:
         worst = int(np.argmax(np.where(seen.disagrees, np.abs(seen.difference - seen.slope), -1.0)))
         return (
-            f"gradients do not say how the loss differs: by {seen.slope[worst]:.3g} between two points near the "
-            f"centre, and by {seen.difference[worst]:.3g} in fact; {remedy}"
+            f"gradients do not agree with the loss: by gradients it changes by {seen.slope[worst]:.3g} between "
+            f"two points near the centre, and in fact by {seen.difference[worst]:.3g}; {remedy}"
         )
     values = seen.value[np.isfinite(seen.value)]
     steepest = np.abs(seen.slope[np.isfinite(seen.slope)]).max(initial=0.0) / (2 * STEP)
     if len(values) and np.ptp(values) > BLIND * steepest + seen.rounding:
         return (
-            f"the loss differs by {np.ptp(values):.3g} between points around the centre, and by {steepest:.3g} at "
-            f"most as gradients say: it has steps; {remedy}"
+            f"the loss changes by {np.ptp(values):.3g} between points around the centre, but by gradients by "
+            f"{steepest:.3g} at most: it has jumps; {remedy}"
         )
     if seen.some_gradient_is_zero:
         return (

@@ -83,14 +83,14 @@ def disagreement(x: Any, rhat: Any, ess: np.ndarray, names: tuple[str, ...] | No
         found.append(
             f"the {parts} do not agree, with a split R-hat above {MAX_RHAT} at "
             f"{_list(modes, values, names)}: they are in different modes, or labels that can be exchanged are in "
-            "different orders, and the Gaussian is one of the mixture. Look at the draws of each chain; order the "
-            "labels in the model, or run longer."
+            "different orders, and the Gaussian is fitted to their mixture. Look at the draws of each chain; "
+            "order the labels in the model, or run longer."
         )
     if len(lost):
         found.append(
             f"the draws wander at {_list(lost, values, names)}, with split R-hat in brackets: fewer than "
-            f"{FEW_DRAWS} of the {count} count, so that their moments say little. Either nothing holds these "
-            "parameters, as where a density is improper: give them a proper prior or a reference, or leave them "
+            f"{FEW_DRAWS} of the {count} are effective, so that their moments say little. Perhaps the density "
+            "does not fall off along these parameters: give them a proper prior or a reference, or leave them "
             "out. Or the chains mix slowly: run longer, or reparametrize."
         )
     return " And ".join(found) or None

@@ -67,8 +67,8 @@ def as_draws(
     elif isinstance(samples, Draws):
         if log_weight is not None or score is not None:
             raise ValueError(
-                f"{what}: expected log_weight and score of Draws to be their own, got others; give arrays "
-                "instead: samples=draws.x."
+                f"{what}: expected no log_weight or score beside Draws, which have their own, got some; to "
+                "replace them, pass arrays: samples=draws.x."
             )
         log_density = _with_shape(log_density, samples.log_weight.shape, "log_density", what)
         return _checked_draws(with_context_axes(samples), loss, what), None, log_density
@@ -142,7 +142,7 @@ def _of_mcmc(
         kept = {name: value for name, value in kept.items() if name not in discrete}
         warnings.warn(
             f"{what}: the discrete sites {discrete} were left out, since a Gaussian cannot stand for them; the "
-            f"others, {sorted(kept)}, are fitted as they are on average over these.",
+            f"others, {sorted(kept)}, are fitted, averaged over these.",
             stacklevel=find_stack_level(),
         )
     flat, names = _of_sites(kept, loss, "constrained", what, group_by_chain=True)
@@ -272,14 +272,15 @@ def _check_values(
             raise ValueError(
                 f"{what}: expected finite {name}, got NaN or infinity in {bad.sum()} of {bad.size} draws, at the "
                 f"coordinates {listed}; drop them, or give them log_weight -inf and any finite value. If draws of "
-                "a parameter run off to infinity, nothing holds it: give it a proper prior or a reference."
+                "a parameter run off to infinity, the density does not fall off: give it a proper prior or a "
+                "reference."
             )
     _check_weights(np.asarray(log_weight), what)
     used = np.asarray(x)[np.asarray(log_weight) > -np.inf]
     if (used == used[0]).all():
         raise ValueError(
-            f"{what}: expected draws that differ, got {len(used)} equal ones; the chain did not move, or too "
-            "few draws carry weight."
+            f"{what}: expected draws that differ, got {len(used)} equal ones: the chain did not move, or too "
+            "few draws carry weight. Run a longer chain from another start, or draw nearer to the target."
         )
 
 
@@ -287,10 +288,12 @@ def _check_weights(log_weight: np.ndarray, what: str) -> None:
     if np.isnan(log_weight).any() or (log_weight == np.inf).any():
         raise ValueError(
             f"{what}: expected log weights that are finite or -inf, got NaN or +inf in "
-            f"{(~(log_weight < np.inf)).sum()} of {log_weight.size}."
+            f"{(~(log_weight < np.inf)).sum()} of {log_weight.size}; write -inf for draws without weight."
         )
     if not (log_weight > -np.inf).any():
-        raise ValueError(f"{what}: expected some positive weight, got log weights of -inf only.")
+        raise ValueError(
+            f"{what}: expected some positive weight, got log weights of -inf only; draw nearer to the target."
+        )
     weight = np.exp(log_weight - log_weight.max())
     if weight.max() / weight.sum() > 0.999:
         raise ValueError(

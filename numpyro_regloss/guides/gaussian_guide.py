@@ -68,9 +68,9 @@ class GaussianGuide:
             trace, latent = _trace_target(x, args[0])
         elif self.source is None:
             raise TypeError(
-                "to_guide: expected a RegularizedLoss as only argument of the guide of a loss that is a function, "
-                f"got {len(args)} arguments and keywords {sorted(kwargs)}; use SVI(numpyro_regloss.model, "
-                "guide, ...) and pass the target."
+                "to_guide: expected a RegularizedLoss as the only argument, since the loss of the guide is a "
+                f"function, got {len(args)} arguments and keywords {sorted(kwargs)}; use "
+                "SVI(numpyro_regloss.model, guide, ...) and pass the target."
             )
         else:
             trace, latent = _trace_model(x, self.source, args, kwargs)

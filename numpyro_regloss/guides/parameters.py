@@ -160,9 +160,9 @@ def _check_precision(precision: np.ndarray, name: str) -> None:
         raise ValueError(
             "from_guide: expected a positive definite Hessian for AutoLaplaceApproximation, got one that is "
             f"singular, indefinite or not finite at params[{name!r}], along a direction of its entries "
-            f"{np.flatnonzero(flat)[:MOST_NAMES].tolist()}: no mode, or nothing that holds "
-            "them; train until the loss settles, give proper priors, add a ridge with hessian_fn=lambda f, x: "
-            "jax.hessian(f)(x) + 1e-3 * jnp.eye(x.size), or use AutoMultivariateNormal."
+            f"{np.flatnonzero(flat)[:MOST_NAMES].tolist()}. The params are not at a mode, or the density does not "
+            "fall off: train until the loss settles, give proper priors, add a ridge with "
+            "hessian_fn=lambda f, x: jax.hessian(f)(x) + 1e-3 * jnp.eye(x.size), or use AutoMultivariateNormal."
         )
 
 
@@ -181,8 +181,9 @@ def _checked(gaussian: AnyGaussian) -> AnyGaussian:
         if not finite.all():
             raise ValueError(
                 "from_guide: expected params with a finite mean and variance, got none at the entries "
-                f"{np.flatnonzero(~finite)[:MOST_NAMES].tolist()} of the guide's vector. Where nothing holds a "
-                "parameter the width of a guide grows without end: give it a proper prior, or leave it out."
+                f"{np.flatnonzero(~finite)[:MOST_NAMES].tolist()} of the guide's vector. If the density does not "
+                "fall off along a parameter, the width of a guide grows without end: give it a proper prior, or "
+                "leave it out."
             )
     return gaussian
 

@@ -373,8 +373,8 @@ def _constant_data(
     clash = {"x0", "tau", "param", "iteration"} & names
     if clash:
         raise ValueError(
-            f"to_arviz: observed sites, or their dimensions, have names of our own in constant_data, "
-            f"{sorted(clash)}; give them others with rename and dims."
+            "to_arviz: observed sites, or their dimensions, have names that to_arviz uses itself in "
+            f"constant_data, {sorted(clash)}; give them other names with rename and dims."
         )
     variables |= {site.variable: (site.dims, plain(values[site.site])) for site in sites}
     return xr.Dataset(

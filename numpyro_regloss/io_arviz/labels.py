@@ -135,7 +135,7 @@ def label_sites(
         if unknown:
             raise ValueError(
                 f"{what}: expected {option} of the sites {names}, got {sorted(unknown)} too; "
-                "deterministic and observed sites want deterministic=True and observed=True."
+                "deterministic and observed sites need deterministic=True and observed=True."
             )
     sites = tuple(
         _labelled(site, dims.get(site.site), rename.get(site.site), what) for site in found

@@ -450,9 +450,9 @@ def check_executor(fn: Callable[..., Any] | None, executor: Any) -> None:
         pickle.dumps(fn)
     except Exception as error:
         raise TypeError(
-            f"{WHAT}: the processes of the executor cannot be sent {_name(fn)}: {error}. Define it at the top "
-            "level of a module (no lambda, no function within a function; functools.partial of one will do), or "
-            "use threads, or an executor that pickles by value, such as that of loky or Dask."
+            f"{WHAT}: {_name(fn)} cannot be sent to the processes of the executor: {error}. Define it at the top "
+            "level of a module (no lambda, no function within a function; functools.partial of a function is "
+            "fine), or use threads, or an executor that pickles by value, such as that of loky or Dask."
         ) from error
     context = attribute(executor, "_mp_context")
     if context is not None and context.get_start_method() == "fork":
@@ -470,7 +470,7 @@ def check_executor(fn: Callable[..., Any] | None, executor: Any) -> None:
     except Exception as error:
         raise ValueError(
             f"{WHAT}: the processes of the executor cannot load {_name(fn)} ({type(error).__name__}: {error}). "
-            "They import the module that defines it: in a script, put what starts the run below "
+            "They import the module that defines it: in a script, put the code that starts the run below "
             'if __name__ == "__main__":, and in a notebook, define the function in a file and import it.'
         ) from error
 

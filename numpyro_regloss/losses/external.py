@@ -141,8 +141,8 @@ def _entry(array: np.ndarray, is_number: bool, index: Any) -> Any:  # noqa: FBT0
 def _refuse(primals: Any, tangents: Any) -> NoReturn:
     del primals, tangents
     raise TypeError(
-        f"{WHAT}: JAX cannot differentiate a loss that it does not see into; use engines that need no gradient, "
-        "such as shift.Importance, and of NumPyro's kernels AIES or ESS."
+        f"{WHAT}: JAX cannot differentiate a loss that it cannot trace; use engines that need no gradient, such "
+        "as shift.Importance, or shift.Kernel with the kernels AIES or ESS of NumPyro."
     )
 
 
@@ -224,7 +224,7 @@ def _check_call(fn: Any, params: Any, args: tuple, kwargs: dict) -> None:
         return
     if not callable(fn):
         raise TypeError(
-            f"{WHAT}: expected a function of (params, *args), or None for losses that are told by hand, got "
+            f"{WHAT}: expected a function of (params, *args), or None for losses that you evaluate by hand, got "
             f"{type(fn).__name__}."
         )
     try:
@@ -234,4 +234,7 @@ def _check_call(fn: Any, params: Any, args: tuple, kwargs: dict) -> None:
     try:
         signature.bind(params, *args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{WHAT}: the function does not take its arguments: {error}.") from error
+        raise TypeError(
+            f"{WHAT}: expected a function of the parameters and arguments that were passed with it, got one that "
+            f"does not take them: {error}."
+        ) from error

@@ -461,8 +461,8 @@ class Loss:
         self._check_point(x)
         if not isinstance(self.source, FunctionSource) or not self.source.has_aux:
             raise TypeError(
-                "Loss.aux: expected a loss of a function that returns (loss, aux), built with has_aux=True in "
-                "Loss.from_function or Loss.from_module."
+                "Loss.aux: expected a loss whose function returns (loss, aux), got another one; build it with "
+                "has_aux=True in Loss.from_function or Loss.from_module."
             )
         return aux_of(self.source, with_context_axes(x), self.bind(args, kwargs))
 
@@ -486,7 +486,10 @@ class Loss:
                 itself, of Equinox and Linen it is returned beside the loss, `has_aux=True`.
         """
         if not isinstance(self.source, FunctionSource) or self.is_external:
-            raise TypeError("Loss.recalibrate: expected a loss from Loss.from_module.")
+            raise TypeError(
+                "Loss.recalibrate: expected a loss from Loss.from_module, got another one; build it from the "
+                "module."
+            )
         return recalibrated(self, params, batches)
 
     def constrain(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:

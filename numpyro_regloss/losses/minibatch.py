@@ -186,12 +186,13 @@ class Minibatch:
             if not -len(args) <= position < len(args):
                 raise ValueError(
                     f"Minibatch: argnums names position {position}, but the loss has {len(args)} "
-                    "positional arguments after params."
+                    "positional arguments after params; count from 0, without params."
                 )
         for name in argnames:
             if name not in kwargs:
                 raise ValueError(
-                    f"Minibatch: argnames names {name!r}, but the loss has {sorted(kwargs)}."
+                    f"Minibatch: argnames names {name!r}, but the loss has the keyword arguments "
+                    f"{sorted(kwargs)}; use these names, or argnums for positional arguments."
                 )
         numbers = {position % len(args) for position in argnums}
         chosen = [

@@ -57,8 +57,8 @@ def warn_of_raw_images(jaxpr: Any, inputs: list[Any]) -> None:
     if raw:
         warnings.warn(
             f"Loss: the array {' and '.join(raw)} has whole numbers from 0 to 255, and the loss multiplies them "
-            "with weights as they are, whose gradients are then hundreds of times those of other parameters. Pass "
-            "images as floats from 0 to 1: x.astype(float) / 255.",
+            "by weights without scaling. The gradients of these weights are then hundreds of times those of other "
+            "parameters. Pass images as floats from 0 to 1: x.astype(float) / 255.",
             stacklevel=find_stack_level(),
         )
 

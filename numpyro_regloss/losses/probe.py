@@ -263,8 +263,8 @@ def check_gradient(
         worst = int(np.argmax(np.where(found.disagrees, abs(found.difference - found.slope), -1)))
         seen.append(
             f"the gradient says that the loss changes by {found.slope[worst]:.3g} between two points near the "
-            f"start, where it changes by {found.difference[worst]:.3g} (so at {found.disagrees.sum()} of "
-            f"{found.disagrees.size} places)"
+            f"start, where it changes by {found.difference[worst]:.3g} (they disagree at "
+            f"{found.disagrees.sum()} of {found.disagrees.size} places)"
         )
     if seen:
         warnings.warn(

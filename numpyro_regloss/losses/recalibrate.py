@@ -67,7 +67,9 @@ def recalibrated(loss: Any, params: Any, batches: Iterable[Any] | None) -> Any:
                 sums[i] = sums[i] + (now - momentum * old) / (1.0 - momentum)
         held, count = new, count + 1
     if not count:
-        raise ValueError("Loss.recalibrate: expected batches, got none.")
+        raise ValueError(
+            "Loss.recalibrate: expected at least one batch, got none; a generator that was used up has none."
+        )
     means = [
         first if _is_key(first) else last if m is None else (total / count).astype(last.dtype)
         for first, last, m, total in zip(original, held, momenta, sums, strict=True)

@@ -169,7 +169,7 @@ def check_rows(
             if apart.any():
                 raise ValueError(
                     "Loss.from_model: expected log densities that do not change with the minibatch, got "
-                    f"{kind} site {name!r}, of which the same rows have {terms[apart][0]:.6g} among all rows and "
+                    f"{kind} site {name!r}, where the same row has {terms[apart][0]:.6g} among all rows and "
                     f"{others[apart][0]:.6g} in a batch. Standardize data before they are bound, do not divide by "
                     "the number of rows in the model (put 1 / rows into temperature), and draw no noise per row."
                 )

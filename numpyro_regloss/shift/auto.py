@@ -215,8 +215,8 @@ class Auto(Shift):
             name = type(self.sampler).__name__
             if not sampled.all():
                 parts.append(
-                    f"Auto: from step {int(np.argmax(sampled))} of this run on {name} drew; shift.{name} as the "
-                    "shift spares the refused steps before."
+                    f"Auto: {name} made the draws from step {int(np.argmax(sampled))} of this run on; with "
+                    f"shift.{name} as the shift there are no refused steps before."
                 )
             parts.append(self.sampler.remedy(_part(HMCInfo, info), ok | ~sampled))
         return " ".join(filter(None, parts))

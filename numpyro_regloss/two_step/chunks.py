@@ -178,7 +178,7 @@ def _together(
     found = CAUSES[max(int(vote[1]) for vote in votes.values())]
     if found == "failed":
         failed = [number for number, vote in votes.items() if CAUSES[vote[1]] == "failed"]
-        return chunk, processes.lost(failed[:1], "raised an error, which its own output tells")
+        return chunk, processes.lost(failed[:1], "raised an error, and its own output says which")
     return chunk, KeyboardInterrupt() if found == "interrupted" else found
 
 

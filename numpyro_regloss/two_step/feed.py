@@ -46,13 +46,15 @@ class Feed:
         self._items, self._kwargs, self._left = iter(batches), kwargs, num_steps
         first = next(self._items, None)
         if first is None:
-            raise ValueError(f"{WHAT}: expected an item for each step, got none.")
+            raise ValueError(
+                f"{WHAT}: expected an item for each step, got none; an iterator that was used up has none."
+            )
         self.item = self._split(first)
         self.arguments = loss.bind(*self.item)
         if self.arguments.constants:
             raise ValueError(
                 f"{WHAT}: expected a loss that can be traced with its data, got one that needs the values of "
-                f"{sorted(self.arguments.constants)}."
+                f"{sorted(self.arguments.constants)}; compute what needs them before, and pass that in the items."
             )
         self._bound, self._kind = loss.arguments.tree, _kind(self.arguments)
         self.is_empty = False
@@ -79,7 +81,7 @@ class Feed:
         if _kind(arguments) != self._kind:
             raise ValueError(
                 f"{WHAT}: expected items of the same shapes and types, {self.arguments}, got {arguments}; leave "
-                "out a last one that is smaller (drop_last or drop_remainder of loaders)."
+                "out a smaller last item (drop_last or drop_remainder of loaders)."
             )
         self.arguments = arguments
 

@@ -123,7 +123,7 @@ def no_vectors(what: str) -> str:
     """
     return (
         f"{what}: centres, fitted Gaussians and other vectors of every step were left out of this history, which "
-        f"would have taken more than {HISTORY_BYTES >> 20} MiB, or were not wanted; {REMEDY}"
+        f"would have taken more than {HISTORY_BYTES >> 20} MiB, or was asked for without them; {REMEDY}"
     )
 
 

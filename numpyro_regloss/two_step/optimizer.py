@@ -505,7 +505,7 @@ class TwoStep:
         if self.fit.uses_gradient or not self.fit.uses_draws:
             raise TypeError(
                 f"TwoStep.ask: expected a fit that evaluates no loss, such as fit.ForwardKL, got "
-                f"{type(self.fit).__name__}, which evaluates it where it has moved to; call the function by "
+                f"{type(self.fit).__name__}, which evaluates the loss at further points; call the function by "
                 "Loss.from_external instead."
             )
         if self.record is not None:

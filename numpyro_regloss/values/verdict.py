@@ -64,9 +64,12 @@ class FlatnessVerdict(NamedTuple):
 
     def __str__(self) -> str:
         why = {
-            "pays": "curvature is as large as the slope, so that flatness matters",
-            "does not pay": "the slope is the larger one, so that plain training has further to go",
-            "cannot tell": f"between {LOWEST} and {HIGHEST}, or not known so well, either happened",
+            "pays": "the curvature is as large as the slope, so flatness matters",
+            "does not pay": "the slope is larger, so plain training can still progress",
+            "cannot tell": (
+                f"for ratios between {LOWEST} and {HIGHEST}, or with errors that reach there, both outcomes "
+                "occurred"
+            ),
         }[self.answer]
         head = {
             "pays": "Training for flatness (SAM, Entropy-SGD, heat) would pay",

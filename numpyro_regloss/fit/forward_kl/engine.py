@@ -283,9 +283,9 @@ def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, draws: Draws, covariance: 
         if len(huge):
             listed = ", ".join(str(info.names[i] if info.names else i) for i in huge[:MOST_NAMES])
             raise ValueError(
-                "forward_kl: expected draws whose variance is a number, got a range that floats cannot hold at "
-                f"{listed}. Where nothing holds a parameter its draws wander off: give it a proper "
-                "prior or a reference, or leave it out."
+                "forward_kl: expected draws with a finite variance, got a range that floats cannot hold at "
+                f"{listed}. If the density does not fall off along a parameter, its draws wander off: give it a "
+                "proper prior or a reference, or leave it out."
             )
         raise ValueError(
             "forward_kl: expected moments of several draws, got a Gaussian that is not finite or that hangs on "
@@ -296,8 +296,8 @@ def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, draws: Draws, covariance: 
     if not bool(info.score_compatible):
         warnings.warn(
             "forward_kl: the scores are not those of a differentiable density (they do not average to zero, "
-            "or the density changes otherwise than they say), so control variates were switched off; for "
-            'losses that jump this is right, and control_variates="none" says so.',
+            "or the density changes in another way than they say), so control variates were switched off; for "
+            'losses that jump this is right, and control_variates="none" avoids this warning.',
             stacklevel=level,
         )
     if bool(info.floored):
@@ -305,8 +305,8 @@ def _tell(gaussian: AnyGaussian, info: ForwardKLInfo, draws: Draws, covariance: 
         names = info.names or [str(i) for i in range(len(variance))]
         smallest = names[int(np.argmin(variance))]
         warnings.warn(
-            f"forward_kl: the covariance of the draws is singular and was raised to be one (coordinate {smallest} "
-            f"varies least); draw more, drop coordinates that are constant or repeat others, or use "
+            f"forward_kl: the covariance of the draws is singular, and was raised to a regular one (coordinate "
+            f"{smallest} varies least); draw more, drop coordinates that are constant or repeat others, or use "
             f'covariance="diagonal" or "isotropic" instead of {covariance!r}.',
             stacklevel=level,
         )

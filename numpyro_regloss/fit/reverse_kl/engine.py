@@ -430,7 +430,7 @@ def _unsettled(info: ReverseKLInfo, engine: ReverseKL) -> str:
     return (
         f"reverse_kl: the Gaussian had not settled after {int(info.num_steps)} of {engine._num_steps} steps: the "  # noqa: SLF001
         f"gradient of its bound (info.residual) is {float(info.residual):.3g} in its standard deviations, where "
-        f'{MOST_LEFT} is little. Allow more num_steps, start nearer (init=), use covariance="dense" where '
+        f'at most {MOST_LEFT} is small. Allow more num_steps, start nearer (init=), use covariance="dense" where '
         "directions differ much in width, or write parameters in units in which they vary by about one."
     )
 

@@ -280,13 +280,13 @@ def warn_improper(improper: Array, names: tuple[str, ...], *, settled: bool) -> 
     listed += f" and {rest} more" if rest > 0 else ""
     others = ""
     if len(which) < len(names) and settled:
-        others = " The other coordinates can be used, unless the density even grows along it."
+        others = " The other coordinates can be used, unless the density even grows along that direction."
     elif len(which) < len(names):
         others = " The fit of the other coordinates had not settled: allow more num_steps for them."
     warnings.warn(
         "reverse_kl: the target has no finite Gaussian. Its density does not fall off along some direction of "
-        f"{listed}, where the variance would grow without end. Mean and variance of these coordinates and the "
-        f"bound say nothing, and info.ok is False.{others} Give the target a reference, such as "
+        f"{listed}, where the variance would grow without end. Mean and variance of these coordinates, and the "
+        f"bound, have no meaning, and info.ok is False.{others} Give the target a reference, such as "
         "RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau)), give these parameters a proper prior, or leave "
         "them out of the model.",
         stacklevel=find_stack_level(),

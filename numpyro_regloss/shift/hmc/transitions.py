@@ -491,6 +491,6 @@ def remedy(settings: Settings, info: Any, ok: np.ndarray) -> str:
         f"{settings.algorithm}: in {stopped.sum()} rejected steps chains hardly moved, or were divergent in more "
         "than half of their transitions and did not agree (split R-hat up to "
         f"{np.max(info.rhat[stopped]):.3g}). Where a wall, at which the loss becomes infinite, cuts through the "
-        f"reference, or the loss is very steep there, use {others}shift.SMC or shift.Importance, to which a wall "
-        "is a weight of zero."
+        f"reference, or the loss is very steep there, use {others}shift.SMC or shift.Importance, where draws "
+        "beyond a wall have a weight of zero."
     )

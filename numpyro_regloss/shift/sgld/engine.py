@@ -193,7 +193,7 @@ class SGLD(Shift):
         if self.num_samples * self.num_chains < 2:
             raise ValueError(
                 "SGLD: expected two draws at least, got num_samples=1 of num_chains=1; the error of a mean "
-                "cannot be told from one."
+                "cannot be estimated from one."
             )
         if callable(self.step_size):
             for step in (0, self._num_steps - 1):
@@ -211,7 +211,7 @@ class SGLD(Shift):
             if len(shape) != 1:
                 raise TypeError(
                     "SGLD: expected preconditioner as None, RMSprop() or an array of shape (dim,), got "
-                    f"{type(self.preconditioner).__name__}; a single number belongs into step_size."
+                    f"{type(self.preconditioner).__name__}; a single number belongs in step_size."
                 )
             fixed = check_positive(self.preconditioner, "SGLD: preconditioner", (shape,))
             object.__setattr__(self, "preconditioner", fixed)

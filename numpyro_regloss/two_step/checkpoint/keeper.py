@@ -140,8 +140,9 @@ class Keeper:
             self._set_aside([step for step, _ in failed])
             if failed:
                 warnings.warn(
-                    f"TwoStep.run: the last state in {self.folder} cannot be read ({_brief(failed[0][1])}); going "
-                    f"on from that before, after {found.done} steps. What cannot be read is in {UNREADABLE}.",
+                    f"TwoStep.run: the last state in {self.folder} cannot be read ({_brief(failed[0][1])}); the "
+                    f"run goes on from the state before it, after {found.done} steps. Unreadable files are in "
+                    f"{UNREADABLE}.",
                     stacklevel=3,
                 )
             self.saved = self._rows = found.done
