@@ -43,12 +43,12 @@ TOLD = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 class LostProcessError(RuntimeError):
     """Another process of a run ended, cannot be reached any more, or raised an error.
 
-    What was computed is saved before this is raised, by the first process and where there is a checkpoint. Started
+    Before this is raised, the first process saves the steps that were done, if the run has a checkpoint. Started
     again, on fewer processes too, the run goes on from there.
 
     Attributes:
-        processes: which of them left, by `jax.process_index()`; of more than two the runtime tells no more than
-            that one of the others did.
+        processes: the processes that left, by `jax.process_index()`. With more than two processes, the runtime
+            only tells that one of the others left.
         result: the `TwoStepResult` of the steps that were done, where there are any.
     """
 

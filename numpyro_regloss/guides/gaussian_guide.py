@@ -123,15 +123,15 @@ def to_guide(
 
     The guide is a function of the model's arguments. It draws the flat vector at the auxiliary site
     `_{prefix}_latent` and emits the model's latent sites, constrained and with their densities, and
-    its deterministic sites. It goes wherever NumPyro takes a guide: `SVI` (which starts at this
-    Gaussian), `Predictive(guide, num_samples=...)`, `Predictive(model, guide=guide, params=...,
-    num_samples=...)`. For forecasts data may be of another size, and observations None, as long as the
-    latent sites are the same. A latent series of NumPyro's `scan` may be longer than that of the loss:
-    the steps beyond are drawn from the model.
+    its deterministic sites. Use it wherever NumPyro takes a guide: `SVI` (which starts at this Gaussian),
+    `Predictive(guide, num_samples=...)`, `Predictive(model, guide=guide, params=..., num_samples=...)`. For
+    forecasts data may be of another size, and observations None, as long as the latent sites are the same. A
+    latent series of NumPyro's `scan` may be longer than that of the loss: the steps beyond are drawn from the
+    model.
 
     Called with a `RegularizedLoss` instead, it is a guide of `numpyro_regloss.model`, the regularized
-    loss as a NumPyro model: `SVI(numpyro_regloss.model, guide, ...)`. Of a loss from a function, which
-    has no other model, it is that alone.
+    loss as a NumPyro model: `SVI(numpyro_regloss.model, guide, ...)`. If the loss is a function, there is no other
+    model, and this is its only use.
 
     Args:
         gaussian: the Gaussian over the flat unconstrained vector of the loss.

@@ -96,16 +96,16 @@ def from_guide(
 
     Exact and without draws: `AutoNormal`, `AutoDiagonalNormal` (diagonal), `AutoMultivariateNormal`,
     `AutoBatchedMultivariateNormal`, `AutoLaplaceApproximation` (dense), `AutoLowRankMultivariateNormal`,
-    `AutoBatchedLowRankMultivariateNormal` (low rank) and guides of `to_guide`. Of all others
-    (`AutoIAFNormal`, `AutoBNAFNormal`, `AutoDAIS`, functions) the moments are matched from draws.
+    `AutoBatchedLowRankMultivariateNormal` (low rank) and guides of `to_guide`. For all other guides
+    (`AutoIAFNormal`, `AutoBNAFNormal`, `AutoDAIS`, functions) the moments are estimated from draws.
 
     Args:
         guide: a guide that was trained, or at least initialized, with `SVI`.
         params: its parameters, constrained, as `svi.get_params(state)` returns them.
         *args: the model's arguments; by default those bound in `loss`. Exact guides need none
             (`AutoLaplaceApproximation` takes those it was initialized with).
-        loss: a `Loss.from_model` of the guide's model. Needed if the guide is a function; of others it
-            is checked to have the same sites, and it weights the draws.
+        loss: a `Loss.from_model` of the guide's model. Needed if the guide is a function. Otherwise it is
+            optional: its sites are compared with those of the guide, and it weights the draws.
         rng_key: a random key, needed for draws.
         num_samples: number of draws.
         covariance: `"isotropic"`, `"diagonal"`, `"dense"` or `"low_rank"`: the Gaussian of this family

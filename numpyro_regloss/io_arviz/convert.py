@@ -80,32 +80,33 @@ def to_arviz(
 
     Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of
     their pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of
-    the draws. Weighted draws are resampled to equal weights, copies side by side; draws of one chain have no
-    R-hat, and the chains of an ensemble kernel are batches of time. Of an engine without draws
-    (`shift.Implicit`) there are `optimization` and `constant_data` only.
+    the draws. Weighted draws are resampled to equal weights, with copies next to each other. Draws of one chain
+    have no R-hat, and the chains of an ensemble kernel are batches of time. For an engine without draws
+    (`shift.Implicit`) there are only the groups `optimization` and `constant_data`.
 
     Args:
         result: of `optimizer.run`.
         optimizer: what ran.
         *args: arguments of the loss in place of the bound ones, as they were given to `run`.
         draws: draws to show, such as those of `optimizer.draw`. Default: new ones at the last reference.
-        step_draws: steps of which `shift_posterior` shows draws, made anew: numbers of steps (from 0); True for
-            ten of them; False for none. Each costs an outer step's draws, and of an engine with a warm-up that
-            too. Default: ten, but none where `draws` are given or where they would be more than two million
-            numbers.
+        step_draws: steps for which the group `shift_posterior` shows draws, which are made anew: numbers of steps
+            (from 0); True for ten of them; False for none. Each takes as long as the draws of an outer step,
+            including the warm-up of an engine that has one. Default: ten, but none where `draws` are given or
+            where they would be more than two million numbers.
         rng_key: for the default of `draws`, and for `posterior_predictive`; default: that of the step which the
             run would do next.
         deterministic: whether to show the model's deterministic sites.
         observed: whether to put its observed values into `constant_data`.
         log_likelihood: whether to show the log-likelihood of each observation at each draw, per observed site and
-            on all data, as `az.loo` wants it. The draws are those of q: so is its estimate. A `numpyro.factor` is
-            no observation, and temperature, scale handlers and minibatches change nothing.
+            on all data, as `az.loo` needs it. The draws are those of q, and so is the estimate of `az.loo`. A
+            `numpyro.factor` is not an observation. Temperature, scale handlers and minibatches have no effect.
         posterior_predictive: whether to show new observations, one set per draw, as `az.plot_ppc` (ArviZ 0.23) and
-            `az.plot_ppc_dist` (1.x) want them: the model runs with its observed sites drawn, not observed. What it
-            computes from data arguments (the last value of a series) it still computes from the data.
+            `az.plot_ppc_dist` (1.x) want them: the model runs with its observed sites drawn, not observed.
+            Quantities that the model computes from data arguments (the last value of a series) still come from the
+            data.
         dims: names of all axes of a site, by site, over those that were found.
         coords: coordinate values by dimension; default: 0, 1, 2, ...
-        rename: names of variables by site, where a site has the name of a dimension, say.
+        rename: names of variables by site, for example if a site has the name of a dimension.
         **kwargs: keyword arguments of the loss over the bound ones.
 
     Returns:

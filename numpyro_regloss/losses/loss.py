@@ -71,17 +71,17 @@ class Loss:
     (`np.unique(group)`): the loss prints them as constants. Two losses of the same function and the same
     structure of parameters are the same program.
 
-    Arrays that the function reads besides its arguments (from an object, a closure or a global) are held
-    as they were when the loss was built. New ones need a new loss, which compiles nothing; a loss whose
-    data were changed since is refused.
+    Arrays that the function reads besides its arguments (from an object, a closure or a global) keep their values
+    from when the loss was built. New arrays need a new loss, which compiles nothing. A loss is refused if such
+    data have changed since.
 
     Attributes:
         x0: the start, `(dim,)`, flat and unconstrained, in JAX's default float.
         arguments: the bound `(args, kwargs)`.
         source: how the flat vector becomes the user's parameters and the loss.
         minibatch: which arguments are data, or None for full batches.
-        fenced: whether the loss reads its arguments one number at a time; such programs compile faster so.
-        is_long: whether the loss has so many operations that programs should have it once.
+        fenced: whether the loss reads its arguments one number at a time, so that its programs compile faster.
+        is_long: whether the loss has so many operations that a program should contain it only once.
         rng_names: the keyword arguments that hold random keys, fresh ones wherever a batch would be.
     """
 
@@ -111,8 +111,8 @@ class Loss:
                 integers.
             params: starting values, any pytree of floating-point arrays and floats. In a module (of equinox, or
                 any pytree that can be called) only arrays are trained, as equinox has it: Python numbers among its
-                fields, such as a rate of 0.1, stay as they are. Modules of Flax NNX, and what has batch
-                statistics, are for `Loss.from_module`.
+                fields, such as a rate of 0.1, do not change. For modules of Flax NNX, and for anything with batch
+                statistics, use `Loss.from_module`.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
             has_aux: whether `fn` returns a pair (loss, aux), as of `jax.value_and_grad`; `Loss.aux` evaluates
@@ -158,9 +158,9 @@ class Loss:
     ) -> "Loss":
         """A loss `fn(module, *args, **kwargs)` of a network of Flax NNX, Equinox or Flax Linen.
 
-        Parameters are what the framework trains. All else (batch statistics, counters, keys, settings) is held as
-        it is: changes that `fn` makes to it are of that call alone, as batch norm in training mode has them. A run
-        returns the module with new parameters; `Loss.recalibrate` computes its running averages.
+        The parameters are the arrays that the framework trains. Everything else (batch statistics, counters, keys,
+        settings) is held fixed. If `fn` changes it, as batch norm does in training mode, the changes last for that
+        call only. A run returns the module with new parameters; `Loss.recalibrate` computes its running averages.
 
         Args:
             fn: the loss, written as for the framework, in training mode.
@@ -170,7 +170,8 @@ class Loss:
                 variables of Linen, a dict whose collection `"params"` is trained.
             *args: data and settings, bound as defaults.
             minibatch: which arguments are data to be drawn in batches.
-            wrt: what is trained instead: a filter of NNX, a filter of `eqx.partition`, or names of collections.
+            wrt: selects other arrays to train: a filter of NNX, a filter of `eqx.partition`, or names of
+                collections.
             has_aux: see `Loss.from_function`. What Equinox and Linen return as the new state is found in it.
             rng_argname: see `Loss.from_function`.
             **kwargs: the same as `args`, by name.
@@ -237,10 +238,10 @@ class Loss:
                 constraints; `"map"`: without it, so that the minimizer is the maximum a posteriori;
                 `"likelihood"`: observed sites only, and factors of the same data (a factor that depends
                 on no argument is a prior, and so are those of NumPyro's reparametrizers).
-            minibatch: which arguments are data. What has one term per row then counts `rows /
-                batch_size` times, so that the loss of a batch estimates the full loss without bias.
-                Sites that do not depend on the rows count once. Others are refused: sums over the rows
-                in one term, priors that read the data, data that the model standardizes.
+            minibatch: which arguments are data. Terms that exist once per row then count `rows / batch_size`
+                times, so that the loss of a batch estimates the full loss without bias. Sites that do not depend
+                on the rows count once. All others are refused: sums over the rows in one term, priors that read
+                the data, data that the model standardizes.
             rng_key: draws the start uniformly in (-2, 2), as NumPyro does. Default: zero in
                 unconstrained coordinates.
             **kwargs: the model's keyword arguments.
@@ -303,10 +304,10 @@ class Loss:
         """A loss that JAX cannot trace: a simulator, SciPy, a subprocess, a model of another framework.
 
         `fn(params, *args, **kwargs)` gets the user's own pytree of NumPy arrays and returns a number. All draws of
-        a cloud are handed over at once, and their calls run side by side in an executor of `concurrent.futures`:
-        threads, processes, Dask's `client.get_executor()`, `mpi4py.futures`. The numbers do not depend on it. `fn`
-        must be a function of its arguments alone (a simulator with noise takes the seed from one of them), and in
-        threads of this process must not call JAX, whose own threads may be waiting for it.
+        a step are passed on at once, and their calls run in parallel in an executor of `concurrent.futures`:
+        threads, processes, Dask's `client.get_executor()`, `mpi4py.futures`. The numbers do not depend on the
+        executor. `fn` must be a function of its arguments alone (a simulator with noise takes the seed from one of
+        them), and in threads of this process must not call JAX, whose own threads may be waiting for it.
 
         Nothing is called before a run. There are no gradients: engines that follow them are refused.
 
@@ -314,8 +315,8 @@ class Loss:
             fn: the loss; None where `TwoStep.ask` and `TwoStep.tell` take its place.
             params: starting values, any pytree of floating-point arrays and floats; the function gets floats for
                 floats, and arrays of the same types (with the precision of JAX's default float).
-            *args: data and settings, bound as defaults; they are sent with every call. What is large and
-                does not change, the function should read by itself.
+            *args: data and settings, bound as defaults; they are sent with every call. The function should read
+                large data that do not change by itself.
             executor: runs the calls; None for one after the other. Processes need a function of a module.
             batch: whether `fn` takes many draws, on a leading axis of the leaves, and returns their losses,
                 `(draw,)`.
@@ -372,7 +373,7 @@ class Loss:
 
     @property
     def is_random(self) -> bool:
-        """Whether engines draw something anew for it: rows of its data, or a key of its noise."""
+        """Whether engines draw anew for this loss: rows of its data, or a key for its noise."""
         return self.minibatch is not None or bool(self.rng_names)
 
     @property
@@ -385,34 +386,34 @@ class Loss:
 
     @property
     def is_external(self) -> bool:
-        """Whether the loss is a Python function that JAX does not see into, from `Loss.from_external`."""
+        """Whether the loss is a Python function that JAX cannot trace, from `Loss.from_external`."""
         return self.source.is_external
 
     @property
     def is_told(self) -> bool:
-        """Whether there is no function: values come from `TwoStep.tell` alone."""
+        """Whether there is no function, so that values come only from `TwoStep.tell`."""
         return self.is_external and self.source.user.fn is None
 
     @property
     def lacks_gradient(self) -> str:
         """Why no engine may follow gradients of the loss, for an error message; or nothing."""
         if self.is_external:
-            return "an external loss (Loss.from_external) has none, since JAX does not see into it"
+            return "an external loss (Loss.from_external) has none, since JAX cannot trace it"
         return "a loss that returns integers has none" if self.returns_integers else ""
 
     def watch(self) -> AbstractContextManager[Watch]:
-        """Listens to what happens to the calls of an external loss while programs run."""
+        """Watches the calls of an external loss while programs run."""
         return self.source.watch()
 
     @property
     def walled(self) -> "Loss":
-        """The same, of which rejected draws of an external loss are walls: NaN tells some samplers nothing."""
+        """The same loss, but infinite where an external loss rejects a draw: some samplers cannot use NaN."""
         if not isinstance(self.source, ExternalSource):
             return self
         return replace_fields(self, source=replace_fields(self.source, walls=True))
 
     def listen(self, what: str, call: Callable[..., T], *args: Any) -> T:
-        """Runs programs, and tells what happened to the calls of an external loss, if it is one.
+        """Runs programs, and reports the calls of an external loss, if it is one.
 
         Args:
             what: begins the warning of rejected draws.
@@ -445,7 +446,7 @@ class Loss:
         return self.evaluate(x, self.bind(args, kwargs))
 
     def aux(self, x: Vector, args: tuple | None = None, kwargs: dict | None = None) -> Any:
-        """What the function returns beside the loss, with `has_aux=True`; no run evaluates it.
+        """The second value that the function returns, with `has_aux=True`; no run evaluates it.
 
         Args:
             x: `(dim,)`, flat and unconstrained.
@@ -469,8 +470,8 @@ class Loss:
     def recalibrate(self, params: Any, batches: Iterable[Any] | None = None) -> Any:
         """The module with running averages of its own parameters, for batch norm in evaluation mode.
 
-        Averages that a run would keep are of other parameters. Here `fn` is called in training mode on one batch
-        after the other, with the momentum taken out, so that each batch counts alike.
+        Running averages that a run could keep would belong to other parameters. Here `fn` is called in training
+        mode on one batch after the other, and the momentum is removed, so that each batch counts equally.
 
         Args:
             params: the module, such as `result.params`.
@@ -478,12 +479,12 @@ class Loss:
                 bound data, in pieces of the minibatch if there is one.
 
         Returns:
-            A module of the same parameters. State that is no running average is what the framework makes of it.
+            A module with the same parameters. The framework updates state that is not a running average.
 
         Raises:
             TypeError: if the loss is not from `Loss.from_module`.
-            ValueError: if there is no batch, or `fn` does not hand out the new state: NNX changes the module
-                itself, of Equinox and Linen it is returned beside the loss, `has_aux=True`.
+            ValueError: if there is no batch, or the new state is missing: with Equinox and Linen, `fn` must return
+                it beside the loss (`has_aux=True`); with NNX, `fn` changes the module itself.
         """
         if not isinstance(self.source, FunctionSource) or self.is_external:
             raise TypeError(
@@ -521,7 +522,7 @@ class Loss:
         return self.source.named(x, *arguments.tree)
 
     def bind(self, args: tuple | None = None, kwargs: dict | None = None) -> Partition:
-        """The arguments to use: given positional ones replace the bound ones, names go on top.
+        """The arguments to use: given positional arguments replace the bound ones, and keywords are added to them.
 
         Args:
             args: positional arguments, or None or `()` for the bound ones.
@@ -614,7 +615,7 @@ class Loss:
         return noisy, scale
 
     def check_captured(self) -> None:
-        """Refuses to go on with data that the function no longer reads, where it reads any by itself.
+        """Refuses a loss that was built with data which the function no longer reads.
 
         Raises:
             ValueError: if they have changed since the loss was built.

@@ -20,10 +20,10 @@ __all__ = ["Minibatch", "take_rows"]
 class Minibatch:
     """Rows drawn uniformly with replacement from the leading axis of a loss's data.
 
-    Drawn with replacement, the gradient of an averaged loss is unbiased and needs no epoch to be
-    remembered. Inside exp(-loss) a minibatch is biased: cloud and MCMC engines keep one batch for a
-    whole outer step and so minimize the loss of that batch; stochastic-gradient engines draw a fresh
-    one at every inner step.
+    With replacement, the gradient of an averaged loss is unbiased, and no epoch has to be remembered. Inside
+    exp(-loss) a minibatch causes a bias. Importance sampling and MCMC engines keep one batch for a whole outer
+    step, and so minimize the loss of that batch. Stochastic-gradient engines draw a fresh batch at every inner
+    step.
 
     Args:
         batch_size: rows per batch.
@@ -32,7 +32,7 @@ class Minibatch:
         argnames: names of the keyword arguments that hold data.
         split: whether an outer step of `fit.RobbinsMonro` or `shift.SGLD` takes one batch, of which each
             inner step gets an equal share (256 rows over five steps are 51 each), instead of a batch for each.
-        copies: replicas that a batch is for, as `schemes.parle` sets it: a share has as many rows for each.
+        copies: number of replicas that share a batch, as `schemes.parle` sets it; each gets equally many rows.
 
     Raises:
         TypeError: if a count, position or name is of the wrong kind.

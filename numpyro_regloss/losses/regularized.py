@@ -90,7 +90,7 @@ class RegularizedLoss:
         arguments: Partition,
         temperature: Array | float,
     ) -> "RegularizedLoss":
-        """The same from parts that were checked before, for compiled loops."""
+        """The same, without checks, from parts that were checked before; for compiled loops."""
         obj = object.__new__(cls)
         for name, value in {
             "loss": loss,
@@ -104,12 +104,12 @@ class RegularizedLoss:
 
     @property
     def args(self) -> tuple:
-        """Positional arguments of the loss in force."""
+        """Positional arguments that the loss uses."""
         return self.arguments.tree[0]
 
     @property
     def kwargs(self) -> dict:
-        """Keyword arguments of the loss in force."""
+        """Keyword arguments that the loss uses."""
         return self.arguments.tree[1]
 
     @property
@@ -177,7 +177,7 @@ class RegularizedLoss:
         return replace_fields(self, arguments=arguments, data_scale=scale)
 
     def split_over(self, num_steps: int) -> "RegularizedLoss":
-        """The same target whose batches are shares of one batch, where its minibatch is to be split.
+        """The same target with batches that are shares of one batch, if its minibatch is to be split.
 
         Args:
             num_steps: inner steps of an outer step, each of which draws a batch.
@@ -196,7 +196,7 @@ class RegularizedLoss:
         )
 
     def without_batches(self) -> "RegularizedLoss":
-        """The same target on the data and with the noise that it has, whatever the loss's minibatch."""
+        """The same target without a minibatch, on the data and with the noise that it has."""
         loss = replace_fields(self.loss, minibatch=None, rng_names=())
         return replace_fields(self, loss=loss)
 
@@ -207,13 +207,13 @@ def model(target: RegularizedLoss) -> None:
     Sites: `eps`, latent, of shape `(dim,)`, drawn from N(0, I), with the density of N(0, I) times
     exp(-loss / T); `x` = mean + scale eps, deterministic; the user's parameters (and deterministic
     sites) by name, deterministic. Without a reference `x` itself is latent, with a flat improper
-    prior. Where one of these names is taken by anything in the user's own model, an observed site or a
-    plate among it, ours gets a trailing underscore: so the samples go into `Predictive` of either model.
+    prior. If the user's own model already uses one of these names, also for an observed site or a plate, the new
+    site gets a trailing underscore. So the samples can be passed to `Predictive` of either model.
 
-    The observed sites of a user's model are observed sites here too, at the weight 1 / T, and that
-    part of the loss is theirs: `numpyro.infer.log_likelihood` and ArviZ see the observations that
-    they see in the user's model. A loss that is a function has none, nor has a model that factorizes
-    several matrices (Gaussian processes): draws of such a loss are evaluated one by one, as one number.
+    The observed sites of a user's model are observed sites here too, with the weight 1 / T, and carry that part of
+    the loss. So `numpyro.infer.log_likelihood` and ArviZ see the same observations as in the user's model. There
+    are no observed sites if the loss is a function, or a model that factorizes several matrices (Gaussian
+    processes): such a loss is evaluated one draw at a time, as one number.
 
     Its log joint in `eps` is `target.log_density(x)` plus `target.reference.log_det`.
 

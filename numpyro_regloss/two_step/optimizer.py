@@ -73,9 +73,8 @@ class TwoStep:
     `fit.ReverseKL` it moves by a proximal step on the heat regularization E loss. In both the effective learning
     rate is tau / T.
 
-    Scale: loss and temperature have the same units, and only loss / T matters. For data, average the
-    loss over the rows and put 1 / rows into `temperature`: tau and step sizes then survive a change of
-    batch size.
+    Scale: loss and temperature have the same units, and only loss / T matters. For data, average the loss over the
+    rows and set `temperature` to 1 / rows: then tau and step sizes stay right for every batch size.
 
     Args:
         loss: from `Loss.from_function`, `Loss.from_model` or `Loss.from_external`.
@@ -207,10 +206,10 @@ class TwoStep:
         return self.loss.listen("TwoStep.step", outer_step.step, optimizer, state, arguments)
 
     def ask(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
-        """The points at which the next step needs the loss, for those who evaluate it themselves. Pure.
+        """The points at which the next step needs the loss, if you evaluate it yourself. Pure.
 
-        For evaluations that take hours in a queue: of shifts that evaluate one cloud, such as `shift.Importance`,
-        with fits that use its draws, such as `fit.ForwardKL`. Points and state may go through files.
+        Use it for evaluations that take hours in a queue. The shift must evaluate one cloud, as `shift.Importance`
+        does, and the fit must use its draws, as `fit.ForwardKL` does. Points and state may be written to files.
 
         Args:
             state: from `init` or `tell`; the same state has the same points.
@@ -274,7 +273,7 @@ class TwoStep:
     ) -> tuple[TwoStepState, TwoStepInfo]:
         """Several steps as one compiled `lax.scan`. Pure, for use inside `jax.jit` and `jax.vmap`.
 
-        It keeps all infos of all steps, on the device; that of `run` need not grow with the parameters.
+        It keeps all infos of all steps on the device. The history of `run` need not grow with the parameters.
 
         Args:
             state: from `init` or an earlier step.
@@ -311,34 +310,35 @@ class TwoStep:
 
         Args:
             rng_key: a random key; unused with `init_state`, which has its own.
-            num_steps: number of steps to do now, at most; with `checkpoint` in all, those done before among
-                them. A new number does not recompile.
+            num_steps: number of steps to do now, at most; with `checkpoint`, the total that includes steps done
+                before. A new number does not recompile.
             *args: arguments of the loss in place of the bound ones.
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
             progress_bar: show steps, loss, tau and ESS or acceptance.
-            callback: called as `callback(state, info)` with the info of the step before; returning True stops the
+            callback: called as `callback(state, info)` with the info of the last step; returning True stops the
                 run.
-            callback_every: steps from one call to the next; there is one after the last step too. As many are
-                dispatched together: each one alone by default.
+            callback_every: steps from one call to the next; there is also a call after the last step. So many
+                steps are dispatched to the device together; by default one at a time.
             until: an `Arrived`, to stop where the centre has arrived; `result.stopped` says whether it did.
-            history: `"all"` keeps all infos of all steps. `"scalars"` keeps their numbers and leaves out what has
-                an axis, centres and Gaussians among it; it has `history.motion` instead, from which a report tells
-                whether the centre arrived. `"auto"` keeps all while that takes at most 256 MiB for `num_steps`.
-                What is left out is neither on the device nor on the host. No number depends on it.
+            history: `"all"` keeps all infos of all steps. `"scalars"` keeps only their single numbers, without
+                centres, Gaussians and other arrays. It has `history.motion` instead, with which a report can tell
+                whether the centre arrived. `"auto"` keeps everything if that takes at most 256 MiB for
+                `num_steps`, and scalars otherwise. Parts that are left out take no memory on the device or the
+                host. The numbers of the run do not depend on this choice.
             checkpoint: a folder, or a `Checkpoint` with one, in which state and history are saved every 30 seconds
-                and at the end. Where it holds this run already, the run goes on from there, to the same bits as
-                one that was never interrupted. SIGTERM then ends the run as Ctrl-C does: after the steps under way
-                it saves and returns.
+                and at the end. If the folder already holds this run, the run continues from there, with the same
+                bits as an uninterrupted run. SIGTERM then ends the run as Ctrl-C does: it finishes the steps under
+                way, saves and returns.
             batches: data that do not fit on the device: an iterable, such as a loader, of which each step takes
                 one item: a tuple of positional arguments of the loss, an array or a dict of keyword arguments.
-                The next item is fetched while a step runs. Where items end, the run does. A `Minibatch` of the
+                The next item is fetched while a step runs. The run ends with the last item. A `Minibatch` of the
                 loss draws rows of the item.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
-            Parameters at the last centre, state and history. Ctrl-C returns what there is; an exception of
-            the loss or the callback carries it as its attribute `result`.
+            Parameters at the last centre, state and history. After Ctrl-C this is the result so far; an exception
+            of the loss or the callback has it as its attribute `result`.
 
         Raises:
             TypeError: if an argument is of the wrong kind.

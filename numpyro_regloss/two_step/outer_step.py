@@ -55,7 +55,7 @@ __all__ = [
 
 
 class TwoStepState(NamedTuple):
-    """All that determines the rest of a run; a plain pytree.
+    """The state that determines the rest of a run; a plain pytree.
 
     Attributes:
         step: number of steps done.
@@ -100,9 +100,9 @@ class TwoStepInfo(NamedTuple):
 
     Attributes:
         ok: whether the step was taken; a rejected one keeps the reference.
-        loss: the loss at the reference's mean, in the user's units; of one minibatch if there is one. With
-            minibatches that of `RobbinsMonro` and `SGLD` comes with their first gradient: at a draw of the
-            reference, and where chains start.
+        loss: the loss at the reference's mean, in the user's units; on one minibatch if there is one. With
+            minibatches, `RobbinsMonro` and `SGLD` report the loss that came with their first gradient: at a draw
+            of the reference, and where the chains start.
         reference: the Gaussian that the step started from; `LeftOut` of a history without vectors.
         fitted: the Gaussian that was fitted to the shifted density; likewise.
         tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters; its mean over the

@@ -43,16 +43,18 @@ VERDICTS = {1: "decrease", 0: "not distinguishable", -1: "increase"}
 
 
 class RecordInfo(NamedTuple):
-    """What was written down of one step.
+    """What a `Record` writes down for one step.
 
     The first three are None where verdicts were not asked for.
 
     Attributes:
-        decrease: of the regularized loss by this step, in the units of the loss: of F_tau, cross-fitted and so
-            a little too small, where the fit works from draws, else of F^H_tau; of a minibatch if there is one.
+        decrease: decrease of the regularized loss by this step, in the units of the loss. If the fit works from
+            draws, it is the decrease of F_tau, cross-fitted and so a little too small; otherwise it is that of
+            F^H_tau. With a minibatch it is that of the batch.
         decrease_error: its standard error; infinite where the losses of a heat step have too heavy a tail.
-        verdict: 1, the decrease is significant; 0, not distinguishable from none; -1, the increase is significant,
-            beyond what the Monte Carlo error of the centre explains. Rejected steps have 0. See `VERDICTS`.
+        verdict: 1, the decrease is significant; 0, it is not distinguishable from no change; -1, the increase is
+            significant, beyond what the Monte Carlo error of the centre explains. Rejected steps have 0. See
+            `VERDICTS`.
         local_entropy: F_tau where the step started, on all data; NaN where it was not asked for.
         heat: F^H_tau there.
         num_loss: loss evaluations that this took.
@@ -75,12 +77,11 @@ class Record:
     Args:
         values_every: interval in steps at which both regularized losses are evaluated, from the first step on; 0
             for never.
-        num_samples: loss evaluations of the two values, which share them, and of the two sides of a heat step's
-            verdict.
+        num_samples: loss evaluations for the two values together, and for the verdict on a heat step.
         confidence: of the verdicts: the level of the two-sided interval of the decrease.
-        centers_every: interval in steps at which `result.centers` has a centre where the history has no vectors
-            (`history` of `TwoStep.run`); 0 for never. Costs no evaluations.
-        verdicts: whether every step gets its verdict, which costs evaluations in heat steps.
+        centers_every: interval in steps at which `result.centers` has a centre if the history has no vectors
+            (`history` of `TwoStep.run`); 0 for never. This takes no evaluations.
+        verdicts: whether every step gets a verdict. In heat steps this takes further evaluations.
 
     Raises:
         TypeError: if a setting is of the wrong kind.

@@ -32,8 +32,9 @@ class TwoStepResult(NamedTuple):
         params: the parameters at the last centre, as the user wrote them.
         state: to continue from, `run(..., init_state=result.state)`.
         history: a `TwoStepInfo` of NumPy arrays with a leading axis of steps.
-        seconds: wall time of each step, `(step,)`: that of its chunk over the steps in it; the first step has that
-            of compiling. No part of the history, which depends on the key alone. None unless `run` made it.
+        seconds: wall time of each step, `(step,)`: the time of its chunk divided by the steps in it. The first
+            step includes compilation. It is not in the history, which depends on the key alone. None unless `run`
+            made it.
         stopped: why the run ended before its number of steps: `"arrived"`, `"callback"`, `"interrupted"` (Ctrl-C),
             `"terminated"` (SIGTERM, where there are checkpoints), `"exhausted"` (no further batch); or None.
         path: numbers of steps and centres `(centre, dim)` that `Record(centers_every=k)` kept where the history
@@ -49,7 +50,7 @@ class TwoStepResult(NamedTuple):
 
     @property
     def centers(self) -> np.ndarray:
-        """Centres before the first step and after every one, flat, `(step + 1, dim)`; or those that were kept."""
+        """Centres before the first and after every step, flat, `(step + 1, dim)`; or those that were kept."""
         if self.path is not None:
             return self.path[1]
         if self.history.motion is not None:
@@ -59,7 +60,7 @@ class TwoStepResult(NamedTuple):
 
     @property
     def center_steps(self) -> np.ndarray:
-        """How many steps were done at each of `centers`, those of runs before this one among them."""
+        """How many steps were done at each of `centers`, including steps of earlier runs."""
         if self.path is not None:
             return self.path[0]
         count, last = len(self.centers), int(self.state.step)
@@ -70,7 +71,7 @@ class RejectedError(RuntimeError):
     """Every step of a run was rejected.
 
     Attributes:
-        result: what was computed nevertheless, with the diagnostics of each step.
+        result: the result, with the diagnostics of each rejected step.
     """
 
     def __init__(self, message: str, result: TwoStepResult) -> None:

@@ -59,11 +59,11 @@ def pulls(history: TwoStepInfo) -> tuple[np.ndarray, np.ndarray | None]:
 
 @pytree_dataclass
 class Arrived:
-    """Stops a run where the true pull of a step is surely no longer than its noise, or is negligible.
+    """Stops a run when a step without its noise is surely no longer than that noise, or is negligible.
 
     Args:
-        confidence: chance that no look stops too early, over a whole run.
-        patience: steps of a window; the run is looked at after every window.
+        confidence: probability that a whole run does not stop too early.
+        patience: steps of a window; the criterion is checked after every window.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -97,7 +97,7 @@ class Arrived:
 
         Args:
             window: the history of the last `patience` steps.
-            look: how many looks there were, with this one.
+            look: how many checks there were, with this one.
 
         Returns:
             Whether to stop.

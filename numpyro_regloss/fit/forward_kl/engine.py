@@ -56,10 +56,10 @@ class ForwardKLInfo(NamedTuple):
         covariance_error: standard errors of the covariance before shrinkage: `(dim, dim)` for a dense one,
             `(dim,)` of the variances for a diagonal or low-rank one, `()` for an isotropic one; zero for the
             reference's.
-        shrinkage: how far correlations were drawn to zero, from 0 (not at all) to 1.
+        shrinkage: how far correlations were shrunk towards zero, from 0 (not at all) to 1.
         floored: whether the covariance was singular and was raised.
         control_variate: of the mean: 0 none, 1 diagonal, 2 full, 3 quadratic.
-        covariance_control_variate: the same of the covariance.
+        covariance_control_variate: the same for the covariance.
         score_compatible: False when the scores are not those of a differentiable density, and were not used.
         converged: whether factors converged; True for other families.
         names: of the coordinates, where the samples had names; None within compiled code.
@@ -94,8 +94,8 @@ class ForwardKL(Fit):
         control_variates: `"auto"` chooses by leave-one-out error; `"none"`, `"diagonal"`, `"full"` and
             `"quadratic"` are for comparison. Draws without scores have none.
         rank: number of factors of `"low_rank"`.
-        shrinkage: `"auto"` draws the correlations of a dense covariance to zero when there are fewer than
-            ten effective draws per dimension; `"none"` never.
+        shrinkage: `"auto"` shrinks the correlations of a dense covariance towards zero if there are fewer than ten
+            effective draws per dimension; `"none"` never does.
 
     Raises:
         ValueError: if a setting is unknown, or the rank does not fit the family.
@@ -164,9 +164,11 @@ def forward_kl(
         covariance: `"isotropic"`, `"diagonal"`, `"dense"` or `"low_rank"`.
         rank: number of factors of `"low_rank"`.
         log_weight: log importance weights, of the samples' leading shape.
-        score: gradient of the log density at the samples, of the shape of an array of samples: control
-            variates cut the squared errors of the moments, by much where the density is nearly Gaussian.
-        log_density: of the samples, of their leading shape; with scores it finds losses that jump.
+        score: gradient of the log density at the samples, of the shape of an array of samples. Control variates
+            made from scores reduce the errors of the moments, and most of all where the density is nearly
+            Gaussian.
+        log_density: log density at the samples, of their leading shape; with scores it shows whether the loss
+            jumps.
         control_variates: see `ForwardKL`.
         shrinkage: see `ForwardKL`.
         loss: fits in the flat unconstrained space of this loss: sites are checked against its own.
@@ -177,8 +179,8 @@ def forward_kl(
 
     Returns:
         The Gaussian and the info, with standard errors, the split R-hat of chains and, where sites were given, the
-        names of the coordinates. Chains that do not agree are a warning: with several modes or labels that
-        switch, moments are those of a mixture, and of draws that wander they are no moments. Under `jax.jit`
+        names of the coordinates. If chains do not agree, a warning says so: with several modes, or labels that
+        switch, the moments are those of a mixture, and for draws that wander they have no meaning. Under `jax.jit`
         values are not checked and there are no warnings: look at `info.ok` and `info.rhat`.
 
     Raises:

@@ -18,10 +18,10 @@ class Checkpoint:
     """Where and how often `TwoStep.run` saves its state and its history (extra `checkpoint`).
 
     Args:
-        folder: a new or empty folder, or that of an earlier run of the same optimizer, which is then gone on with.
-        every: an int for steps, a float for seconds. Each time is saved at the end of a chunk of steps, in the
-            background; the end of a run in any case.
-        keep: how many states are kept, the last ones. The history is there once, whole.
+        folder: a new or empty folder, or that of an earlier run of the same optimizer, which is then continued.
+        every: the interval between saves: an int for steps, a float for seconds. Saves happen at the end of a
+            chunk of steps, in the background. The end of a run is always saved.
+        keep: how many of the last states are kept. The whole history is kept once.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
