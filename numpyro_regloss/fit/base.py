@@ -14,13 +14,13 @@ __all__ = ["Fit", "FitInfo", "FitResult"]
 
 
 class FitInfo(NamedTuple):
-    """What others read of a fit's info, with what they take for what a fit does not report.
+    """The fields of a fit's info that others read, with defaults for those that a fit does not report.
 
     Attributes:
         ok: the Gaussian may be used.
         num_loss: loss evaluations.
         num_grad: gradient evaluations.
-        mean_error: standard errors of the fitted mean, `(dim,)`; None where nothing is known of them.
+        mean_error: standard errors of the fitted mean, `(dim,)`; None if they are not known.
         covariance_error: of the covariance `(dim, dim)`, or of the variances, or None.
         control_variate: index of the control variate of the mean, see `draws.control_variates`; None of fits that
             match no moments.
@@ -37,13 +37,13 @@ class FitInfo(NamedTuple):
 
     @classmethod
     def of(cls, info: Any) -> "FitInfo":
-        """The part of a fit's own info that others read.
+        """The fields of a fit's own info that others read.
 
         Args:
             info: from `Fit.step`, a named tuple or a dataclass.
 
         Returns:
-            What it has of these fields, and the defaults for the rest.
+            The values of these fields, and the defaults for missing ones.
         """
         return cls(**{name: a for name, a in fields_of(info).items() if name in cls._fields})
 
@@ -95,7 +95,7 @@ class Fit(Protocol):
         ...
 
     def after_rejection(self, old: Any, new: Any) -> Any:
-        """The state to go on with after a rejected step: the old one, unless something must be looked at anew.
+        """The state to go on with after a rejected step: the old one, unless something must be measured anew.
 
         Args:
             old: the state before the step.
@@ -119,7 +119,7 @@ class Fit(Protocol):
         del info
 
     def remedy(self, info: Any, ok: Any) -> str:
-        """What the diagnostics of a run say is wrong and what to change, see `shift.Shift.remedy`.
+        """What is wrong by the diagnostics of a run, and what to change; see `shift.Shift.remedy`.
 
         Args:
             info: of all steps, as NumPy arrays with a leading axis.

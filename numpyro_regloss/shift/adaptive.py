@@ -43,7 +43,7 @@ FEWER = 2
 
 
 class AdaptiveState(NamedTuple):
-    """What a step leaves to the next.
+    """What a step passes to the next.
 
     Attributes:
         engine: the engine's state.
@@ -62,7 +62,7 @@ class AdaptiveInfo(NamedTuple):
         num_loss: loss evaluations of all rounds.
         num_grad: gradient evaluations of all rounds.
         num_rounds: how often the engine drew.
-        significant: whether the decrease of F_tau is; False only at the cap.
+        significant: whether the decrease of F_tau is significant; False only after `max_rounds` rounds.
         decrease: of F_tau by the mean of the draws, cross-fitted, in the units of the loss.
         decrease_error: its standard error.
         engine: the engine's info of the last round.
@@ -161,8 +161,8 @@ class Adaptive(Shift):
     Args:
         engine: a shift that makes draws.
         max_rounds: the cap, rounded up to a power of two.
-        confidence: level of the two-sided interval of the decrease: at 0.5 drawing ends when the decrease is
-            positive by three chances in four, and later steps average the noise that is left.
+        confidence: level of the two-sided interval of the decrease. At 0.5 drawing ends when the decrease is
+            positive with a probability of three quarters; later steps average out the remaining noise.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -204,7 +204,7 @@ class Adaptive(Shift):
 
     @property
     def uses_gradient(self) -> bool:  # ty: ignore
-        """Whether the engine does."""
+        """Whether the engine differentiates the loss."""
         return self.engine.uses_gradient
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> AdaptiveState:
@@ -212,11 +212,11 @@ class Adaptive(Shift):
         return AdaptiveState(self.engine.init(rng_key, target), jnp.asarray(1))
 
     def remedy(self, info: AdaptiveInfo, ok: Any) -> str:
-        """What the engine has to say of its last rounds."""
+        """The remedy of the engine for its last rounds."""
         return self.engine.remedy(info.engine, ok)
 
     def after_rejection(self, old: AdaptiveState, new: AdaptiveState) -> AdaptiveState:
-        """The engine's."""
+        """The state of the engine after a rejected step."""
         return old._replace(engine=self.engine.after_rejection(old.engine, new.engine))
 
     def step(

@@ -43,7 +43,7 @@ class AutoState(NamedTuple):
     Attributes:
         importance: state of importance sampling.
         sampler: state of the sampler, at the centre until it draws.
-        refused: refused steps, less what later ones forgave.
+        refused: the count of refused steps, reduced by later accepted steps.
     """
 
     importance: AdaptiveImportanceState
@@ -93,17 +93,18 @@ class AutoInfo(NamedTuple):
 
 @pytree_dataclass
 class Auto(Shift):
-    """`AdaptiveImportance`, and after refused steps a sampler, `NUTS` by default; for losses with a gradient.
+    """`AdaptiveImportance`, and after refused steps a sampler, by default `NUTS`; for losses with a gradient.
 
-    Within `run`, and wherever a state has values, the sampler takes over by itself. Inside of `jax.jit` and
-    `jax.vmap` nothing can be compiled anew: importance sampling goes on there, and its refused steps are rejected.
+    Within `run`, and wherever a state has values, the sampler takes over automatically. Inside of `jax.jit` and
+    `jax.vmap` no other program can be compiled. There importance sampling goes on, and its refused steps are
+    rejected.
 
     Args:
         importance: an `AdaptiveImportance`; None for `AdaptiveImportance.for_dimension` of the loss.
-        sampler: a `NUTS` or `HMC` that goes on.
-        patience: refused steps, one after the other, before it does; each step between that is taken takes back a
-            tenth of one.
-        begin: `"importance"`, or `"sampler"` to begin with that.
+        sampler: the `NUTS` or `HMC` that takes over.
+        patience: refused steps in a row before the sampler takes over; each accepted step in between reduces the
+            count by a tenth.
+        begin: `"importance"`, or `"sampler"` to use the sampler from the start.
 
     Raises:
         TypeError: if an engine is of another kind.
@@ -161,7 +162,7 @@ class Auto(Shift):
     def step(
         self, rng_key: Key, state: AutoState, target: RegularizedLoss
     ) -> tuple[AutoState, StoredDraws, AutoInfo]:
-        """Draws from q by the engine whose turn it is.
+        """Draws from q with the engine whose turn it is.
 
         Args:
             rng_key: a random key.
@@ -199,7 +200,7 @@ class Auto(Shift):
         return AutoState(importance, sampler, new.refused)
 
     def remedy(self, info: AutoInfo, ok: Any) -> str:
-        """Where the sampler took over, and what either engine has to say.
+        """Where the sampler took over, and the remedies of both engines.
 
         Args:
             info: of all steps, as NumPy arrays with a leading axis.

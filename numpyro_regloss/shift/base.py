@@ -51,14 +51,14 @@ class Shift(Protocol):
     counts `num_loss` and `num_grad` of evaluations spent, and the engine's own diagnostics; it is
     never read back by the driver.
 
-    A class that inherits from this one needs `init` and `step` only.
+    A subclass needs only `init` and `step`.
 
     Attributes:
         uses_gradient: whether the engine differentiates the loss, so that the driver checks the
             gradient at the start.
         makes_draws: whether there are draws for a fit to work from.
-        hands_scores: False of an engine whose draws never come with scores, so that fits that need them are
-            refused before a run.
+        hands_scores: False for an engine whose draws never have scores; fits that need scores are then refused
+            before a run.
     """
 
     uses_gradient: ClassVar[bool] = False
@@ -91,7 +91,7 @@ class Shift(Protocol):
         ...
 
     def ask(self, rng_key: Key, state: Any, target: RegularizedLoss) -> Array:
-        """The points at which a step needs the loss, of an engine that knows them before it has any value.
+        """The points at which a step needs the loss, if the engine knows them before it has any value.
 
         Args:
             rng_key: of the step.
@@ -114,7 +114,7 @@ class Shift(Protocol):
     def tell(
         self, rng_key: Key, state: Any, target: RegularizedLoss, values: Array
     ) -> tuple[Any, Draws, Any]:
-        """What `step` returns, from losses that were evaluated elsewhere.
+        """The same as `step`, from losses that were evaluated elsewhere.
 
         Args:
             rng_key: as of `ask`.
@@ -146,7 +146,7 @@ class Shift(Protocol):
         return old
 
     def gives_up(self, state: Any) -> Any:
-        """Whether a run must go on from this state with `successor`, read after every step.
+        """Whether a run must continue from this state with `successor`; read after every step.
 
         Args:
             state: of the engine.
@@ -158,7 +158,7 @@ class Shift(Protocol):
         return False
 
     def successor(self, state: Any) -> "Shift":
-        """The engine that goes on from a state; asked outside of programs, so that only what is used is compiled.
+        """The engine that continues from a state; called outside of programs, so that only it is compiled.
 
         Args:
             state: of the engine, with values.
@@ -184,7 +184,7 @@ class Shift(Protocol):
         return None
 
     def remedy(self, info: Any, ok: Any) -> str:
-        """What the diagnostics of a run say is wrong and what to change, for the warning at its end.
+        """What is wrong by the diagnostics of a run, and what to change; for the warning at its end.
 
         Args:
             info: of all steps, as NumPy arrays with a leading axis.

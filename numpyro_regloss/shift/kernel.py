@@ -60,7 +60,7 @@ class KernelState(NamedTuple):
     Attributes:
         noise: last positions in units of the reference, (x - mean) / scale, `(chain, dim)`.
         tuning: step size and mass matrix of each chain, where the kernel adapts them as HMC does; else None.
-        warm: whether `tuning` is that of a step.
+        warm: whether a step has set `tuning`.
     """
 
     noise: Array
@@ -69,18 +69,18 @@ class KernelState(NamedTuple):
 
 
 class KernelInfo(NamedTuple):
-    """Diagnostics of one shift, over all chains; warm-up counts among the evaluations only.
+    """Diagnostics of one shift, over all chains; the warm-up counts in the evaluations only.
 
     Attributes:
         ok: draws are finite and the chains moved.
         num_loss: loss evaluations beside those that come with a gradient; a lower bound, one per chain and
-            iteration, for kernels that do not tell (ensembles, which take several).
+            iteration, for kernels that do not report them (ensembles, which need several).
         num_grad: gradient evaluations.
         accept_prob: mean acceptance probability, or the share of transitions that moved where a kernel has none.
         num_divergent: divergent transitions.
         ess: least effective sample size of the mean over the coordinates; of an ensemble by batch means.
-        rhat: greatest split R-hat over the coordinates; of an ensemble, whose walkers may change places, it tells
-            of drift alone.
+        rhat: greatest split R-hat over the coordinates. Walkers of an ensemble may change places, so for an
+            ensemble it shows drift only.
     """
 
     ok: Array
@@ -112,8 +112,8 @@ class Kernel(Shift):
 
     `NUTS` and `HMC` of this package are faster ways to those two kernels. With kernels that adapt step size and
     mass matrix as HMC does (HMC, NUTS, BarkerMH) the first step does so for `num_warmup` iterations and later
-    ones are burnt in for half as many; others (AIES, ESS, SA) run all of them at every step. Where a loss is not
-    defined it should be infinite: NaN ends the adaptation of BarkerMH. SA needs thousands of iterations.
+    ones are burnt in for half as many; others (AIES, ESS, SA) run all of them at every step. A loss should be
+    infinite where it is not defined: NaN ends the adaptation of BarkerMH. SA needs thousands of iterations.
 
     Args:
         make_kernel: a function of a model that returns a kernel of it, such as `numpyro.infer.BarkerMH` or
@@ -166,12 +166,12 @@ class Kernel(Shift):
 
     @property
     def uses_gradient(self) -> bool:  # ty: ignore[incompatible-property-override]
-        """Whether the kernel is one of NumPyro's that follow gradients; of others nothing is known."""
+        """Whether the kernel is one of NumPyro's that follow gradients; False for unknown kernels."""
         kernel = self._made()
         return isinstance(attribute(kernel, "inner_kernel", kernel), HMC | BarkerMH)
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> KernelState:
-        """Chains spread out as the reference is; the first step tunes them.
+        """Chains at draws of the reference; the first step tunes them.
 
         Args:
             rng_key: a random key.

@@ -90,15 +90,15 @@ class SVI(Shift):
     Args:
         make_guide: a function of a model that returns a guide of it; build it once. NumPyro's automatic guides,
             given as classes, start at the reference (its mean, and its width where they have an `init_scale`); a
-            function such as `lambda model: AutoNormal(model)` starts where it says. A guide of your own takes the
-            target and has a latent site of the name and the shape of the model's, `eps` (with an underscore if the
-            loss has a site of that name) and `(dim,)`, where N(0, I) is the reference.
+            function such as `lambda model: AutoNormal(model)` starts where the guide says. A guide of your own
+            takes the target, and has one latent site like that of the model: its name is `eps` (`eps_` if the loss
+            has a site `eps`), its shape `(dim,)`, and N(0, I) stands for the reference.
         optimizer: an Optax or NumPyro optimizer, built once; default: Adam with step size 0.03.
         num_steps: optimization steps per outer step.
         num_samples: draws from the guide per outer step.
-        num_warmup: optimization steps more in the first outer step.
+        num_warmup: additional optimization steps in the first outer step.
         num_particles: draws per optimization step.
-        weighted: weight draws by q / guide, which makes their mean that of q; without, it is the guide's.
+        weighted: weight draws by q / guide, so that their mean is that of q; otherwise it is that of the guide.
 
     Raises:
         TypeError: if `make_guide` or `optimizer` is something else, or a count not an integer.

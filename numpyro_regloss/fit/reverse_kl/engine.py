@@ -103,7 +103,7 @@ class ReverseKLInfo(NamedTuple):
     Attributes:
         ok: Gaussian, bound and its error are finite, and the target has a finite Gaussian.
         num_loss: zero.
-        num_grad: gradient evaluations, those of line searches included.
+        num_grad: gradient evaluations, including those of line searches.
         bound: E loss + T KL(Gaussian || reference), in the units of the loss: an upper bound of F_tau(centre);
             without a reference E loss - T entropy, an upper bound of -T log ∫ exp(-loss / T).
         bound_error: its standard error. Draws that are spread out evenly count as if they were independent, so
@@ -111,10 +111,11 @@ class ReverseKLInfo(NamedTuple):
         residual: norm of the gradient of bound / T with respect to mean and (logarithmic) scale, in standard
             deviations of the Gaussian: how far it is from stationary on the draws of the fit.
         num_steps: steps done; of `"sample_average"` and `"natural"` evaluations of all draws.
-        num_rejected: those that met a loss or gradient that was not finite.
+        num_rejected: steps that met a loss or gradient that was not finite.
         improper: coordinates in which the target has no finite Gaussian, `(dim,)` booleans, or None where it has a
-            reference. The bound is then -inf, and a weak guard has held these coordinates: their mean and
-            variance say nothing; those of the others are right, unless the density even grows along them.
+            reference. The bound is then -inf, and a weak constraint kept these coordinates finite. Their mean and
+            variance have no meaning. Those of the other coordinates are right, unless the density even grows in
+            these directions.
     """
 
     ok: Array
@@ -136,12 +137,12 @@ class ReverseKL(Fit):
 
     - `"sample_average"`: quasi-Newton minimization on draws that are fixed during the fit, spread out evenly and
       of exact moments. Quadratic losses are solved exactly where there are twice as many draws as parameters.
-    - `"natural"`: natural gradients on such draws, with the Hessian that gradients give by Stein's identity:
-      fewest gradients where the loss is smooth; memory of dim² whatever the family.
-    - `"svi"`: NumPyro's SVI with an Optax optimizer, fresh draws per step: for minibatches of large data and
-      optimizers of your own.
+    - `"natural"`: natural gradients on such draws, with the Hessian from gradients by Stein's identity. It needs
+      the fewest gradients if the loss is smooth, and memory of dim² for every family.
+    - `"svi"`: NumPyro's SVI with an Optax optimizer and fresh draws in every step. It is for minibatches of large
+      data, and for optimizers of your own.
 
-    With minibatches the first two give each antithetic pair of draws a batch of its own, kept for the fit.
+    With minibatches, the first two methods give each antithetic pair of draws its own batch for the whole fit.
 
     Args:
         covariance: the family of covariances, in the coordinates of the parameters. `"reference"`: the mean
@@ -195,7 +196,7 @@ class ReverseKL(Fit):
             )
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> ReverseKLState:
-        """The reference itself, or the family's nearest to it.
+        """The reference itself, or the nearest Gaussian of the family.
 
         Args:
             rng_key: draws first factors where there are none.
@@ -330,14 +331,15 @@ def reverse_kl(
 ) -> FitResult:
     """Fits a Gaussian to a target by KL(Gaussian || target), outside of a two-step scheme.
 
-    Without a reference the target is the plain posterior exp(-loss / T). The fit then starts at the loss's start
-    with the best of some widths, and where 256 draws span the parameters, or the family is `"dense"`, goes on with
-    natural gradients, which do not depend on units, before the method's own steps. Otherwise give parameters of
-    similar units, or `init`.
+    Without a reference the target is the plain posterior exp(-loss / T). The fit then starts at the loss's start,
+    with the best of some widths. If 256 draws span the parameters, or the family is `"dense"`, it takes natural
+    gradients before the method's own steps; they do not depend on the units of the parameters. Otherwise give
+    parameters of similar units, or `init`.
 
     A density that does not fall off along some direction (a flat prior without data, two parameters of which only
     the sum counts) has no finite Gaussian: `info.improper` and a warning name the coordinates. Directions across
-    coordinates are found where the natural gradients run; elsewhere only parameters that nothing depends on.
+    several coordinates are found only where natural gradients are used. Elsewhere only parameters that nothing
+    depends on are found.
 
     Args:
         rng_key: a random key.

@@ -74,9 +74,9 @@ class RobbinsMonroState(NamedTuple):
 
     Attributes:
         direction: unit vector of the steepest curvature so far, `(dim,)`, whitened.
-        curvature: κ along it when one last looked, of the score form κ alone; negative before the first step.
+        curvature: κ along it at the last measurement, for the score form κ alone; negative before the first step.
         unit: mean variance of the reference over T then.
-        age: steps since then; at zero the next one looks.
+        age: steps since then; at zero the next step measures.
     """
 
     direction: Array
@@ -89,21 +89,21 @@ class RobbinsMonroInfo(NamedTuple):
     """Diagnostics of one fit.
 
     Attributes:
-        ok: the mean is finite, as it is when the losses and gradients on the way were.
+        ok: the mean is finite, which requires that all losses and gradients were.
         num_loss: loss evaluations; zero where gradients are used.
         num_grad: gradient evaluations; zero with the score form.
-        curvature: κ, tau times the curvature of loss / T in its steepest direction, or what bounds the
-            steps of the score form (-1 with a step size of your own, which needs none). Where one did not look it
-            is carried on, in the units of this step's tau.
+        curvature: κ, tau times the curvature of loss / T in its steepest direction, or the number that bounds the
+            steps of the score form (-1 with a step size of your own, which needs none). In steps without a
+            measurement it is the last one, in the units of this step's tau.
         residual: norm of the implicit equation at the mean, from one more gradient, in units of the
-            reference scale: of the size of that gradient's noise when the equation is solved; infinite
-            where that gradient is not finite, NaN where one did not look.
+            reference scale: about as large as the noise of that gradient when the equation is solved; infinite if
+            that gradient is not finite, NaN in steps without a measurement.
         mean_error: standard error of the mean as solution of the implicit equation, `(dim,)`, in units of
             the parameters; infinite where it is unknown, as it is after one step.
         num_steps: inner steps done.
         converged: whether error and average drift fell below `tolerance`; false without one.
-        looked: whether curvature and residual were looked at, see `diagnose_every`.
-        loss: at the points of the first inner step, on its minibatch; None of a loss without minibatches.
+        looked: whether curvature and residual were measured, see `diagnose_every`.
+        loss: at the points of the first inner step, on its minibatch; None for a loss without minibatches.
     """
 
     ok: Array
@@ -143,25 +143,27 @@ Evaluate = Callable[[Array, Array], tuple[Array, GradientEstimate]]
 class RobbinsMonro(Fit):
     """The paper's heat step.
 
-    About 1 + κ steps are needed before directions in which the loss is flat have moved, κ being tau times
-    the steepest curvature of loss / T; fewer leave the mean near the centre. `info.residual` tells.
+    Let κ be tau times the steepest curvature of loss / T. In directions in which the loss is flat, the mean needs
+    about 1 + κ steps to move; with fewer it stays near the centre. `info.residual` shows that.
 
-    `info.mean_error` holds the noise and the part of the way that is left, both by the curvature met on
-    the way. Do not trust it after fewer than about a hundred steps or 1 + κ of them (a `residual` far
-    above the gradient's noise tells), nor where the equation has several roots: it is the error of the
-    nearest. Above 32 parameters it leaves out how they are correlated. Of natural steps, which are few, it is the
-    scatter of their gradients, as if the loss were flat: too large where it is steep.
+    `info.mean_error` contains the noise and the remaining way to the solution, both estimated from the curvature
+    along the way. Do not trust it after fewer than about a hundred steps or 1 + κ steps (the `residual` is then
+    far above the noise of the gradient). If the equation has several roots, it is the error of the nearest one.
+    Above 32 parameters it leaves out correlations. For natural steps, which are few, it is the scatter of their
+    gradients, as if the loss were flat, and too large where the loss is steep.
 
-    With minibatches the five gradients of five inner steps are all that is evaluated, but for `diagnose_every`:
-    the history's loss comes with the first of them, and so is that at a draw of the reference about the centre.
+    With minibatches five inner steps need five gradients, and some more as `diagnose_every` says. The loss in the
+    history comes with the first of them, so it is the loss at a draw of the reference around the centre.
 
     Args:
         num_steps: inner steps, at most; each draws fresh noise and a fresh minibatch.
-        antithetic: average the gradients at ±ξ (two gradients per step): the error then has no linear
-            part, and quadratics are solved without noise. Without, the score form subtracts the loss at
-            the mean instead. Default: pairs, but not for gradients of minibatches, whose noise they leave.
-        averaging: return the weighted average of the iterates instead of the last one. Default: yes, but for
-            up to 32 steps by gradients of minibatches, which are natural where they may be (not with a tolerance).
+        antithetic: average the gradients at ±ξ (two gradients per step). The error then has no linear part, and
+            quadratics are solved without noise. Without pairs, the score form subtracts the loss at the mean
+            instead. Default: pairs, but not for gradients of minibatches, since pairs do not reduce the noise of a
+            batch.
+        averaging: return the weighted average of the iterates instead of the last one. Default: yes, except for up
+            to 32 steps with gradients of minibatches and without a tolerance. These are natural steps where the
+            curvature allows that.
         step_size: None for the steps above; a number or a schedule of the inner step (from 0) in units
             of tau / T otherwise: `lambda j: 1 / (j + 1)` are the natural steps.
         gradient: `"reparametrized"`, gradients of the loss; `"score"`, values of the loss alone, which
@@ -169,8 +171,9 @@ class RobbinsMonro(Fit):
         num_pairs: noise vectors per step.
         tolerance: None for all of `num_steps`; otherwise stop once the error of the mean and the average
             drift, their largest coordinates in units of the reference scale, are below it.
-        diagnose_every: outer steps from one look at curvature and residual to the next; a rejected step is
-            followed by one. Default: so many that they cost some 3 % of the evaluations, besides the first look.
+        diagnose_every: interval, in outer steps, at which curvature and residual are measured; they are also
+            measured after a rejected step. Default: so long that this takes some 3 % of the evaluations, besides
+            the first time.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -292,12 +295,12 @@ class RobbinsMonro(Fit):
         return state._replace(age=age), reference._replace(mean=mean), info
 
     def after_rejection(self, old: RobbinsMonroState, new: RobbinsMonroState) -> RobbinsMonroState:
-        """The old state, whose curvature is looked at again: that it has grown may be the cause."""
+        """The old state; its curvature is measured again, since a larger one may be the cause."""
         del new
         return old._replace(age=jnp.zeros_like(old.age))
 
     def center_loss(self, info: RobbinsMonroInfo) -> Array | None:
-        """The loss that came with the first gradient, of minibatches."""
+        """The loss that came with the first gradient, if there are minibatches."""
         return info.loss
 
     def _look(

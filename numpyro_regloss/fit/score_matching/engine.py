@@ -48,16 +48,16 @@ class ScoreMatchingInfo(NamedTuple):
         ok: the Gaussian is finite, and not one weighted draw alone.
         num_loss: zero.
         num_grad: gradient evaluations of the fit's own; zero where scores come with the draws.
-        mean_error: standard error of the mean given the law of the draws, `(dim,)`; infinite when one draw carries
-            all weight.
+        mean_error: standard error of the mean given the distribution of the draws, `(dim,)`; infinite when one
+            draw carries all weight.
         covariance_error: standard errors of the covariance: `(dim, dim)` for a dense one, `(dim,)` of the
             variances for a diagonal or low-rank one, `()` for an isotropic one; None with that of the reference.
         divergence: the Fisher divergence per dimension that is left: zero, up to rounding, where q is a Gaussian
             of the family; one and more where scores have nothing to do with their draws.
-        floored: whether draws and scores left the covariance open: fewer draws than dim + 2, coordinates that do
-            not vary, scores that do not.
+        floored: whether draws and scores did not determine the covariance: there were fewer draws than dim + 2, or
+            coordinates or scores that do not vary.
         converged: whether factors converged and batches had settled; True where there are none.
-        num_steps: batches that a target was asked for; zero with draws.
+        num_steps: batches that were drawn for a target; zero with draws.
         names: of the coordinates, where the samples had names; None within compiled code.
     """
 
@@ -78,8 +78,8 @@ class ScoreMatching(Fit):
     """Least Fisher divergence between draws with scores and a Gaussian.
 
     Needs draws that have scores: those of `shift.NUTS`, `HMC` and `AdaptiveImportance`, of `SMC` and `Kernel`
-    where they use gradients. They need not be draws of q: of a Gaussian q any points will do. Where q is skewed
-    the result depends on their law, and draws of q give its mean.
+    where they use gradients. They need not be draws of q: for a Gaussian q any points are enough. If q is skewed,
+    the result depends on the distribution of the draws; with draws of q the mean is that of q.
 
     Args:
         covariance: `"reference"`: the mean only, with the covariance of the reference; `"isotropic"`,

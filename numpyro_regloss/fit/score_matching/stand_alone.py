@@ -58,14 +58,14 @@ def score_matching(
 ) -> FitResult:
     """The Gaussian whose scores are nearest to those of a density: least Fisher divergence.
 
-    From samples with scores it is a regression in closed form. Of a Gaussian density the result is exact from
-    dim + 2 samples, whatever they were drawn from; of another the samples' law matters, and the fitted mean is the
-    density's where they were drawn from it.
+    From samples with scores it is a regression in closed form. For a Gaussian density the result is exact with dim
+    + 2 samples, whatever they were drawn from. For other densities the distribution of the samples matters: if
+    they were drawn from the density, the fitted mean is its mean.
 
-    From a target it draws its own samples, by batch and match: each batch from a Gaussian that the batch before
-    gave, until that one has settled; the family is then fitted to the draws of the last batches. It takes fewer
-    gradients than the other directions where the target is nearly Gaussian. Where that is strongly skewed
-    (`info.divergence` about one) the result is too narrow, and `reverse_kl` or `forward_kl` are better.
+    For a target it draws its own samples, by batch and match. It draws each batch from the Gaussian that the last
+    batch gave, until that Gaussian has settled. Then it fits the family to the draws of the last batches. If the
+    target is nearly Gaussian, this takes fewer gradients than both directions of KL. If the target is strongly
+    skewed (`info.divergence` about one), the result is too narrow, and `reverse_kl` or `forward_kl` are better.
 
     Args:
         samples_or_target: samples as for `forward_kl`: an array `(draw, dim)` or `(chain, draw, dim)` with
@@ -88,8 +88,8 @@ def score_matching(
             if that is more, and 128 beyond 256 dimensions.
 
     Returns:
-        The Gaussian and the info, with standard errors given the law of the samples. Under `jax.jit` values are
-        not checked and there are no warnings: look at `info.ok` and `info.converged`.
+        The Gaussian and the info, with standard errors given the distribution of the samples. Under `jax.jit`
+        values are not checked and there are no warnings: look at `info.ok` and `info.converged`.
 
     Raises:
         TypeError: if an argument is of the wrong kind.

@@ -90,7 +90,7 @@ class AdaptiveImportanceInfo(NamedTuple):
     """Diagnostics of one shift.
 
     Attributes:
-        ok: the weights are even enough, and have a mean, as far as k-hat can tell.
+        ok: the weights are even enough, and k-hat is low enough for them to have a mean.
         num_loss: loss evaluations without a gradient.
         num_grad: evaluations of the loss and its gradient.
         ess: effective sample size 1 / Σ w² of the weights, not smoothed.
@@ -142,20 +142,21 @@ class _Round(NamedTuple):
 class AdaptiveImportance(Shift):
     """Importance sampling from a Gaussian that follows q, for a q that is nearly Gaussian.
 
-    Regularized targets mostly are. Where q is not (several modes, funnels, heavy skew), weights are uneven and the
-    step is rejected: use `NUTS` or `SMC` there. Scouts, points that walk downhill from draws of the reference,
-    look for modes that the proposal lacks: before a first step is believed they walk for eight rounds, or until 24
-    walks have ended at the one mode. A mode whose valley holds hardly a part of the reference is not found.
+    Most regularized targets are nearly Gaussian. Where q is not (several modes, funnels, heavy skew), weights are
+    uneven and the step is rejected: use `NUTS` or `SMC` there. *Scouts* are points that walk downhill from draws
+    of the reference. They look for modes that the proposal misses. Before a first step is accepted, they walk for
+    eight rounds, or until 24 walks have ended at the only mode. A mode is not found if its valley contains hardly
+    any of the reference.
 
     Args:
         num_samples: draws of a round, an even number: antithetic pairs.
         covariance: of the proposal: `"dense"`, `"diagonal"`, or `"auto"`: dense up to 500 dimensions where there
             are four draws for each.
         max_rounds: rounds of a step at most.
-        defensive: share of the draws that come from the reference and from about another mode, half and half, from
-            0 up to 0.5. Without, there are no scouts.
-        gradient: whether the proposal follows scores; without, it follows the draws' own moments, which takes more
-            draws.
+        defensive: share of the draws, from 0 to 0.5, of which one half comes from the reference and one half from
+            around another mode. With 0 there are no scouts.
+        gradient: whether the proposal follows scores. Without them it follows the moments of the draws, and that
+            takes more draws.
         ess: effective sample size of the weights, as a share of the draws, below which a step is rejected.
 
     Raises:
@@ -252,7 +253,7 @@ class AdaptiveImportance(Shift):
     def step(
         self, rng_key: Key, state: AdaptiveImportanceState, target: RegularizedLoss
     ) -> tuple[AdaptiveImportanceState, StoredDraws, AdaptiveImportanceInfo]:
-        """Rounds until the weights fit, and the draws of the last.
+        """Rounds until the weights are even enough, and the draws of the last round.
 
         Args:
             rng_key: a random key.
@@ -331,7 +332,7 @@ class AdaptiveImportance(Shift):
     def after_rejection(
         self, old: AdaptiveImportanceState, new: AdaptiveImportanceState
     ) -> AdaptiveImportanceState:
-        """Goes on with the new proposal, if it is one: a far target may take more rounds than a step has."""
+        """Goes on with the new proposal, if it is valid: a far target may take more rounds than a step has."""
         usable = all_finite((new.proposal, new.reference))
         return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)
 

@@ -82,10 +82,10 @@ class HMC(_Hamiltonian):
             1.25 times as long. A quarter period of the standard normal is pi / 2.
         step_size: initial step size in units of the mass matrix.
         target_accept_prob: acceptance that the step size is tuned to.
-        metric: what the mass matrix is estimated from and, unless `dense_mass`, its form: "low_rank", from draws
-            and their scores, dense up to 64 parameters and beyond diagonal but for 32 directions; "scores", a
-            diagonal one from both; "variance", a diagonal one from draws alone, as Stan's, for losses whose
-            gradients are not those of their values.
+        metric: how the mass matrix is estimated and, unless `dense_mass` is set, its form. "low_rank" uses draws
+            and their scores: the matrix is dense up to 64 parameters, and beyond that diagonal plus 32 directions.
+            "scores" is diagonal, from draws and scores. "variance" is diagonal, from draws alone, as in Stan; it
+            is for losses whose gradients do not belong to their values.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -136,10 +136,10 @@ class NUTS(_Hamiltonian):
         max_tree_depth: at most `2**max_tree_depth` leapfrog steps per draw.
         step_size: initial step size in units of the mass matrix.
         target_accept_prob: acceptance that the step size is tuned to.
-        metric: what the mass matrix is estimated from and, unless `dense_mass`, its form: "low_rank", from draws
-            and their scores, dense up to 64 parameters and beyond diagonal but for 32 directions; "scores", a
-            diagonal one from both; "variance", a diagonal one from draws alone, as Stan's, for losses whose
-            gradients are not those of their values.
+        metric: how the mass matrix is estimated and, unless `dense_mass` is set, its form. "low_rank" uses draws
+            and their scores: the matrix is dense up to 64 parameters, and beyond that diagonal plus 32 directions.
+            "scores" is diagonal, from draws and scores. "variance" is diagonal, from draws alone, as in Stan; it
+            is for losses whose gradients do not belong to their values.
 
     Raises:
         TypeError: if a setting is of the wrong kind.

@@ -88,7 +88,7 @@ class HMCState(NamedTuple):
     Attributes:
         x: last positions of the chains, `(chain, dim)`.
         step_size: in units of the mass matrix, shared by the chains.
-        coordinates: what the mass matrix is, shared by the chains.
+        coordinates: the mass matrix, shared by the chains.
         warm: whether step size and mass matrix are adapted.
     """
 
@@ -99,7 +99,7 @@ class HMCState(NamedTuple):
 
 
 class HMCInfo(NamedTuple):
-    """Diagnostics of one shift, over all chains, warm-up left out but for the evaluations.
+    """Diagnostics of one shift, over all chains; the warm-up counts in the evaluations only.
 
     Attributes:
         ok: draws are finite and the chains moved.
@@ -107,8 +107,9 @@ class HMCInfo(NamedTuple):
         num_grad: gradient evaluations, warm-up included.
         accept_prob: mean acceptance probability.
         step_size: of the leapfrog integrator, in units of the mass matrix (1 is about a standard deviation of q).
-        num_divergent: divergent transitions, with those that ended at a wall, beyond which the loss is infinite:
-            they may be most of all where draws are right, as they are while chains agree (`rhat`).
+        num_divergent: divergent transitions, including those that ended at a wall, beyond which the loss is
+            infinite. At a wall most transitions may be divergent although the draws are right, as they are while
+            chains agree (`rhat`).
         num_steps: mean number of leapfrog steps per transition.
         ess: least effective sample size of the mean over the coordinates.
         rhat: greatest split R-hat over the coordinates.

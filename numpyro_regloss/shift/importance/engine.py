@@ -81,25 +81,25 @@ class ImportanceInfo(NamedTuple):
 class Importance(Shift):
     """Self-normalized importance sampling from the reference.
 
-    With `ess` the weights cannot degenerate, wherever the reference is: the temperature of each step is
-    such that a given share of the draws counts, far from the minimum a high one and near it a low one. The
-    target's own temperature is then not used (but where all losses are equal), and the step is that of another
-    regularized loss at every centre: no F_tau is sure to fall. The temperature is in the draws and in the history.
+    With `ess` the weights cannot degenerate, wherever the reference is. Each step sets its temperature so that the
+    effective sample size is a given share of the draws: far from the minimum a high temperature, and near it a low
+    one. The target's own temperature is then not used (unless all losses are equal). Every step minimizes another
+    regularized loss, so no F_tau is sure to fall. The temperature is in the draws and in the history.
 
     Args:
         num_samples: size of the cloud.
-        antithetic: draw pairs mean ± scale ξ: the linear part of the loss then causes no error. Where the mean is
-            a mirror, loss(mean + o) = loss(mean - o), and no minimum (q is wider there than the reference along
-            some direction), pairs would keep it for ever: only their first members, which are independent draws,
-            then have a weight.
+        antithetic: draw pairs mean ± scale ξ: the linear part of the loss then causes no error. There is one
+            exception: if the loss is symmetric about the mean, loss(mean + o) = loss(mean - o), and the mean is
+            not a minimum (q is wider than the reference along some direction), pairs would keep the mean there
+            forever. Then only the first members of the pairs, which are independent draws, have a weight.
         chunk_size: draws evaluated at once; default: about two megabytes of them, fewer when the loss
-            holds much data, and all of them of an external loss. A Sobol net is never divided. With
-            `num_samples` or more, each step calls the loss once, on all draws and the center: for a simulator that
-            has a price per call.
+            holds much data, and all of them of an external loss. A Sobol net is never divided. With `num_samples`
+            or more, each step calls the loss once, on all draws and the center. This is for simulators with a high
+            cost per call.
         noise: `"normal"`: independent ξ_j; `"sobol"`: independently scrambled Sobol nets, each of the
             largest power of two that leaves `num_scrambles` of them: smaller errors where few directions
             matter and the loss is smooth, in up to 21,201 dimensions.
-        num_scrambles: Sobol nets at least, from the scatter of which the errors follow; eight or more.
+        num_scrambles: the least number of Sobol nets, eight or more; errors are computed from their scatter.
         pareto_smoothing: replace the largest weights by quantiles of the Pareto distribution that fits them:
             less noise, some bias.
         ess: None, or the effective sample size to be reached as a share of the draws with finite loss, between
@@ -152,7 +152,7 @@ class Importance(Shift):
                 )
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> tuple[()]:
-        """Nothing is carried from one cloud to the next.
+        """Returns an empty state: clouds do not depend on each other.
 
         Args:
             rng_key: unused.
@@ -272,7 +272,7 @@ class Importance(Shift):
         return cloud, info
 
     def losses(self, rng_key: Key, target: RegularizedLoss) -> Array:
-        """The losses alone of the cloud that `step` draws from this key, and not that of the center.
+        """The losses of the cloud that `step` draws from this key, without that of the center.
 
         Args:
             rng_key: a random key.

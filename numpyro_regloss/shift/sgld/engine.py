@@ -85,9 +85,9 @@ class SGLDState(NamedTuple):
         x: where the chains stopped, `(chain, dim)`, or None if they start at the centre.
         moment: of the gradients, for `RMSprop`, or None.
         direction: unit vector of the steepest curvature so far, `(dim,)`.
-        curvature: of the regularized target along it, when one last looked.
-        warm: whether it has been looked for.
-        age: steps since one looked; at zero the next one does.
+        curvature: of the regularized target along `direction`, when it was last measured.
+        warm: whether the curvature has been measured.
+        age: steps since the last measurement; at zero the next step measures.
     """
 
     x: Any
@@ -104,16 +104,16 @@ class SGLDInfo(NamedTuple):
     Attributes:
         ok: draws and losses are finite, and the chains did not diverge.
         num_loss: zero: losses come with the gradients.
-        num_grad: gradient evaluations, warm-up and the look at the curvature included.
+        num_grad: gradient evaluations, including warm-up and the measurement of the curvature.
         step_size: the largest one.
         stability: step size times the steepest curvature of the regularized target, on one batch where a chain
-            starts; from 2 on chains diverge, and well below 1 the bias is small. Where one did not look the
-            curvature is that of the last look.
-        growth: how much longer moves are at the end than in the beginning; far above one they diverge. NaN where
-            one did not look and the step size is stable.
+            starts; from 2 on chains diverge, and well below 1 the bias is small. In steps without a measurement
+            the curvature is the last one that was measured.
+        growth: how much longer moves are at the end than in the beginning; far above one the chains diverge. NaN
+            in steps without a measurement, if the step size is stable.
         ess: effective sample size of the mean, from batches of the chain, over all coordinates together; NaN in
             the same steps.
-        looked: whether curvature, growth and ess were looked at, see `diagnose_every`.
+        looked: whether curvature, growth and ess were measured, see `diagnose_every`.
     """
 
     ok: Array
@@ -130,13 +130,14 @@ class SGLDInfo(NamedTuple):
 class SGLD(Shift):
     """Langevin dynamics with minibatches.
 
-    Directions in which the loss is flat relax within about tau / (T step_size) inner steps. Shorter chains that
-    start at the centre give a mean between it and that of q, that is a shorter outer step. The fit's `mean_error`
-    does not count this, nor the bias by the step size.
+    In directions in which the loss is flat, a chain needs about tau / (T step_size) inner steps to reach q.
+    Shorter chains that start at the centre give a mean between the centre and the mean of q, and so a shorter
+    outer step. The fit's `mean_error` includes neither this nor the bias by the step size.
 
-    With minibatches five inner steps are five gradients, but for `diagnose_every`. Losses come with the gradients:
-    that of a draw is then the one that its batch had where the step to it began, and that of the centre in the
-    history the one of the first step. Without minibatches losses are those of the draws, for one gradient more.
+    With minibatches five inner steps need five gradients, and some more as `diagnose_every` says. Losses come with
+    the gradients. So the loss of a draw is that of its batch at the start of the step to the draw, and the loss of
+    the centre in the history is that of the first step. Without minibatches losses are those of the draws, for one
+    gradient more.
 
     Args:
         step_size: η > 0, in squared units of the parameters per unit of the loss; a number, or a schedule of the
@@ -147,20 +148,22 @@ class SGLD(Shift):
         preconditioner: None, a fixed diagonal P > 0 of shape `(dim,)` in the order of `loss.flat_names`, or
             `RMSprop()`, for which the bias does not vanish with the step size.
         averaging_decay: None for plain averages, otherwise weights decay^(age of the draw), between 0 and 1:
-            Entropy-SGD has 0.75. They are normalized: no weight is left on the start. Errors of such averages
-            rest on few and correlated draws and are too small, for 0.75 by a factor of up to about two.
+            Entropy-SGD has 0.75. They are normalized, so the start has no weight. Errors of such averages are
+            based on few, correlated draws and are too small, for 0.75 by a factor of up to about two.
         start: `"center"` (the paper) or `"last"`, where the chains stopped in the last outer step.
         noise: `"normal"`, or `"two_point"`: ±1, cheaper, of the same mean and covariance, so that averages have
             the same order of accuracy in the step size.
-        keep: what the fit gets: `"draws"`; `"batch_means"` of a few dozen batches of consecutive draws, with the
-            variances within, which give the mean, variances and their errors in the memory of a few dozen draws;
-            `"auto"` stores draws of up to 1,000 parameters and a million numbers.
+        keep: what the fit gets. `"draws"` are the draws themselves. `"batch_means"` are the means of a few dozen
+            batches of consecutive draws, with the variances within. They give the mean, variances and their errors
+            in the memory of a few dozen draws. `"auto"` stores draws of up to 1,000 parameters and a million
+            numbers, and batch means beyond.
         perturbation: None, or the variance p > 0 of a random weight perturbation, in squared units of the
-            parameters; a number, or `(dim,)` in the order of `loss.flat_names`. Gradients are then taken at
-            points that much aside, one per step: Langevin dynamics on the heat regularization of the loss
-            (fSGLD). Losses are those at the perturbed points. The noise is of the kind that `noise` says.
-        diagnose_every: outer steps from one look at curvature, growth and ess to the next; a rejected step is
-            followed by one. Default: so many that they cost some 3 % of the gradients, besides the first look.
+            parameters; a number, or `(dim,)` in the order of `loss.flat_names`. Each gradient is then taken at a
+            perturbed point: Langevin dynamics on the heat regularization of the loss (fSGLD). Losses are those at
+            the perturbed points. The distribution of the perturbation is that of `noise`.
+        diagnose_every: interval, in outer steps, at which curvature, growth and ess are measured; they are also
+            measured after a rejected step. Default: so long that this takes some 3 % of the gradients, besides the
+            first time.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -330,12 +333,12 @@ class SGLD(Shift):
         return state, draws, self._info(draws, last, state.curvature, spent, looked)
 
     def after_rejection(self, old: SGLDState, new: SGLDState) -> SGLDState:
-        """The old state, whose curvature is looked at again: that it has grown may be the cause."""
+        """The old state; its curvature is measured again, since a larger one may be the cause."""
         del new
         return old._replace(age=jnp.zeros_like(old.age))
 
     def center_loss(self, draws: StoredDraws | BatchMeans) -> Array | None:
-        """The loss that came with the first gradients; None where it is not that of the centre."""
+        """The loss that came with the first gradients; None if that is not the loss at the centre."""
         return draws.center_loss
 
     @property

@@ -61,8 +61,8 @@ class SecondMoment(NamedTuple):
 class RMSprop:
     """A diagonal preconditioner 1 / (damping + sqrt(V)) with V a running mean of squared gradients.
 
-    It moves with the chain, and the correction for that is left out, as in the paper: unlike with a fixed
-    preconditioner, the bias of averages does not vanish with the step size.
+    The preconditioner changes along the chain, and the correction for that is left out, as in the paper. So,
+    unlike with a fixed preconditioner, the bias of averages does not vanish with the step size.
 
     Args:
         decay: of the running mean per inner step, between 0 and 1.

@@ -65,12 +65,12 @@ class SMCInfo(NamedTuple):
         log_evidence_error: standard error of it, from the spread of islands, and for moves of `"hmc"` from the
             share of particles that hardly moved, where all islands may miss something.
         ess: least effective sample size of the mean over the coordinates.
-        num_stages: rungs of the ladder.
-        accept_prob: mean acceptance probability at the last rung.
+        num_stages: number of densities from the reference to q.
+        accept_prob: mean acceptance probability at the last stage.
         step_size: of the moves at the end, see `SMC`.
         num_rejected: evaluations where the loss was NaN or -infinity: draws got weight zero, moves were rejected.
-        num_undefined: those of them at draws from the reference, which leave E exp(-loss / T) undefined; others
-            lie on the paths of moves, which may lead anywhere, and do no harm.
+        num_undefined: the rejected evaluations that are at draws from the reference; E exp(-loss / T) is then
+            undefined. The others are on the paths of moves, which may lead anywhere, and do no harm.
     """
 
     ok: Array
@@ -102,24 +102,25 @@ class _Carry(NamedTuple):
 class SMC(Shift):
     """Adaptive tempering from the reference to q, in islands.
 
-    Draws are `(num_islands, num_particles, dim)`, an island in the place of a chain, relatives side by side:
-    errors that count autocorrelation and the disagreement of chains count kinship and that of islands. Islands
-    are weighted by their evidence.
+    *Islands* are populations of particles that do not mix. Draws are `(num_islands, num_particles, dim)`: islands
+    take the place of chains, and particles with a common ancestor are next to each other. So errors that allow for
+    autocorrelation and the disagreement of chains allow for common ancestors and the disagreement of islands.
+    Islands are weighted by their evidence.
 
     Args:
         num_particles: in every island; a multiple of `num_moves`.
-        num_islands: populations that share ladder and tuning only, an even number; eight or more for errors that
-            can be trusted.
+        num_islands: populations that share only the temperatures and the tuning, an even number; take eight or
+            more for reliable errors.
         num_moves: states in a row from every survivor of resampling; more where acceptance is low.
-        moves: `"crank_nicolson"`, without gradients, which wants some hundred particles per dimension over all
-            islands; or `"hmc"`, which for a differentiable loss is better from about 20 dimensions on, and where
-            there are modes far apart.
+        moves: `"crank_nicolson"`, without gradients, which needs some hundred particles per dimension over all
+            islands; or `"hmc"`, for a differentiable loss, which is better from about 20 dimensions on and for
+            modes that are far apart.
         num_leapfrog: leapfrog steps, hence gradients, of a move of `"hmc"`.
-        ess_fraction: of the particles that are effective after reweighting, between 0 and 1: larger is a finer
-            ladder, of more stages, which in many dimensions pays.
-        max_stages: rungs after which a run that has not reached q is given up as not ok. Some twenty for q a
-            hundred times narrower than the reference in one direction, some twelve for each reference scale that
-            lies between their centres.
+        ess_fraction: share of the particles that are effective after reweighting, between 0 and 1. A larger share
+            means more stages, which pays in many dimensions.
+        max_stages: number of stages after which a run that has not reached q is given up as not ok. Some twenty
+            for q a hundred times narrower than the reference in one direction, some twelve for each reference
+            scale that lies between their centres.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -172,7 +173,7 @@ class SMC(Shift):
         return self.moves == "hmc"
 
     def init(self, rng_key: Key, target: RegularizedLoss) -> tuple[()]:
-        """Nothing is carried from one run to the next.
+        """Returns an empty state: runs do not depend on each other.
 
         Args:
             rng_key: unused.
