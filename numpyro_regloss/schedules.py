@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules of tau whose numbers are values: new ones do not recompile, unlike those of a rebuilt function."""
+"""Schedules of tau with numbers as values: new numbers do not recompile, unlike a new function."""
 
 from functools import partial
 from typing import Any
@@ -23,10 +23,10 @@ class Scoping:
     Args:
         tau: the first one, in squared units of the parameters; a number, or one for each parameter `(dim,)`.
         rate: > 0, per outer step.
-        least: the last one, > 0, in the units of `tau`; by default there is none to speak of.
+        least: the last one, > 0, in the units of `tau`; by default it is negligible.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a setting is not a number.
         ValueError: if it is not positive, or `least` exceeds `tau`.
 
     References:
@@ -72,10 +72,10 @@ class Geometric:
         first: tau of the first step, in squared units of the parameters; a number, or one for each parameter
             `(dim,)`.
         last: tau of the last step, in the same units and forms.
-        num_steps: outer steps until then, at least one.
+        num_steps: outer steps until the last tau, at least one.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a setting is not a number.
         ValueError: if it is not positive, or `last` exceeds `first`.
 
     Example:

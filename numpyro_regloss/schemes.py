@@ -51,7 +51,7 @@ def local_entropy(
         loss: the loss.
         tau: variance of the regularizer, in squared units of the parameters.
         shift: engine that draws from q; default `Auto()`, importance sampling from a Gaussian that follows q, and
-            NUTS where that is refused. Use `Importance(num_samples)` for losses without a gradient.
+            NUTS when no Gaussian is near enough to q. Use `Importance(num_samples)` for losses without a gradient.
         fit: default `ForwardKL()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss.
@@ -93,7 +93,7 @@ def heat(
     Args:
         loss: the loss.
         tau: variance of the regularizer, in squared units of the parameters.
-        fit: solver of the implicit equation; default `RobbinsMonro()`.
+        fit: finds the next centre, the root of an equation; default `RobbinsMonro()`.
         anchor: default `Proximal()`.
         temperature: T, in the units of the loss; only tau / T matters for the size of a step.
         record: a `Record`, for verdicts and values in the history.
@@ -134,10 +134,10 @@ def entropy_sgd(
 ) -> TwoStep:
     """Entropy-SGD: short cold Langevin chains, exponential averages, and an optimizer for the outer steps.
 
-    In the words of Chaudhari et al.: gamma = T / tau is the strength of the pull to the centre, sqrt(T) the noise,
-    `num_samples` their L, `step_size` their inner rate. `schedules.Scoping` lets gamma grow. Their average
-    leaves the weight 0.75^L on the centre, which is a factor of the outer rate; here there is none. The outer
-    step is handed the displacement x - E_q[x], without the factor gamma, as in their code.
+    In the notation of Chaudhari et al., gamma = T / tau is the strength of the pull to the centre, sqrt(T) the
+    noise, `num_samples` is L and `step_size` the inner rate. `schedules.Scoping` lets gamma grow. In their average
+    the centre has the weight 0.75^L, which acts as a factor of the outer rate; here it has none. The outer
+    optimizer gets the displacement x - E_q[x], without the factor gamma, as in their code.
 
     Args:
         loss: averaged over its rows, with a `Minibatch`, of which a fresh one is drawn at every inner step.
@@ -150,7 +150,8 @@ def entropy_sgd(
         noise: `"normal"` or `"two_point"`, which is cheaper.
         optimizer: an Optax optimizer, built once; a rate of one is a step all the way to the average. Default:
             that rate with a Nesterov momentum of 0.9.
-        mesh: devices of the run, see `TwoStep`; the one chain is not divided, but what a `Record` evaluates is.
+        mesh: devices of the run, see `TwoStep`. The single chain is not divided, but the evaluations of a `Record`
+            are.
 
     Returns:
         The optimizer.
@@ -197,8 +198,8 @@ def parle(
         tau: T / gamma, in squared units of the parameters; a number, a schedule, or values by group as for one
             replica.
         num_replicas: two at least.
-        coupling: the part of its distance from the mean that a replica gives up per outer step at a rate of one,
-            from 0 (not at all) to 1.
+        coupling: the share of its distance from the mean by which a replica moves towards the mean per outer step,
+            at a rate of one; from 0 (not at all) to 1.
         temperature: see `entropy_sgd`.
         step_size: see `entropy_sgd`.
         num_samples: see `entropy_sgd`.
@@ -211,7 +212,7 @@ def parle(
         The optimizer, of the loss of all replicas.
 
     Raises:
-        TypeError: if the loss is none, or the coupling no number.
+        TypeError: if `loss` is not a `Loss`, or the coupling not a number.
         ValueError: if the coupling is not between 0 and 1, or data are fewer than the replicas take at once.
 
     Example:
@@ -259,21 +260,22 @@ def anneal(
 ) -> TwoStep:
     """Looks for the global minimum of a loss with many local ones, without gradients.
 
-    Importance clouds whose temperature the effective sample size sets, moment matching, and a tau that
-    falls geometrically from `width`² to `last_width`² over `num_steps` steps. While the cloud is wider than the
-    ripples of a loss, the step follows what is left when they are averaged out. What decides is how slowly
-    the cloud narrows and how well its mean is known: `num_steps` and `num_samples`; a larger `ess` is slower and
-    surer. There is no theorem that the minimum is found, and no F_tau that falls at every step.
+    The scheme combines clouds of importance sampling with a temperature set by their effective sample size, moment
+    matching, and a tau that falls geometrically from `width`² to `last_width`² over `num_steps` steps. While the
+    cloud is wider than the ripples of a loss, the ripples are averaged out, and the step follows the rest. The
+    result depends on how slowly the cloud narrows and how exact its mean is: on `num_steps` and `num_samples`. A
+    larger `ess` is slower and safer. There is no theorem that the minimum is found, and no F_tau that falls at
+    every step.
 
     Args:
         loss: the loss.
-        width: standard deviation of the first cloud, in units of the parameters: half of the half-width of the
-            box in which the minimum is expected. A number, or where units differ one per group of parameters, as
-            for tau: `(dim,)`, or a pytree prefix of the parameters (a dict by site name for a model).
+        width: standard deviation of the first cloud, in units of the parameters: a quarter of the width of the box
+            in which the minimum is expected. A number, or, if units differ, one per group of parameters, as for
+            tau: `(dim,)`, or a pytree prefix of the parameters (a dict by site name for a model).
         num_steps: steps until the cloud has its last width, which it keeps.
-        last_width: standard deviation of the last cloud: about the precision wanted of the minimizer times
-            sqrt(num_samples); in the same forms; default: `width` / 10,000.
-        num_samples: loss evaluations per step, one for the centre aside: some tens per parameter.
+        last_width: standard deviation of the last cloud, in the same forms: about the wanted precision of the
+            minimizer times sqrt(num_samples). Default: `width` / 10,000.
+        num_samples: loss evaluations per step, and one more for the centre: some tens per parameter.
         ess: effective sample size as a share of the cloud.
         mesh: devices that divide the cloud, see `TwoStep`.
 
@@ -281,7 +283,7 @@ def anneal(
         The optimizer, to be run for `num_steps` steps.
 
     Raises:
-        TypeError: if the loss is none.
+        TypeError: if `loss` is not a `Loss`.
         ValueError: if a width is not positive, not for the loss's parameters, or the last is above the first.
 
     Example:
@@ -324,20 +326,21 @@ def gradient_free(
 ) -> TwoStep:
     """Trains a network from values of its loss alone.
 
-    Small importance clouds whose temperature T the effective sample size sets, and Adam on the gradient of the
-    local entropy that they estimate, T (x - E_q[x']) / tau with tau = `width`². As the loss falls so does T, and
-    so do the gradients, which Adam's memory turns into smaller steps. T is another one at every step, and so is
-    F_tau: none is sure to fall. Many small steps go further than few good ones, since Adam averages them.
+    Small clouds of importance sampling, with a temperature T set by their effective sample size, estimate the
+    gradient of the local entropy, T (x - E_q[x']) / tau with tau = `width`². Adam follows that gradient. As the
+    loss falls, T and the gradients fall too, and Adam's memory turns smaller gradients into smaller steps. T and
+    F_tau change at every step, so no F_tau is sure to fall. Many small clouds go further than few large ones,
+    since Adam averages over steps.
 
     It is `TwoStep(loss, width**2, shift.Importance(num_samples, ess=ess), fit.ForwardKL(),
     anchor.Optax(optax.adam(...)))`; write that for another optimizer.
 
     Args:
         loss: the loss; with a `Minibatch` each step has one batch.
-        width: standard deviation of the clouds, in units of the parameters; for a network a fraction of the size
-            of its weights: wide enough that the loss changes within it, where it is a staircase. A number, or one
-            per group of parameters, as for `anneal`.
-        num_samples: loss evaluations per step, one for the centre aside, in antithetic pairs.
+        width: standard deviation of the clouds, in units of the parameters. For a network it is a fraction of the
+            size of its weights. If the loss is a staircase, it must be wide enough that the loss changes within a
+            cloud. A number, or one per group of parameters, as for `anneal`.
+        num_samples: loss evaluations per step in antithetic pairs, and one more for the centre.
         rate: of Adam, in widths per step.
         ess: effective sample size as a share of the cloud.
         chunk_size: draws evaluated at once, see `shift.Importance`.
@@ -348,7 +351,7 @@ def gradient_free(
         The optimizer.
 
     Raises:
-        TypeError: if the loss is none.
+        TypeError: if `loss` is not a `Loss`.
         ValueError: if a width or the rate is not positive, or a width not for the loss's parameters.
 
     Example:

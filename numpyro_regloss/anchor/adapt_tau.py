@@ -41,7 +41,7 @@ class AdaptTauState(NamedTuple):
 
     Attributes:
         factor: tau over the first tau.
-        anchor: the state of the anchor within.
+        anchor: state of the inner anchor.
     """
 
     factor: Array
@@ -55,9 +55,9 @@ class AdaptTauInfo(NamedTuple):
         ok: the next reference may be used.
         num_loss: loss evaluations.
         num_grad: gradient evaluations.
-        ess: share of the draws of a cloud that would count.
+        ess: effective sample size of a cloud, as a share of its draws.
         factor: the next tau over the first tau.
-        anchor: info of the anchor within.
+        anchor: info of the inner anchor.
     """
 
     ok: Array
@@ -70,11 +70,11 @@ class AdaptTauInfo(NamedTuple):
 
 @pytree_dataclass
 class AdaptTau(Anchor):
-    """Another anchor, with a tau that keeps the effective sample size near a share of the draws.
+    """Wraps another anchor, and adapts tau so that the effective sample size stays near a share of the draws.
 
-    The regularized loss changes with tau, as under a schedule. The tau of the optimizer is the first one, and its
-    schedule, if it is one, is not followed; the history has the tau in force. A rejected step, such as one of a
-    cloud without overlap, halves tau.
+    The regularized loss changes with tau, as with a schedule. The tau of the optimizer is only the first one; if
+    it is a schedule, the schedule is not followed. The history has the tau that each step used. A rejected step,
+    such as one of a cloud without overlap, halves tau.
 
     Args:
         anchor: moves the centre.
@@ -84,7 +84,7 @@ class AdaptTau(Anchor):
         most: largest tau, in units of the first.
 
     Raises:
-        TypeError: if a number is none, or the anchor is no anchor.
+        TypeError: if a setting is not a number, or `anchor` is not an anchor.
         ValueError: if a setting is out of range, or the anchor has a scale of its own.
 
     Example:
@@ -133,7 +133,7 @@ class AdaptTau(Anchor):
             )
 
     def check_fit(self, fit: Any) -> None:
-        """Refuses fits without draws, and those that the anchor within refuses.
+        """Refuses fits without draws, and fits that the inner anchor refuses.
 
         Args:
             fit: of the optimizer under construction.
@@ -156,7 +156,7 @@ class AdaptTau(Anchor):
     def after_rejection(
         self, state: AdaptTauState, reference: AnyGaussian
     ) -> tuple[AdaptTauState, AnyGaussian]:
-        """Half of tau, unless that is too little.
+        """Halves tau, unless it would become too small.
 
         Args:
             state: before the step.
@@ -176,7 +176,7 @@ class AdaptTau(Anchor):
         fitted: AnyGaussian,
         fit_info: Any,
     ) -> tuple[AdaptTauState, AnyGaussian, AdaptTauInfo]:
-        """Moves the reference by the anchor within, then rescales it.
+        """Moves the reference with the inner anchor, then rescales it.
 
         Args:
             rng_key: a random key.

@@ -50,8 +50,8 @@ class AndersonState(NamedTuple):
         gradient: -∇F_tau / T there, `(memory, dim)`: unlike e it does not depend on tau.
         noise: squared standard error of e over its squared length, `(memory,)`.
         used: whether there is such a pair, `(memory,)`.
-        place: of the next pair.
-        last: the last step, to be judged from where it led.
+        place: position of the next pair in the buffers.
+        last: the last step, which is judged where it led.
     """
 
     mean: Array
@@ -64,16 +64,16 @@ class AndersonState(NamedTuple):
 
 @pytree_dataclass
 class Anderson(Anchor):
-    """N(Σ a_j m_j, tau I); the plain step where that decreases the regularized loss by more.
+    """N(Σ a_j m_j, tau I), or the plain step if that decreases the regularized loss by more.
 
-    Works with every fit. Where it does not work from draws, there is only the judgement after the step.
+    Works with every fit. If the fit does not use draws, steps are judged only afterwards.
 
     Args:
-        memory: pairs that are combined, the present one among them.
+        memory: number of pairs that are combined, including the present one.
         max_step: longest distance beyond the plain step, in units of sqrt(tau dim).
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a setting is not a number.
         ValueError: if a setting is out of range.
 
     Example:

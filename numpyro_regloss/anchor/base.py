@@ -46,18 +46,18 @@ class Anchor(Protocol):
         del fit
 
     def first_reference(self, reference: Gaussian) -> Gaussian:
-        """The reference of the first step, of the structure that all later ones have.
+        """The reference of the first step, in the structure of all later ones.
 
         Args:
             reference: N(start, tau I), or with one variance per parameter.
 
         Returns:
-            The same Gaussian, of another structure where the scale is the anchor's.
+            The same Gaussian; in another structure if the anchor sets the scale.
         """
         return reference
 
     def after_rejection(self, state: Any, reference: AnyGaussian) -> tuple[Any, AnyGaussian]:
-        """What to go on with after a rejected step: state and reference as they were, unless tau must fall.
+        """State and reference after a rejected step: both as they were, unless tau must fall.
 
         Args:
             state: before the step.
@@ -104,7 +104,7 @@ class Anchor(Protocol):
         ...
 
     def remedy(self, info: Any, ok: Any) -> str:
-        """What the diagnostics of a run say is wrong and what to change, see `shift.Shift.remedy`.
+        """What is wrong by the diagnostics of a run, and what to change; see `shift.Shift.remedy`.
 
         Args:
             info: of all steps, as NumPy arrays with a leading axis.

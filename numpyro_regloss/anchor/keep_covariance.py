@@ -33,14 +33,14 @@ MOST_ERROR = 0.5
 
 
 class KeepCovarianceInfo(NamedTuple):
-    """What became of the fitted covariance.
+    """Diagnostics of the fitted covariance.
 
     Attributes:
         ok: the next reference may be used.
         num_loss: loss evaluations.
         num_grad: gradient evaluations.
-        kept: whether it is the next reference's; else, when a variance is known to 50 % at best, the scale stays
-            and the reference moves to the fitted mean, as with `Proximal`.
+        kept: whether the next reference has this covariance. If not, since the error of a variance is 50 % or
+            more, the scale stays and the reference moves to the fitted mean, as with `Proximal`.
         num_floored: eigenvalues that were raised.
         num_capped: eigenvalues that were lowered.
     """
@@ -55,9 +55,10 @@ class KeepCovarianceInfo(NamedTuple):
 
 @pytree_dataclass
 class KeepCovariance(Anchor):
-    """N(fitted mean, inflation times the fitted covariance), its eigenvalues between floor and ceiling.
+    """N(fitted mean, inflation times the fitted covariance), with eigenvalues between floor and ceiling.
 
-    The tau of the optimizer is that of the first reference only; the history has the marginal variances in force.
+    The tau of the optimizer is only that of the first reference; the history has the marginal variances of each
+    step.
 
     Args:
         covariance: the structure, that of the fit: `"isotropic"`, `"diagonal"` or `"dense"`.
@@ -66,7 +67,7 @@ class KeepCovariance(Anchor):
         ceiling: largest eigenvalue, in units of the first tau.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a setting is not a number.
         ValueError: if a setting is out of range.
 
     Example:

@@ -49,11 +49,11 @@ SHORTER, LONGER = 4.0, 2.0
 
 
 class NewtonState(NamedTuple):
-    """What the next step needs to know of this one.
+    """What the next step needs to know about this one.
 
     Attributes:
-        last: the step, to be judged from where it led.
-        radius: bound of the next one, a fraction of `max_step`.
+        last: the step, which is judged where it led.
+        radius: bound on the next step, a fraction of `max_step`.
     """
 
     last: safeguard.Last
@@ -62,21 +62,22 @@ class NewtonState(NamedTuple):
 
 @pytree_dataclass
 class Newton(Anchor):
-    """N(x + (I - C / tau)⁻¹ (m - x), tau I); the plain step, N(m, tau I), where that decreases F_tau by more.
+    """N(x + (I - C / tau)⁻¹ (m - x), tau I), or the plain step N(m, tau I) if that decreases F_tau by more.
 
-    The fit must match moments, as `fit.ForwardKL` does. The curvature C is that of the scores of the draws, which
-    NUTS, HMC and AdaptiveImportance have, or their covariance. With three effective draws per parameter that have
-    scores, the two steps are not compared by halves of the draws, which know less than all of them: the step is
-    taken, and taken back where the gradient at its end says that F_tau rose.
+    The fit must match moments, as `fit.ForwardKL` does. The curvature C comes from the scores of the draws, which
+    NUTS, HMC and AdaptiveImportance have, or from the covariance of the draws. With at least three effective draws
+    with scores per parameter, the two steps are not compared beforehand, since half of the draws estimate a
+    curvature less well than all. The step is then taken, and undone if the gradient at its end says that F_tau
+    rose.
 
     Args:
         floor: least eigenvalue of I - C / tau: no direction is lengthened by more than 1 / floor.
         max_step: longest distance beyond the plain step, in units of sqrt(tau dim).
         curvature: `"full"`, which needs twice as many draws as parameters, or `"diagonal"`, for more parameters
-            than that and little correlation among them.
+            with little correlation.
 
     Raises:
-        TypeError: if a number is none.
+        TypeError: if a setting is not a number.
         ValueError: if a setting is out of range.
 
     Example:
@@ -109,12 +110,12 @@ class Newton(Anchor):
             fit: of the optimizer under construction.
 
         Raises:
-            ValueError: if it is one of those of the heat regularization.
+            ValueError: if it is a fit of the heat regularization.
         """
         safeguard.check_uses_draws(fit, "Newton", "for others there is anchor.Anderson")
 
     def init(self, target: RegularizedLoss) -> NewtonState:
-        """Nothing to judge yet, and steps as long as they may be."""
+        """No step to judge yet, and the longest steps that are allowed."""
         return NewtonState(safeguard.first(target), jnp.ones_like(target.reference.mean, shape=()))
 
     def step(

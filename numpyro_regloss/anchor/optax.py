@@ -55,19 +55,19 @@ class Optax(Anchor):
     """The next reference by any Optax optimizer.
 
     The optimizer sees the parameters as the user wrote them, in JAX's default float (of a NumPyro model its
-    unconstrained sites by name), so that masks, rates by layer and weight decay apply as anywhere.
+    unconstrained sites by name), so that masks, rates by layer and weight decay work as usual.
 
     Args:
         optimizer: `init(x)` and `update(gradient, state, x)`, such as `optax.adam(0.01)`; built once, since a new
             one is a new program. Its rate counts outer steps and, with `direction="gradient"`, is in squared units
             of the parameters per unit of the loss, as tau / T is.
-        direction: what it is handed: `"gradient"`, T Σ⁻¹ (x - mean); or `"displacement"`, x - mean, for which a
-            rate of one is the plain step whatever tau is, so that schedules of tau are followed.
+        direction: what the optimizer gets: `"gradient"`, T Σ⁻¹ (x - mean); or `"displacement"`, x - mean. With the
+            latter a rate of one is the plain step for every tau, so that schedules of tau are followed.
         safeguard: take the plain step where the update is not finite, and keep the optimizer's state; otherwise
             the step is rejected.
 
     Raises:
-        TypeError: if the optimizer is none.
+        TypeError: if `optimizer` is not an optimizer.
         ValueError: if the direction is unknown.
 
     Example:
@@ -118,7 +118,7 @@ class Optax(Anchor):
             rng_key: unused.
             state: of the optimizer.
             target: the target of this step.
-            draws: of whose temperature the gradient is.
+            draws: from the shift; the gradient is at their temperature.
             fitted: the fitted Gaussian.
             fit_info: unused.
 

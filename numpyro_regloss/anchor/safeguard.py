@@ -230,18 +230,19 @@ def whitened_error(target: RegularizedLoss, fit_info: Any) -> Array:
 
 
 class AcceleratedInfo(NamedTuple):
-    """What anchors that go farther than the fitted mean report.
+    """Diagnostics of anchors that go beyond the fitted mean.
 
     Attributes:
         ok: the next reference may be used.
         num_loss: loss evaluations.
         num_grad: gradient evaluations.
-        accelerated: whether the reference went farther; else it moved to the fitted mean, as `Proximal` does.
+        accelerated: whether the reference went beyond the fitted mean; otherwise it moved to that mean, as with
+            `Proximal`.
         reason: index into `REASONS`.
-        decrease: of F_tau by the accelerated step, cross-fitted, in the units of the loss; NaN where there
-            are no draws to tell it from.
-        plain_decrease: the same by the plain step.
-        lengthening: length of the step that was proposed over that of the plain one, in units of the reference.
+        decrease: of F_tau by the accelerated step, cross-fitted, in the units of the loss; NaN if there are no
+            draws to estimate it from.
+        plain_decrease: the same for the plain step.
+        lengthening: length of the proposed step divided by that of the plain step, in units of the reference.
     """
 
     ok: Array

@@ -75,7 +75,7 @@ class GaussianFit(NamedTuple):
         excess_kurtosis: of the draws' marginals, `(dim,)`.
         excess_kurtosis_error: standard error of it.
         names: of the coordinates.
-        findings: one sentence each; with a target the first is the verdict that the others explain.
+        findings: one sentence each. With a target the first sentence is the verdict, and the others explain it.
     """
 
     forward_kl: Estimate | None
@@ -115,7 +115,8 @@ def gaussian_fit(
         target: the density q itself, for the divergences and k-hat: the `RegularizedLoss` that was drawn from
             (without a reference, the plain posterior).
         rng_key: a random key for draws of the Gaussian; needed with a target.
-        num_samples: how many of them; as many evaluations of the loss, and one per draw.
+        num_samples: number of draws of the Gaussian. The loss is evaluated once for each of them, and once for
+            each of `draws`.
         log_weight: of the draws.
 
     Returns:

@@ -35,8 +35,8 @@ class DrawsSummary(NamedTuple):
 
     Attributes:
         names: of the parameters, unconstrained.
-        ess_bulk: `(dim,)`; of Markov chains, rank-normalized. NaN of independent and weighted draws, as the next
-            two.
+        ess_bulk: `(dim,)`, for Markov chains, rank-normalized. This and the next two are NaN for independent or
+            weighted draws.
         ess_tail: `(dim,)`, the smaller one of the 5 % and the 95 % quantile.
         rhat: `(dim,)`, rank-normalized and folded.
         ess_weights: effective sample size 1 / Σ w² of the weights: the number of draws where they are equal.
@@ -68,7 +68,7 @@ class RunSummary(NamedTuple):
         columns: of the steps, by name, each `(step,)`; see `describe`.
         draws: of the end, or None.
         findings: what is wrong; empty for a good run.
-        arrived: whether the centre has: True, False for still moving, None where it cannot be told.
+        arrived: whether the centre has arrived: True, False if it still moves, None if it cannot be told.
         arrival: the same as a sentence.
         checked: what was checked and what was not, as sentences.
     """
@@ -131,13 +131,15 @@ class RunSummary(NamedTuple):
 def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = None) -> RunSummary:
     """Was each shift sampled well, was each step signal or noise, has the run arrived, and what should change?
 
-    Lengths are in standard deviations of the reference. Steps have the ESS of the mean; bulk and tail need draws.
+    Lengths are in standard deviations of the reference. Steps have the effective sample size of the mean; those of
+    bulk and tails need `draws`.
 
     Args:
-        result: of `TwoStep.run`, of any engines, user-written ones too.
-        optimizer: the `TwoStep`, for names of parameters and for what its engines say. Where they follow
-            gradients, some hundred of these are evaluated around the last centre, at the arguments bound to the
-            loss: do they say how the loss differs, and does it bend down somewhere? Infos alone say the rest.
+        result: of `TwoStep.run`, with any engines, including your own.
+        optimizer: the `TwoStep`, for the names of parameters and the remedies of its engines. If the engines
+            follow gradients, some hundred gradients are evaluated around the last centre, with the arguments bound
+            to the loss: do they agree with differences of the loss, and does the loss curve down somewhere? All
+            other findings come from the history.
         draws: at the end, as `optimizer.draw(rng_key, result.state)` makes them.
 
     Returns:

@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
 
     @classmethod
     def of(cls, x: Array, log_weight: Array, score: Array | None = None) -> "Chunk":
-        """Draws that are no pairs: `x` `(n, dim)`, `log_weight` `(n,)`, `score` like `x`."""
+        """Draws that are not pairs: `x` `(n, dim)`, `log_weight` `(n,)`, `score` like `x`."""
         center = jnp.sum(x[:1], 0)  # zero for no draws
         return cls(center, x - center, log_weight[:, None], score)
 
@@ -91,7 +91,7 @@ def merge(first: Carry, second: Carry) -> Carry:
 
 @runtime_checkable
 class Draws(Protocol):
-    """What a shift hands to a fit.
+    """The draws that a shift passes to a fit.
 
     Attributes:
         log_weight: `(chain, draw)`, unnormalized; zeros for MCMC.
@@ -123,10 +123,10 @@ class Draws(Protocol):
     def stats(self) -> dict[str, Array] | None: ...  # noqa: D102
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
-        """Reduces over chunks of draws: all that a fit may use when draws do not fit in memory.
+        """Reduces over chunks of draws; the only access for a fit when draws do not fit in memory.
 
-        On a mesh each device begins with `init` and sees its own draws, and carries are put together by `merge`:
-        `init` is the carry of no draws, and `fn` adds, but for what is `Mergeable`.
+        On a mesh each device begins with `init` and sees its own draws, and `merge` combines the carries. So
+        `init` must be the carry of no draws, and `fn` must add to it, except for parts that are `Mergeable`.
         """
         ...
 
@@ -159,7 +159,7 @@ class StoredDraws:
     spread: ClassVar[Array | None] = None
 
     def fold(self, fn: Callable[[Carry, Chunk], Carry], init: Carry) -> Carry:
-        """Hands all draws over at once."""
+        """Passes all draws at once."""
         flat = jax.tree.map(
             lambda a: jnp.reshape(a, (-1, *a.shape[2:])), (self.x, self.log_weight, self.score)
         )
@@ -168,10 +168,10 @@ class StoredDraws:
 
 @pytree_dataclass
 class BatchMeans(StoredDraws):
-    """What is kept of chains that are too long to be stored: means of batches of consecutive draws.
+    """Means of batches of consecutive draws, for chains that are too long to be stored.
 
-    They have the mean of the draws and, as a shorter chain, its error. With the variances within the batches
-    they give the variances of the draws; correlations are lost.
+    They give the mean of the draws and, used as a shorter chain, its error. With the variances within the batches
+    they also give the variances of the draws. Correlations between parameters are lost.
 
     Attributes:
         x: means of the batches, `(chain, batch, dim)`.

@@ -107,16 +107,16 @@ def sharded(mesh: Mesh, axis: str | tuple[str, ...] | None = None) -> ShardedCha
     Each device runs `num_chains` / devices chains, vectorized. The draws are those of
     `chain_method="vectorized"`, up to rounding. The program is compiled once: another run, another `MCMC` with the
     same settings, kernel settings and model function, and with `jit_model_args=True` new data of the same
-    shapes, compile nothing. What a model reads from closures and globals is part of the program: numbers, arrays
-    and containers of them by their values, other objects by which they are. With `jit_model_args=True` arrays and
-    floats among the model's arguments may change; integers, booleans and strings size plates and choose branches
-    as ever, and compile. Without it all arguments are constants of the program, but for arrays that lie on
-    several devices.
+    shapes, compile nothing. Data that a model reads from closures and globals are part of the program: numbers,
+    arrays and containers of them by value, other objects by identity. With `jit_model_args=True` arrays and floats
+    among the model's arguments may change; integers, booleans and strings set the size of plates and choose
+    branches as usual, and new ones compile. Without it all arguments are constants of the program, except for
+    arrays that lie on several devices.
 
     Where the mesh spans several processes, each of them makes the same call with the same key and the same data;
     the draws then lie on all of them, and `jax.experimental.multihost_utils.process_allgather(draws, tiled=True)`
     brings them to each. Data that are divided along another axis of the mesh stay divided. NumPyro has no
-    progress bar for such chains and warns unless it has `progress_bar=False`; a single chain runs as ever, on one
+    progress bar for such chains and warns unless it has `progress_bar=False`; a single chain runs as usual, on one
     device.
 
     Args:

@@ -15,7 +15,8 @@ __all__ = ["profile"]
 def profile(report: Profile, ax: Any = None) -> Any:
     """How flat the minimum is: the rise of both regularized losses over the width of the regularizer.
 
-    Bands are two standard errors. Dotted, where a loss falls below the plain one, there is lower ground in reach.
+    Bands are two standard errors. A line is dotted where a regularized loss is below the plain one: then there are
+    lower losses within reach.
 
     Args:
         report: from `values.profile`.

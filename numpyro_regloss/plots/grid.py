@@ -48,10 +48,10 @@ def landscape(
 ) -> np.ndarray:
     """What do the losses look like along a line, or over a plane?
 
-    Along a line: loss, F_tau and F^H_tau with bands of two standard errors. Over a plane: contours of the three
-    side by side, at the same levels, which lie where the values do, not at equal distances. Where F_tau is not to
-    be trusted (`report.trusted`) or a value is not finite, nothing is drawn. Centres and Gaussians are projected
-    onto the line or plane.
+    Along a line the figure shows the loss, F_tau and F^H_tau with bands of two standard errors. Over a plane it
+    shows contours of the three side by side, at the same levels; the levels follow the values and are not at equal
+    distances. Where F_tau is not to be trusted (`report.trusted`) or a value is not finite, nothing is drawn.
+    Centres and Gaussians are projected onto the line or plane.
 
     Args:
         report: from `values.landscape`.

@@ -41,19 +41,19 @@ def gaussian_pair(
     log_weight: Any = None,
     axes: Any = None,
 ) -> np.ndarray:
-    """What does each Gaussian cover of the draws: that of KL(q ‖ N), forward, and that of KL(N ‖ q), reverse?
+    """Which draws does each Gaussian cover: the one of KL(q ‖ N), forward, and the one of KL(N ‖ q), reverse?
 
-    On the diagonal the weighted histogram of every coordinate and the densities of the Gaussians; below it a
-    thousand draws, resampled by their weights, and ellipses of one and two standard deviations.
+    The diagonal shows the weighted histogram of every coordinate and the densities of the Gaussians. Below it are
+    a thousand draws, resampled by their weights, and ellipses of one and two standard deviations.
 
     Args:
         draws: of q, as `forward_kl` takes them: `Draws`, arrays `(draw, dim)` or `(chain, draw, dim)`, dicts
             of sites, an `MCMC` that has run.
         forward: from `forward_kl`, in the coordinates of the draws.
-        reverse: from `reverse_kl`, likewise.
+        reverse: from `reverse_kl`, in the same coordinates.
         names: of all coordinates, such as `loss.flat_names`; default: those of the draws if they have any.
         params: names or indices of the coordinates to show; default: the first four.
-        log_weight: of the draws, where they are no `Draws`.
+        log_weight: of the draws, if they are not `Draws`.
         axes: `(k, k)` axes of matplotlib for k coordinates; default: new ones.
 
     Returns:

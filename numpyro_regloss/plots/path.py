@@ -62,14 +62,14 @@ def trajectory(
 ) -> np.ndarray:
     """Where did the centre go?
 
-    Over steps, one panel per coordinate: the centre, with a dark band of two Monte Carlo standard errors of the
-    fitted mean, where the fit knows them, and a light one of one standard deviation of the fitted Gaussian; step 0
-    is the start. Or the path in the plane of two coordinates, with the fitted Gaussian of the last step as an
-    ellipse of one standard deviation. Of a history without vectors the centres that `Record(centers_every=k)`
-    kept, without bands and ellipse.
+    Over steps there is one panel per coordinate. It shows the centre, with a dark band of two Monte Carlo standard
+    errors of the fitted mean, if the fit reports them, and a light band of one standard deviation of the fitted
+    Gaussian. Step 0 is the start. In a plane the figure shows the path in two coordinates, with the fitted
+    Gaussian of the last step as an ellipse of one standard deviation. For a history without vectors it shows the
+    centres that `Record(centers_every=k)` kept, without bands and ellipse.
 
     Args:
-        result: of `TwoStep.run`, or its history alone, of which the last centre is then missing.
+        result: of `TwoStep.run`, or its history alone, which lacks the last centre.
         optimizer: the `TwoStep`, for the names of the parameters.
         coordinates: names as in `optimizer.loss.flat_names` or indices of flat (unconstrained) parameters, or
             `"pca"` for the two principal directions of the path. Default: those that moved most, at most six over

@@ -47,11 +47,12 @@ VERDICTS = {
 def optimization(result: Any, axes: Any = None) -> np.ndarray:
     r"""Did the run get anywhere, and was each step progress?
 
-    Three panels over steps. The losses at the centre: the plain one (of a minibatch where there is one), and with
-    a `Record` of values F_tau and F^H_tau, with bands of two standard errors. The progress of each step: with a
-    `Record` the decrease of the regularized loss and its verdict, with bars of two standard errors, else the
-    length of the step beside the Monte Carlo error of the fitted mean: a step of that length may be noise. The
-    variance of the regularizer. Crosses mark rejected steps.
+    There are three panels over steps. The first has the losses at the centre: the plain loss (of a minibatch if
+    there is one), and with a `Record` of values F_tau and F^H_tau, with bands of two standard errors. The second
+    has the progress of each step. With a `Record` this is the decrease of the regularized loss and its verdict,
+    with bars of two standard errors. Otherwise it is the length of the step and the Monte Carlo error of the
+    fitted mean: a step of that length may be noise. The third has the variance of the regularizer. Crosses mark
+    rejected steps.
 
     Args:
         result: of `TwoStep.run`, or its history alone.

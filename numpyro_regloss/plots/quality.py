@@ -58,9 +58,9 @@ ALWAYS = ("ess", "rhat", "khat", "accept_prob", "num_divergent", "stability")
 def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
     r"""Was each shift sampled well?
 
-    One panel per diagnostic that the engine reports: effective sample size, R-hat or k-hat, acceptance,
-    divergences and others, over steps, with the limits of good sampling as dashed lines. Values that are infinite
-    are triangles at the edge; crosses mark rejected steps.
+    There is one panel for each diagnostic that the engine reports: effective sample size, R-hat or k-hat,
+    acceptance, divergences and others, over steps. Dashed lines are the limits of good sampling. Values that are
+    infinite are triangles at the edge; crosses mark rejected steps.
 
     Args:
         result: of `TwoStep.run`, or its history alone.

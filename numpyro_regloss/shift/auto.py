@@ -103,7 +103,7 @@ class Auto(Shift):
         importance: an `AdaptiveImportance`; None for `AdaptiveImportance.for_dimension` of the loss.
         sampler: the `NUTS` or `HMC` that takes over.
         patience: refused steps in a row before the sampler takes over; each accepted step in between reduces the
-            count by a tenth.
+            count by 0.1.
         begin: `"importance"`, or `"sampler"` to use the sampler from the start.
 
     Raises:

@@ -1,11 +1,11 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Regularized losses as Optax transformations, for training loops that are there already.
+"""Regularized losses as Optax transformations, for existing training loops.
 
-Each is an `optax.GradientTransformationExtraArgs` for parameters of any structure. The loop stays as it is: one
-gradient per call of `update`, taken where the parameters stand. They stand at a draw around the centre, which
-`eval_params` returns; every `num_samples` calls the centre itself makes a step. Given `grad_fn(params, i)`, a
-call of `update` makes the whole step by itself, and the parameters are the centre.
+Each is an `optax.GradientTransformationExtraArgs` for parameters of any structure. The loop does not change: it
+takes one gradient per call of `update`, at its parameters. These parameters are a draw around the centre, and
+`eval_params` returns the centre. After every `num_samples` calls the centre makes a step. If `update` gets
+`grad_fn(params, i)`, one call makes the whole step, and the parameters are the centre.
 """
 
 from numpyro_regloss.transforms.base import eval_params

@@ -31,7 +31,7 @@ class GradientFreeInfo(NamedTuple):
     """Diagnostics of one step.
 
     Attributes:
-        ok: whether the step was taken: there are draws of finite loss, and so is the gradient.
+        ok: whether the step was taken: some draw has a finite loss, and the gradient is finite.
         ess: effective sample size of the weights, in draws.
         khat: Pareto shape of the weights; above 0.7 the gradient and its error are not to be trusted.
         temperature: T of the weights, in units of the loss.
@@ -78,15 +78,15 @@ def gradient_free(
     """Minimizes the local entropy F_tau of a loss that has values and no gradient.
 
     `update(params, state, params, value_fn=...)` evaluates `value_fn` at `num_samples` draws from N(params, tau),
-    and hands the optimizer the estimated gradient; the updates that it is given are not used. A step without a
-    single finite loss is not taken.
+    and passes the estimated gradient to the optimizer. The updates that it gets are not used. A step without a
+    finite loss is not taken.
 
     Args:
         optimizer: such as `optax.adam(0.01)`.
         tau: variance of the draws, in squared units of the parameters: a number, a schedule of the step, or a
             pytree prefix of the parameters, with a number per group.
         num_samples: evaluations per step, antithetic pairs.
-        temperature: T > 0, in units of the loss, where `ess` is None or all losses are equal.
+        temperature: T > 0, in units of the loss; used if `ess` is None or all losses are equal.
         ess: None, or the effective sample size as a share of the draws that sets the temperature of each step.
         chunk_size: draws that are evaluated at once; by default all.
         key: a random key or a seed.

@@ -71,7 +71,7 @@ class MotionInfo(NamedTuple):
 
 @jax.tree_util.register_static
 class LeftOut:
-    """Stands where a history has no vectors; whatever is asked of it is an error that says how to have them."""
+    """Stands for the vectors that a history leaves out; every access is an error that says how to keep them."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{no_vectors('history')} (asked for {name!r})")

@@ -23,15 +23,15 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the estimate, in the units of the loss.
-        error: its standard error, in the same units, with room for rare large terms that were not drawn; infinite
-            where the value is not finite, and where k-hat is above 0.7.
-        ess: effective sample size behind it.
-        khat: Pareto shape of the weights, or of the losses for an average; above 0.7 neither value nor error is to
-            be trusted. Of fewer than a hundred terms, where ties leave no tail, and where many of them carry the
-            variance, it follows from the share of the largest one. -inf where all are equal, and where there
-            are no weights.
-        method: how it was found: `"average"`, or one of the methods of `values.local_entropy`; no field, but
-            of the class.
+        error: its standard error, in the same units, with an allowance for rare large terms that were not drawn.
+            Infinite if the value is not finite, and if k-hat is above 0.7.
+        ess: effective sample size of the average.
+        khat: Pareto shape of the weights, or of the losses for an average; above 0.7 do not trust value or error.
+            It is computed from the share of the largest term if there are fewer than a hundred terms, if ties
+            leave no tail, or if many terms carry the variance. It is -inf if all terms are equal, or if there are
+            no weights.
+        method: the method that found it: `"average"`, or one of the methods of `values.local_entropy`. It belongs
+            to the class, and is no field.
     """
 
     value: Array

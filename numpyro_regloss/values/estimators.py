@@ -90,26 +90,27 @@ def local_entropy(
 ) -> Estimate:
     """F_tau at the reference's mean.
 
-    - `"importance"`: importance sampling from the reference, in antithetic pairs; for q not far from it. The
-      cheapest.
+    - `"importance"`: importance sampling from the reference, in antithetic pairs. It is the cheapest method, for q
+      not far from the reference.
     - `"smc"`: tempering from the reference to q (`shift.SMC`), in 16 islands whose spread is the error; for sharp
       q and for several modes, with Hamiltonian moves where the loss has a gradient. Costs `num_samples`
       evaluations (or five gradients) for each of some 5 to 100 temperatures.
     - `"gaussian"`: importance sampling from a Gaussian fitted to a short run of SMC, mixed with the reference;
       for q that is sharp but nearly Gaussian. `"auto"` fits it by adaptive importance sampling first.
     - `"bridge"`: bridge sampling between NUTS chains and a Gaussian that was fitted to their first halves; for
-      sharp q of one mode in many dimensions. Its error is infinite where chains disagree; modes that none of
-      them found are not seen.
-    - `"auto"`: the first of importance, gaussian, bridge (of a differentiable loss) and smc that can be trusted:
-      weights with k-hat below 0.5 and 100 effective draws, and, but for importance, agreement with the draws that
-      the Gaussian was fitted to or with a short run of SMC, of values and for chains of moments; where none can,
-      one with a finite error. Inside `jax.jit` or
-      `jax.vmap`, where no number can be looked at, it is importance sampling: look at the error.
+      sharp q of one mode in many dimensions. Its error is infinite if chains disagree. It misses modes that no
+      chain found.
+    - `"auto"`: the first of importance, gaussian, bridge (if the loss is differentiable) and smc that can be
+      trusted. Its weights must have a k-hat below 0.5 and 100 effective draws. All but importance must also agree
+      with the draws that the Gaussian was fitted to, or with a short run of SMC: in their values, and for chains
+      in their moments. If no method can be trusted, it is one with a finite error. Inside `jax.jit` or `jax.vmap`
+      such checks are not possible, and it is importance sampling: look at the error.
 
-    The type of the estimate says which it was: `estimate.method`. Full data are used, whatever the minibatch.
-    Weights with k-hat above 0.7 hang on draws that were not drawn: the error is infinite, and a warning says so,
-    but not inside `jax.jit`. A loss that is NaN or -infinity at draws from the reference has no local entropy, and
-    the value is NaN; where only the paths of moves and chains meet such places, they turn back, as at a wall.
+    `estimate.method` says which method it was. All data are used, even if the loss has a minibatch. If k-hat of
+    the weights is above 0.7, the draws missed a part of the tail. Then the error is infinite, and a warning says
+    so, but not inside `jax.jit`. A loss that is NaN or -infinity at draws from the reference has no local entropy,
+    and the value is NaN. If only the paths of moves and chains meet such places, they do not enter, as if the loss
+    were infinite there.
 
     Args:
         rng_key: a random key.
@@ -209,9 +210,9 @@ def heat(
 ) -> Estimate:
     """F^H_tau at the reference's mean, by the mean over antithetic pairs.
 
-    Full data are used, whatever the minibatch; the temperature does not matter. The larger a few losses are, the
-    wider is the error; with k-hat of the losses above 0.7 it is infinite, and a warning says so, but not inside
-    `jax.jit`.
+    All data are used, even if the loss has a minibatch; the temperature does not matter. The more a few large
+    losses dominate the mean, the larger is the error. If the k-hat of the losses is above 0.7, it is infinite, and
+    a warning says so, but not inside `jax.jit`.
 
     Args:
         rng_key: a random key.

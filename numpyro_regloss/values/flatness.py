@@ -57,7 +57,7 @@ class Profile(NamedTuple):
             of what `scale` says.
         loss: the plain loss at the parameters.
         local_entropy: F_tau, an `Estimate` of arrays `(k,)`.
-        heat: F^H_tau, likewise.
+        heat: F^H_tau, also an `Estimate`.
         method: how each F_tau was found, k names.
         scale: `"filter"`, `"layer"`, `"groups"` of the user's own, or None.
         batch_size: rows of the batches that it was found on; None for all rows.
@@ -73,7 +73,7 @@ class Profile(NamedTuple):
 
     @property
     def trusted(self) -> np.ndarray:
-        """At which widths both values have an error: none of their k-hats is above 0.7, `(k,)`."""
+        """The widths at which both values have a finite error, since no k-hat is above 0.7, `(k,)`."""
         return _is_known(self.local_entropy) & _is_known(self.heat)
 
     @property
@@ -124,17 +124,17 @@ def profile(
 ) -> Profile:
     """Both regularized losses of any trained parameters over a range of tau.
 
-    The same random key serves every tau, so that neighbors share their noise and the curve is smooth.
+    The same random key is used for every tau, so that the curve is smooth.
 
-    With `scale="filter"` each weight moves by sqrt(tau) times the root mean square of its filter, `"layer"` of its
-    whole array: sqrt(tau) = 0.1 is a tenth of their norms, and networks of ReLUs that are the same function with
-    rescaled layers have the same profile. Filters are the last axis of arrays of two axes and more, as Flax has
-    it; biases and gains have the norm of their vector. Weights that are all zero do not move.
+    With `scale="filter"` each weight moves by sqrt(tau) times the root mean square of its filter, and with
+    `"layer"` by that of its whole array. So sqrt(tau) = 0.1 is a tenth of their norms, and if layers of a network
+    of ReLUs are rescaled without a change of its function, the profile does not change. Filters are the last axis
+    of arrays with two or more axes, as in Flax; biases and gains use the norm of their vector. Weights that are
+    all zero do not move.
 
-    With `batches=True` each pair of draws of the heat sees a fresh batch of the loss's minibatch, at both of its
-    points and at the centre: without bias for averaged losses. An average over a batch is biased within
-    exp(-loss / T): F_tau is that of one batch, less the loss of that batch, and its error says nothing of other
-    batches.
+    With `batches=True` each pair of draws of the heat sees a fresh minibatch, at both of its points and at the
+    centre. The heat is then unbiased for averaged losses. An average over a batch is biased within exp(-loss / T),
+    so F_tau is that of one batch, less the loss of that batch, and its error says nothing about other batches.
 
     Args:
         rng_key: a random key.
@@ -148,8 +148,8 @@ def profile(
         chunk_size: evaluations at once.
         mesh: devices that divide the draws, see `TwoStep`.
         scale: `"filter"`, `"layer"`, or standard deviations by group of parameters in units of sqrt(tau) (a pytree
-            prefix of the parameters), for a tau of each layer.
-        batches: whether draws see batches in place of all rows.
+            prefix of the parameters), to give each layer a tau of its own.
+        batches: whether draws use batches in place of all rows.
 
     Returns:
         The report. Where k-hat is above 0.7 the error is infinite and the table has a mark.

@@ -82,12 +82,12 @@ def value_and_grad(
     Args:
         loss: the loss, from `Loss.from_function`.
         tau: variance of the regularizer, in squared units of the parameters.
-        shift: of the local entropy: the engine that draws from q, started anew in every call; default: an
-            antithetic cloud of `num_samples`, without gradients of the loss. It is for fewer parameters than
-            draws: a warning says so, and another where the effective sample size is below 20.
+        shift: for the local entropy, the engine that draws from q, started anew in every call. Default: importance
+            sampling with `num_samples` antithetic draws, without gradients of the loss. It needs more draws than
+            parameters; a warning says so, and another one if the effective sample size is below 20.
         kind: `"local_entropy"` or `"heat"`, which differentiates the loss.
         temperature: T, in the units of the loss.
-        num_samples: loss evaluations of the value, which the default engine shares; of the heat, gradients.
+        num_samples: loss evaluations for the value, which the default engine shares; for the heat, gradients.
         mesh: devices that divide the draws, see `TwoStep`.
 
     Returns:

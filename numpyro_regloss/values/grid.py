@@ -60,9 +60,9 @@ class Landscape(NamedTuple):
         coordinates: one array per axis of the grid, in units of the parameters: values of a named parameter, or
             distances from the origin.
         loss: the plain loss on the grid, `(n,)` or `(n, m)`.
-        local_entropy: F_tau, an `Estimate` of such arrays; its `ess` counts antithetic pairs, one about every
-            point; its error is infinite where it is not `trusted`.
-        heat: F^H_tau, likewise; its k-hat is that of the losses about the point.
+        local_entropy: F_tau, an `Estimate` of such arrays. Its `ess` counts antithetic pairs, one about every
+            point. Its error is infinite where it is not `trusted`.
+        heat: F^H_tau, also an `Estimate`; its k-hat is that of the losses about the point.
         tau: variance of the regularizer, scalar or `(dim,)`, in squared units of the parameters.
         temperature: T.
         origin: the flat parameters, `(dim,)`.
@@ -146,8 +146,8 @@ def landscape(
 ) -> Landscape:
     """The plain loss, F_tau and F^H_tau along a line or over a plane through given parameters.
 
-    One further set of parameters gives the line through both, two the plane through all three; otherwise
-    `directions` say which line or plane.
+    With one further set of parameters the grid is the line through both; with two it is the plane through all
+    three. Otherwise `directions` define the line or plane.
 
     Args:
         rng_key: a random key.
@@ -158,10 +158,9 @@ def landscape(
         tau: variance of the regularizer in squared units of the (unconstrained) parameters, a number or `(dim,)`.
         temperature: T, in the units of the loss.
         directions: one or two of: the flat name of a parameter (see `loss.flat_names`), its index, or a flat
-            vector `(dim,)`, of which the length does not matter. Default: the parameters themselves if there
-            are at most two.
+            vector `(dim,)` of any length. Default: the parameters themselves if there are at most two.
         spans: lowest and highest coordinate of every axis; default: four sqrt(tau) about the parameters.
-        num_points: of the grid, along every axis; default: 61 along a line, 31 over a plane.
+        num_points: points of the grid along every axis; default: 61 along a line, 31 over a plane.
         num_samples: loss evaluations per point; rounded up to whole chunks; default: 400 along
             a line, 64 over a plane.
         chunk_size: evaluations at once, an even number.

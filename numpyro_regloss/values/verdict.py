@@ -44,12 +44,12 @@ SIGMAS = 2.0
 
 
 class FlatnessVerdict(NamedTuple):
-    """Whether training for flatness would pay, and what that was judged by; prints as a sentence.
+    """Whether training for flatness would pay, with the numbers behind the answer; prints as a sentence.
 
     Attributes:
         answer: `"pays"`, `"does not pay"` or `"cannot tell"`.
         ratio: rise over slope, without a unit.
-        error: its standard error; infinite where it is not known.
+        error: its standard error; infinite if it is not known.
         rise: of the heat above the loss, an `Estimate` in the units of the loss.
         slope: standard deviation of the linear change, in the units of the loss.
         loss: at the parameters.
@@ -88,10 +88,11 @@ def flatness_verdict(
 ) -> FlatnessVerdict:
     """Is this network so sharp that SAM, Entropy-SGD or training on the heat would pay?
 
-    The answer compares curvature with slope, see the formulas of this module. It is about SAM in place of SGD from
-    the start, for as many updates, and the accuracy on test data; the limits were found for small networks of
-    ReLUs on small images, and hold for others as far as these resemble them. It is no promise: the page "Flat
-    minima" has how often it was right. Momentum, decay of the rate and weight decay were not tried.
+    The answer compares curvature with slope, see the formulas of this module. It predicts whether SAM in place of
+    SGD, from the start and for as many updates, would have the higher accuracy on test data. The limits were found
+    for small networks of ReLUs on small images, and hold for others as far as they are similar. It is no promise:
+    the page "Flat minima" says how often it was right. Momentum, decay of the learning rate and weight decay were
+    not tried.
 
     The gradient takes one pass over all rows, in blocks of the loss's minibatch where it has one (rows beyond a
     whole number of batches are left out); pairs of draws see a fresh batch each. A million parameters and 60,000

@@ -58,9 +58,9 @@ def score_matching(
 ) -> FitResult:
     """The Gaussian whose scores are nearest to those of a density: least Fisher divergence.
 
-    From samples with scores it is a regression in closed form. For a Gaussian density the result is exact with dim
-    + 2 samples, whatever they were drawn from. For other densities the distribution of the samples matters: if
-    they were drawn from the density, the fitted mean is its mean.
+    From samples with scores it is a regression in closed form. If the density is Gaussian, the result is exact
+    with dim + 2 samples, whatever they were drawn from. For other densities the distribution of the samples
+    matters: if they were drawn from the density, the fitted mean is its mean.
 
     For a target it draws its own samples, by batch and match. It draws each batch from the Gaussian that the last
     batch gave, until that Gaussian has settled. Then it fits the family to the draws of the last batches. If the
