@@ -6,12 +6,12 @@ With u = loss / T, the effective share of a cloud from the reference N(x, tau I)
 
     ESS / n = (E exp(-u))² / E exp(-2u) = 1 / (E_q[exp(u)] E_q[exp(-u)]),
 
-which draws from q tell whatever engine made them. Of a linear loss it is exp(-tau |∇u|²). So the next tau is
+which can be estimated from draws of q, whatever engine made them. For a linear loss it is exp(-tau |∇u|²). So the
+next tau is
 
     tau (log share* / log ESS/n)^rate,
 
-which for a rate of 1/2 overshoots neither where log ESS/n falls in proportion to tau nor where it falls
-with tau².
+which for a rate of 1/2 does not overshoot, whether log ESS/n falls in proportion to tau or to tau².
 
 Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and Heat
 Regularization in Deep Learning".

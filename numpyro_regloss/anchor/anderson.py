@@ -6,9 +6,9 @@ With the centres x_j of the last steps, the means m_j fitted there and e_j = m_j
 
     Σ_j a_j m_j,   a = argmin_{Σ a = 1} |Σ_j a_j e_j|²
 
-in units of the reference. Regularized with the known standard errors of the e_j, so that what cannot be told from
-noise leads to the plain step. On a linear map without noise it is essentially GMRES, which ends after as many
-steps as there are dimensions.
+in units of the reference. The problem is regularized with the standard errors of the e_j, so that differences
+within the noise lead to the plain step. On a linear map without noise the method is essentially GMRES, which ends
+after as many steps as there are dimensions.
 
 References: Anderson (1965), "Iterative Procedures for Nonlinear Integral Equations"; Walker & Ni (2011),
 "Anderson Acceleration for Fixed-Point Iterations"; Henderson & Varadhan (2019), "Damped Anderson Acceleration

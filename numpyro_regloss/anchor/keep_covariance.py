@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The fitted covariance, not only the mean, makes the next reference.
 
-Left alone the covariance collapses: C_k⁻¹ = C_0⁻¹ + k H for a loss / T with Hessian H. Inflated by a factor c at
-every step it settles at (c - 1) H⁻¹ where H is positive definite, so that steps are those of a damped Newton
-method, and grows where H is not; a floor and a ceiling bound it. The regularizer changes from step to step, and
-with it what is minimized.
+Without inflation the covariance collapses: C_k⁻¹ = C_0⁻¹ + k H for a loss / T with Hessian H. If it is inflated by
+a factor c at every step, it settles at (c - 1) H⁻¹ where H is positive definite. Steps are then those of a damped
+Newton method. Where H is not positive definite, the covariance grows. A floor and a ceiling bound it. The
+regularizer, and so the regularized loss, changes from step to step.
 
 Reference: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and
 Heat Regularization in Deep Learning".

@@ -7,10 +7,10 @@ Jacobian of this map is Cov_q / tau. So
 
     x ← x + (I - C / tau)⁻¹ (m - x),   C = (E_q[g gᵀ])⁻¹ ⪯ Cov_q with the scores g = ∇ log q, else C = Cov_q.
 
-Eigenvalues λ of I - C / tau are replaced by |λ|, since a negative one is a direction in which to leave a
-saddle, and kept between `floor` and one, so that no step is shorter than the plain one. A component e of m - x
-with the standard error s is lengthened only as it stands out of that: by the factor
-1 + (1/λ - 1) (1 - 2 s² / e²)₊. Without scores the floor is at least what chance adds to the largest eigenvalue.
+Eigenvalues λ of I - C / tau are replaced by |λ|, since a negative one means a direction in which to leave a
+saddle. They are kept between `floor` and one, so that no step is shorter than the plain one. Let e be a component
+of m - x, and s its standard error. It is lengthened only as far as it exceeds s: by the factor 1 + (1/λ - 1) (1 -
+2 s² / e²)₊. Without scores the floor is at least the amount that chance adds to the largest eigenvalue.
 
 References: García Trillos, Kaplan & Sanz-Alonso (2019), "Variational Characterizations of Local Entropy and
 Heat Regularization in Deep Learning"; Jamshidian & Jennrich (1997), "Acceleration of the EM Algorithm by Using

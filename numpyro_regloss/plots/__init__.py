@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Figures, one function per question, on axes of matplotlib, which is imported when one is called.
+"""Figures, one function per question, on axes of matplotlib; a call imports it.
 
-Each takes what a run or a report left behind, draws on the axes that it is given or on new ones, and returns them.
-Colors are those of Okabe and Ito; markers and line styles tell the same without color.
+Each takes the result of a run, or a report, draws on the given axes or on new ones, and returns the axes. The
+colors are those of Okabe and Ito; markers and line styles make the same distinctions without color.
 """
 
 from numpyro_regloss.plots.flatness import profile

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """As many draws as the step needs: another engine, again and again, until progress is certain.
 
-Far from the minimum a few draws tell where F_tau falls; near it many are needed. After 1, 2, 4, ... rounds, at
-least half of the last step's, the decrease of F_tau that the draws bring is estimated, cross-fitted; drawing ends
-when its lower confidence bound is positive, or at a cap. A run whose steps reach the cap without progress has
-arrived, as far as the cap can tell.
+Far from the minimum a few draws show where F_tau falls; near the minimum many are needed. After 1, 2, 4, ...
+rounds, and not before half of the rounds of the last step, the engine estimates by how much the draws so far lower
+F_tau. The estimate is cross-fitted: one half of the draws judges the other. Drawing ends when the lower confidence
+bound of the decrease is positive, or after `max_rounds`. If steps end without a significant decrease after all
+rounds, the run has arrived, as far as that many draws can tell.
 
 Reference: Caffo, Jank & Jones (2005), "Ascent-Based Monte Carlo Expectation-Maximization".
 """

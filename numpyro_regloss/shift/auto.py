@@ -1,10 +1,11 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive importance sampling where it serves, and a sampler where it does not.
+"""Adaptive importance sampling where q is nearly Gaussian, and a sampler elsewhere.
 
 A step of adaptive importance sampling is one batch of gradients, but q must be nearly Gaussian; its own
-diagnostics say where it is not. Every refused step counts one, every taken one takes a tenth away; at `patience`
-the sampler goes on. It is another program, compiled only then: the run asks for the successor of its shift.
+diagnostics say where it is not. Every refused step adds one to a count, and every accepted step subtracts a tenth.
+When the count reaches `patience`, the sampler takes over. It is another program, which is compiled only then: the
+run asks for the successor of its shift.
 """
 
 from typing import Any, ClassVar, NamedTuple

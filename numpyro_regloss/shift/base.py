@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 1 of the scheme: move the density. The protocol that every shift engine follows.
 
-A new engine is one new file with a class of two verbs. This toy draws from the reference and weights
-by exp(-energy); it is a whole engine:
+A new engine is one new file with a class that has two methods. This small engine is complete. It draws from the
+reference and weights by exp(-energy):
 
     >>> from typing import NamedTuple
     >>> import jax, jax.numpy as jnp

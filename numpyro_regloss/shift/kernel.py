@@ -4,12 +4,12 @@
 
 Some kernels (BarkerMH, AIES, ESS) bind their target when they are initialized, and all remember their first
 initialization. So every step builds the kernel anew, on `numpyro_regloss.model` with this step's target as
-its argument, and initializes it there. Chains start where they stood last in whitened coordinates: when the
-reference moves they move with it, and are burnt in again.
+its argument, and initializes it there. Chains start at their last positions in whitened coordinates: when the
+reference moves, they move with it, and are burnt in again.
 
-Walkers of an ensemble learn from one another: at one time they are independent draws, over time they are not, and
-the usual autocorrelations of single walkers miss what passes between them. Their errors come from the scatter of
-means over batches of time, which contain all of it.
+Walkers of an ensemble depend on one another. At one time they are independent draws, but over time they are not,
+and the usual autocorrelations of single walkers miss the dependence between walkers. So errors come from the
+scatter of means over batches of time, which include all dependence.
 
 References: Livingstone & Zanella (2022), "The Barker Proposal: Combining Robustness and Efficiency in
 Gradient-Based MCMC"; Goodman & Weare (2010), "Ensemble Samplers with Affine Invariance"; Karamanis & Beutler

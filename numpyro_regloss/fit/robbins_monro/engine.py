@@ -10,16 +10,16 @@ a proximal step on the heat-regularized loss. In whitened coordinates y = centre
 or, without gradients, with the values  [loss(centre + scale (u + ξ_j)) - loss(centre + scale (u - ξ_j))] ξ_j / 2T
 in place of the gradient (score form).
 
-The natural steps a_j = 1/j (that is (tau/T)/j in parameters) end at minus the mean of the gradients met on
-the way. M of them multiply the error in a direction of curvature λ (tau times that of loss/T) by
-Π_j (j - 1 - λ) / j, a binomial coefficient of λ over M: as a whole they are stable for λ < M, and on the way
-errors grow by up to λ over λ/2. With κ the steepest curvature they are taken for κ below M and 4, where
-minibatches are drawn and the steps are few; above, steps are cut at 1 / (1 + κ).
+The *natural steps* a_j = 1/j, that is (tau/T)/j in parameters, end at minus the mean of the gradients along the
+way. M of them multiply the error in a direction of curvature λ (tau times that of loss/T) by Π_j (j - 1 - λ) / j,
+a binomial coefficient of λ over M. So M steps together are stable for λ < M, and in between errors grow by up to λ
+over λ/2. Let κ be the steepest curvature. Natural steps are taken with minibatches and few steps, for κ below M
+and 4; for larger κ, steps are cut at 1 / (1 + κ).
 
-Elsewhere a_j = (1 + κ)⁻¹ ((1 + κ) / (j + κ))^0.6, and iterates are averaged with weights proportional to j: that
-forgets the start also in directions of negative curvature, where natural steps take very long.
+In all other cases a_j = (1 + κ)⁻¹ ((1 + κ) / (j + κ))^0.6, and iterates are averaged with weights proportional to
+j. This forgets the start also in directions of negative curvature, where natural steps take very long.
 
-κ is measured along a power iteration that is carried over the outer steps in which one looks.
+κ is measured by a power iteration that continues over the outer steps that measure.
 
 The noise of the score form is multiplicative: steps are stable in mean square where a_j times the trace of the
 curvature is below about two. Its κ is therefore the mean of |ξᵀ Hessian ξ| from second differences of values, at

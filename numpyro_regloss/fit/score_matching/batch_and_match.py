@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Batch and match: draws of a Gaussian, whose scores say what Gaussian to draw from next.
 
-A batch of draws from N_t and the scores of q there give N_{t+1}, the Gaussian of least Fisher divergence over the
-batch, with N_t kept where it says nothing; of a Gaussian q that is q itself. Two things are not as published:
+A batch of draws from N_t and the scores of q at these draws give N_{t+1}, the Gaussian of least Fisher divergence
+over the batch; where the batch has no information, N_t is kept. For a Gaussian q the result is q itself. Two
+things differ from the publication:
 
-- Draws are weighted by (q / N_t)^p, with the largest power p ≤ 1 that leaves enough effective ones. Without, the
-  law of the draws is as narrow as the solution, and of a skewed q both are far too narrow.
-- The draws of the last steps, which come from nearly the same Gaussian, are handed on together. A falling
-  learning rate would have to average over them as well.
+- Draws are weighted by (q / N_t)^p, with the largest power p ≤ 1 that leaves enough effective draws. Without
+  weights the draws are distributed as narrowly as the solution, and for a skewed q both are far too narrow.
+- The draws of the last steps, which come from nearly the same Gaussian, are used together for the final fit. The
+  alternative, a falling learning rate, would have to average over them as well.
 
-Up to 256 dimensions N_t is dense, beyond a diagonal plus factors. A step to where half of the scores are not
-finite, or the bound KL(N || q) is much larger, is tried again closer to N_t.
+Up to 256 dimensions N_t is dense, and beyond that a diagonal plus factors. If half of the scores are not finite
+after a step, or the bound KL(N || q) is much larger, the step is tried again closer to N_t.
 
 References: Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei & Saul (2024), "Batch and Match: Black-Box
 Variational Inference with a Score-Based Divergence".

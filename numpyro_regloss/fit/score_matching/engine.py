@@ -4,10 +4,10 @@ r"""The Gaussian whose scores are nearest to those of the draws: least Fisher di
 
     minimize   E |s(x) - ∇ log N(x)|²_C   over   N = N(mean, C)   of a family
 
-The expectation is over the draws, whatever their law: of a Gaussian q the result is q itself, from dim + 2 draws.
-Of draws from q the mean is an estimate of E_q[x], as in `ForwardKL`, since E_q[s] = 0. With the covariance of the
-reference kept, it is reference.mean - (tau / T) E ∇loss: a step of gradient descent with the average gradient over
-the draws.
+The expectation is over the draws, whatever their distribution. For a Gaussian q the result is q itself, from dim +
+2 draws on. With draws from q the mean is an estimate of E_q[x], as in `ForwardKL`, since E_q[s] = 0. With the
+covariance of the reference kept, it is reference.mean - (tau / T) E ∇loss: a step of gradient descent with the
+average gradient over the draws.
 
 References: those of `regression` and `low_rank`.
 """

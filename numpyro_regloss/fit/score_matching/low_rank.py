@@ -4,14 +4,14 @@ r"""The diagonal plus factors of least Fisher divergence, from draws that need n
 
     minimize   E |s + C⁻¹ (x - m)|²_C   over   C = diag(d) + F Fᵀ,   m = E x + C E s
 
-by quasi-Newton steps in the logarithm of d and in F, in units of the diagonal solution. The sum of squares
-itself is minimized, and not its expansion into traces, since of a Gaussian of the family it falls to zero: then a
-few more draws than factors determine it. An evaluation costs O(draws · dim · rank).
+by quasi-Newton steps in the logarithm of d and in F, in units of the diagonal solution. The sum of squares itself
+is minimized, and not its expansion into traces. If q is a Gaussian of the family, the sum falls to zero, and a few
+more draws than factors determine the solution. An evaluation costs O(draws · dim · rank).
 
-The start alternates: of a Gaussian of the family x - m + d s = F z is of low rank, with the left singular vectors
-z; and what z leaves of x is -d times what it leaves of s. Batch, match, and patch (Modi et al.) takes the Gaussian
-of the family that is nearest to the dense solution; where draws do not span the space that one is mostly what was
-there before.
+The starting point is found by alternation. For a Gaussian of the family x - m + d s = F z has low rank, with the
+left singular vectors z, and the residual of x after regression on z is -d times that of s. Batch, match, and patch
+(Modi et al.) instead takes the Gaussian of the family that is nearest to the dense solution. If draws do not span
+the space, that Gaussian hardly differs from the previous one.
 
 Reference: Modi, Cai, Margossian, Blei, Gower & Saul (2025), "Batch, Match, and Patch: Low-Rank Approximations for
 Score-Based Variational Inference".

@@ -7,9 +7,10 @@ that linear maps of the parameters do not change. With X = Cov(x) and S = Cov(s)
 
     m = E x + C E s,   C S C = X (dense),   C_i = sqrt(X_ii / S_ii) (diagonal),   c = sqrt(tr X / tr S) (isotropic)
 
-The first is the geometric mean of X and S⁻¹. Of a Gaussian s is affine in x, so that from any dim + 1 points that
-span the space both are exact, whatever their law. X and S are seen through triangles of QR alone, X = RᵀR and
-S = QᵀQ: with the singular values R Qᵀ = U σ Vᵀ it is C = (Rᵀ U) σ⁻¹ (Rᵀ U)ᵀ, and no condition number is squared.
+The first is the geometric mean of X and S⁻¹. For a Gaussian, s is affine in x, so both are exact with any dim + 1
+points that span the space, whatever their distribution. X and S enter only through the triangular factors of QR
+decompositions, X = RᵀR and S = QᵀQ: with the singular values R Qᵀ = U σ Vᵀ it is C = (Rᵀ U) σ⁻¹ (Rᵀ U)ᵀ, and no
+condition number is squared.
 
 A Gaussian N(m₀, C₀) is kept where draws say nothing, by the proximal term of batch and match:
 C S C + ρ C = X + ρ C₀.

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Importance sampling from a Gaussian that the scores of its own draws adapt: a step in one batch.
 
-A round draws from the proposal, evaluates losses and gradients of all draws at once, and fits the next proposal to
-them, under weights tempered to an effective sample size of half the draws. Once the full weights are as even the
-draws are used. The proposal is carried from step to step, and moves with the reference, so that
-after the first step one round is mostly enough. It is a little wider than what was fitted, and a few draws come
-from the reference: q has no heavier tails than exp(-loss) times those, so that weights are bounded, and modes that
-the proposal does not reach are seen. Scouts find those that are too narrow for that.
+A round draws from the proposal and evaluates losses and gradients of all draws at once. It fits the next proposal
+to them, with weights tempered to an effective sample size of half the draws. Once the full weights are as even,
+the draws are used. The proposal is carried from step to step, and moves with the reference, so that after the
+first step one round is mostly enough. It is a little wider than the fitted Gaussian, and a few draws come from the
+reference. Since q has no heavier tails than exp(-loss) times the reference, weights are then bounded, and modes
+that the proposal does not reach are seen. Scouts find modes that are too narrow for that.
 
 References: Cornuet, Marin, Mira & Robert (2012), "Adaptive Multiple Importance Sampling"; Bugallo, Elvira,
 Martino, Luengo, Míguez & Djurić (2017), "Adaptive Importance Sampling: The Past, the Present, and the Future";

@@ -8,18 +8,18 @@ A path of mass M in z is one of unit mass in y = F⁻¹ z, where F Fᵀ = M⁻¹
 
 D diagonal, Q orthonormal, `(dim, rank)`, or the identity, A `(rank, rank)`; products take some dim x rank numbers.
 
-Scores s = ∇ log q of a Gaussian are -P (z - mean): draws and scores tell its precision P as soon as there are more
-than parameters, converged or not. The inverse mass matrix is the geometric mean of the covariance of the draws and
-the inverse of that of the scores,
+Scores s = ∇ log q of a Gaussian are -P (z - mean): draws and scores determine its precision P as soon as there are
+more draws than parameters, whether the chains have converged or not. The inverse mass matrix is the geometric mean
+of the covariance of the draws and the inverse of that of the scores,
 
     G Cov(s) G = Cov(z),   which P⁻¹ solves,
 
 the minimizer of the Fisher divergence from the standard normal in y; for a diagonal one G = sd(z) / sd(s). With
 Cov(z) = L Lᵀ, Cov(s) = Rᵀ R and R L = U S Vᵀ, a root of G is F = L V S^-1/2, and S^-1/2 Uᵀ R is its inverse.
 
-Scores of q have mean zero, and that of draws that have not yet arrived is left out. Where a wall cuts q off, their
-mean is a slope of 1 / w for draws within a width w, of which the variance tells nothing. So what is beyond
-`MOST_MEAN` standard deviations counts as a variance of the coordinate.
+Scores of q have mean zero. Draws that have not yet reached q have another mean, which is left out. Where a wall
+cuts q off, the mean of the scores is a slope of 1 / w for draws within a width w, and their variance says nothing
+about w. So the part of the mean beyond `MOST_MEAN` standard deviations counts as a variance of the coordinate.
 
 References: Seyboldt, Carlson & Carpenter (2026), "Preconditioning Hamiltonian Monte Carlo by Minimizing Fisher
 Divergence"; Stan Development Team, "Stan Reference Manual", chapter on HMC algorithm parameters.

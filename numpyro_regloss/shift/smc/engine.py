@@ -4,14 +4,14 @@ r"""Sequential Monte Carlo: from the reference to the shifted density over a lad
 
     q_s ∝ exp(-s loss / T) N(x, tau I),   s = 0, …, 1
 
-At every rung the particles are weighted by exp(-(s' - s) loss / T), resampled, and moved by Markov kernels
-that keep q_s' and learn their proposals from the particles. The next s is where the weights' effective sample
-size falls to a given fraction; the last state is q itself, and the mean weights multiply to the evidence
-E exp(-loss / T) under the reference: exp(-F_tau / T). Works where weights of one step from reference to q
-degenerate, on several modes, and by default without gradients.
+At every stage the particles are weighted by exp(-(s' - s) loss / T), resampled, and moved by Markov kernels that
+keep q_s' and learn their proposals from the particles. The next s is where the weights' effective sample size
+falls to a given fraction; the last state is q itself, and the mean weights multiply to the evidence E exp(-loss /
+T) under the reference: exp(-F_tau / T). Works where weights of one step from reference to q degenerate, on several
+modes, and by default without gradients.
 
-Few survivors of resampling move many times each, and all states on the way are the particles of the next rung:
-an evaluation per particle and rung, none of them thrown away.
+Few survivors of resampling move many times each, and all states on the way are the particles of the next stage. So
+there is one evaluation per particle and stage, and none is thrown away.
 
 References: Del Moral, Doucet & Jasra (2006), "Sequential Monte Carlo Samplers"; Dau & Chopin (2022), "Waste-Free
 Sequential Monte Carlo"; and those of `ladder` and `moves`.
