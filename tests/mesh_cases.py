@@ -23,7 +23,7 @@ from numpyro.infer import BarkerMH
 from numpyro.infer.autoguide import AutoDiagonalNormal
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, anchor, fit, shift, values
-from numpyro_regloss._core.mesh import AXIS, is_divided
+from numpyro_regloss._core.mesh import AXIS, copied, is_divided
 from numpyro_regloss.two_step import RejectedError, outer_step
 
 KEY, STEPS = random.key(0), 3
@@ -139,6 +139,30 @@ def differences(run, divisions):
     return {kind: distance(expected, run) for kind, run in runs.items() if kind != "eight"}
 
 
+def by_rows(name):
+    """Of a run with rows divided: the difference from one device, and shapes of rows in the program."""
+    mesh = jax.make_mesh((4, 2), ("draws", "rows"), axis_types=(AxisType.Auto,) * 2)
+    put = partial(jax.device_put, device=jax.NamedSharding(mesh, jax.P("rows")))
+    loss = Loss.from_function(network, START, put(INPUTS), put(OUTPUTS))
+    engine, method, *at = ENGINES[name]
+    parts = engine, method, *(at or [anchor.Proximal()])
+    optimizer = TwoStep(loss, 0.01, *parts, temperature=0.05, mesh=mesh)
+    state, arguments = optimizer.init(KEY), copied(optimizer.mesh, loss.bind())
+    text = outer_step.step.lower(optimizer, state, arguments).compile().as_text()
+    runs = []
+    for one in (optimizer, optimizer_of(name, None)):
+        try:
+            runs.append(one.run(KEY, STEPS, progress_bar=False))
+        except RejectedError as error:
+            runs.append(error.result)
+    return [
+        distance(*map(numbers_of, runs)),
+        len(re.findall(rf"[\[,]{len(INPUTS)},[45]\]", text)),
+        len(re.findall(rf"[\[,]{len(INPUTS) // 2},[45]\]", text)),
+        jax.tree.leaves(arguments)[0].addressable_shards[0].data.shape[0],
+    ]
+
+
 def value(what, mesh):
     """Numbers of one function of `values`."""
     reference = Gaussian.isotropic(LOSS.x0, 0.01)
@@ -244,6 +268,7 @@ GROUPS = {
     "few": {
         "importance": lambda: compare("importance", ["one", "eight"]),
         "heat": lambda: differences(partial(value, "heat"), ["one", "eight"]),
+        "importance by rows": lambda: by_rows("importance"),
         "resume": lambda: resume("robbins_monro"),
         "evaluations": lambda: [evaluations(1), evaluations(8)],
         "program": lambda: program(4096, 8),
@@ -254,6 +279,7 @@ GROUPS = {
         for what in (*(method for method in values.METHODS if method != "bridge"), *VALUES)
     },
     "engines": {name: lambda name=name: compare(name, [*DIVISIONS]) for name in ENGINES},
+    "rows": {name: lambda name=name: by_rows(name) for name in ENGINES},
     "work": {name: lambda name=name: work(name) for name in DIVIDED},
     "programs": {
         "small": lambda: program(4096, 8),

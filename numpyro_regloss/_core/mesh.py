@@ -8,7 +8,8 @@ number and size do not depend on the number of devices. Each device does its sha
 results are gathered in the order of the blocks, and sums are added in a fixed tree. Nothing is left to a compiler
 that divides programs by itself: it may evaluate everything everywhere, and adds in an order of its own.
 
-Outside of `on_mesh` both are what they stand for.
+Rows of data that the user has divided along a second axis, `"rows"`, stay divided: within a block the compiler
+adds what the devices of the block found. Outside of `on_mesh` both are what they stand for.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-DRAWS = "draws"
+DRAWS, ROWS = "draws", "rows"
 # The axis within a step. A user may have an axis "draws" of his own, within which whole steps run.
 AXIS = "draws of numpyro_regloss"
 # Blocks at most, which many devices may share; and at least, of 16 rows where there are as many.
@@ -50,7 +51,7 @@ HOW = 'write jax.make_mesh((8,), ("draws",), axis_types=(jax.sharding.AxisType.A
 
 
 def check_mesh(mesh: Any, what: str, *, external: bool) -> Mesh | None:
-    """Refuses what is no mesh with an axis "draws".
+    """Refuses what is no mesh with an axis "draws", or "draws" and "rows".
 
     Args:
         mesh: of devices, with Auto or Explicit axes, or None.
@@ -73,12 +74,12 @@ def check_mesh(mesh: Any, what: str, *, external: bool) -> Mesh | None:
         )
     if not isinstance(mesh, Mesh):
         raise TypeError(f"{what}: expected a jax.sharding.Mesh or None, got {mesh!r}; {HOW}.")
-    if mesh.axis_names != (DRAWS,):
+    if mesh.axis_names not in ((DRAWS,), (DRAWS, ROWS)):
         raise ValueError(
-            f'{what}: expected one axis, "draws", got {mesh.axis_names}; {HOW}. Rows of data are divided by '
-            "placing them: jax.device_put(data, jax.NamedSharding(other_mesh, jax.P('rows'))), without mesh=."
+            f'{what}: expected an axis "draws", or the axes "draws" and "rows", got {mesh.axis_names}; {HOW}, or '
+            'jax.make_mesh((4, 2), ("draws", "rows")) with data that jax.device_put has divided along "rows".'
         )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def on_mesh(mesh: Mesh | None, fn: Callable[..., T]) -> Callable[..., T]:
@@ -98,11 +99,15 @@ def on_mesh(mesh: Mesh | None, fn: Callable[..., T]) -> Callable[..., T]:
         return fn
     _check_context(mesh)
     same = PartitionSpec()
-    return jax.shard_map(fn, mesh=_inner(mesh), in_specs=same, out_specs=same, check_vma=False)
+    return jax.shard_map(
+        fn, mesh=_inner(mesh), in_specs=same, out_specs=same, axis_names={AXIS}, check_vma=False
+    )
 
 
 def copied(mesh: Mesh | None, tree: T) -> T:
     """The same arrays on every device of a mesh, as `on_mesh` takes them: elsewhere they are another program.
+
+    What is divided along an axis "rows" stays so, if the mesh has one.
 
     Args:
         mesh: from `check_mesh`, or None.
@@ -114,8 +119,18 @@ def copied(mesh: Mesh | None, tree: T) -> T:
     if mesh is None or not is_concrete(tree):
         return tree
     _check_context(mesh)
-    same = jax.NamedSharding(_inner(mesh), PartitionSpec())
-    return jax.tree.map(lambda leaf: placed(leaf, same), tree)
+    inner = _inner(mesh)
+    return jax.tree.map(
+        lambda leaf: placed(leaf, jax.NamedSharding(inner, _by_rows(leaf, mesh))), tree
+    )
+
+
+def _by_rows(leaf: Any, mesh: Mesh) -> PartitionSpec:
+    sharding = getattr(leaf, "sharding", None)
+    if ROWS not in mesh.axis_names or not isinstance(sharding, jax.NamedSharding):
+        return PartitionSpec()
+    names = [axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec]
+    return PartitionSpec(*(ROWS if ROWS in some else None for some in names))
 
 
 def _check_context(mesh: Mesh) -> None:
@@ -129,7 +144,8 @@ def _check_context(mesh: Mesh) -> None:
 
 
 def _inner(mesh: Mesh) -> Mesh:
-    return Mesh(mesh.devices, (AXIS,), axis_types=(AxisType.Auto,))
+    names = (AXIS, *mesh.axis_names[1:])
+    return Mesh(mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def is_divided() -> bool:

@@ -86,8 +86,9 @@ class TwoStep:
         anchor: step 3, from `numpyro_regloss.anchor`.
         temperature: T > 0, in the units of the loss.
         record: a `Record` for verdicts and values in the history, or None.
-        mesh: devices that divide draws, particles, chains and noise among them: a `jax.sharding.Mesh` with one
-            axis `"draws"`, or None for one device. The bits do not depend on how many devices there are.
+        mesh: devices that divide draws, particles, chains and noise among them: a `jax.sharding.Mesh` with an
+            axis `"draws"`, or None for one device. The bits do not depend on how many devices that axis has.
+            With a second axis, `"rows"`, data of the loss that `jax.device_put` has divided along it stay divided.
 
     Raises:
         TypeError: if a part is of the wrong kind.
