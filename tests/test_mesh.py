@@ -33,7 +33,7 @@ def loss():
 @pytest.mark.both
 def test_bits_do_not_depend_on_the_number_of_devices():
     found = found_by("few")
-    for name in ("importance", "heat"):
+    for name in ("importance", "importance_few", "heat"):
         away = found[name].pop("none")
         assert set(found[name].values()) == {0.0}, found[name]
         # The draws are those without a mesh; sums are in another order.

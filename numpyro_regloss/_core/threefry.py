@@ -62,6 +62,9 @@ def from_position(rng_key: Key, position: Array) -> Key | None:
 
 
 def _hash(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
+    # Fused with the rounds that made the key, these would be a chain of 40, which LLVM compiles for hours (as of
+    # JAX 0.12): it follows both uses of every round anew.
+    key = lax.optimization_barrier(key)
     schedule = (key[0], key[1], key[0] ^ key[1] ^ PARITY)
     x, y = high + schedule[0], low + schedule[1]
     for i in range(5):
