@@ -107,7 +107,7 @@ def kills(number, how_many, dim, num_steps, seed=0):
             folder = None
     finally:
         shutil.rmtree(base)
-    return row
+    return {**row, "equal, %": 100.0 * row["equal"] / row["runs"]}
 
 
 def overhead(dim, num_steps, repeats, every):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
+from numpyro_regloss._core.pytree import with_context_axes
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.diagnostics.arrival import Finding
@@ -76,6 +77,7 @@ def look_around(
     shift, fit, loss = optimizer.shift, optimizer.fit, optimizer.loss
     if not (shift.uses_gradient or fit.uses_gradient):
         return Look()
+    reference, history = with_context_axes((reference, history))
     # A report is the same each time it is asked for.
     keys = random.split(random.key(0), 3)
     target = RegularizedLoss.unchecked(loss, reference, loss.arguments, optimizer.temperature)
