@@ -3,6 +3,7 @@
 """Shared by all tests: engines by name, trace and compile counters, tolerances."""
 
 import gc
+import itertools
 import json
 import os
 import socket
@@ -274,22 +275,27 @@ class Counter:
         return self.fn(*args, **kwargs)
 
 
-# XLA maps each program into memory, and a process of Linux has room for 65,530 maps; a module takes some 8,000.
-MAPS, MANY_MAPS = Path("/proc/self/maps"), 40_000
+# XLA maps each program into memory, and a process of Linux has room for 65,530 maps, beyond which it dies. A test
+# takes up to 4,000.
+MAPS, MANY_MAPS, CHECK_EVERY = Path("/proc/self/maps"), 40_000, 5
+TESTS = itertools.count(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def room_for_programs():
-    """Drops compiled programs before there are too many; until then modules share the small ones.
+def has_many_programs():
+    return MAPS.read_bytes().count(b"\n") > MANY_MAPS
 
-    What a module leaves are mostly these, and no search for cycles passes over them again.
-    """
-    yield
-    if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs before there are too many; until then modules share the small ones."""
+    is_last = nextitem is None or nextitem.path != item.path
+    is_due = next(TESTS) % CHECK_EVERY == 0 if MAPS.exists() else is_last
+    if is_due and (not MAPS.exists() or has_many_programs()):
         jax.clear_caches()
         gc.unfreeze()
         gc.collect()
-    gc.freeze()
+    if is_last:
+        # What a module leaves are mostly programs: no search for cycles passes over them again.
+        gc.freeze()
 
 
 @pytest.fixture
