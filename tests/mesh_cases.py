@@ -27,7 +27,8 @@ from numpyro_regloss._core.mesh import AXIS, copied, is_divided
 from numpyro_regloss.two_step import RejectedError, outer_step
 
 KEY, STEPS = random.key(0), 3
-INPUTS = random.normal(random.key(1), (32, 5))
+# 46 rows, which no block of draws has.
+INPUTS = random.normal(random.key(1), (46, 5))
 OUTPUTS = jnp.sin(jnp.sum(INPUTS, 1))
 START = {"w": 0.3 * random.normal(random.key(2), (5, 4)), "v": jnp.full(4, 0.5)}
 
