@@ -281,15 +281,15 @@ MAPS, MANY_MAPS, CHECK_EVERY = Path("/proc/self/maps"), 40_000, 5
 TESTS = itertools.count(1)
 
 
-def has_many_programs():
-    return MAPS.read_bytes().count(b"\n") > MANY_MAPS
-
-
 def pytest_runtest_teardown(item, nextitem):
     """Drops compiled programs before there are too many; until then modules share the small ones."""
     is_last = nextitem is None or nextitem.path != item.path
-    is_due = next(TESTS) % CHECK_EVERY == 0 if MAPS.exists() else is_last
-    if is_due and (not MAPS.exists() or has_many_programs()):
+    if MAPS.exists():
+        is_due = next(TESTS) % CHECK_EVERY == 0
+        is_full = is_due and MAPS.read_bytes().count(b"\n") > MANY_MAPS
+    else:
+        is_full = is_last
+    if is_full:
         jax.clear_caches()
         gc.unfreeze()
         gc.collect()

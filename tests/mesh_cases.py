@@ -95,10 +95,10 @@ def mesh_of(name):
     return jax.make_mesh((count,), ("draws",), axis_types=(kind,), devices=jax.devices()[:count])
 
 
-def optimizer_of(name, mesh):
+def optimizer_of(name, mesh, loss=LOSS):
     engine, method, *at = ENGINES[name]
     parts = engine, method, *(at or [anchor.Proximal()])
-    return TwoStep(LOSS, 0.01, *parts, temperature=0.05, mesh=mesh)
+    return TwoStep(loss, 0.01, *parts, temperature=0.05, mesh=mesh)
 
 
 def numbers_of(result):
@@ -147,10 +147,8 @@ def by_rows(name):
     put = partial(jax.device_put, device=jax.NamedSharding(mesh, jax.P("rows")))
     # 46 rows, which no block of draws has.
     data = jnp.tile(INPUTS, (2, 1))[:46], jnp.tile(OUTPUTS, 2)[:46]
-    engine, method, *at = ENGINES[name]
-    parts = engine, method, *(at or [anchor.Proximal()])
     optimizer, alone = (
-        TwoStep(Loss.from_function(network, START, *rows), 0.01, *parts, temperature=0.05, mesh=m)
+        optimizer_of(name, m, Loss.from_function(network, START, *rows))
         for rows, m in ((map(put, data), mesh), (data, None))
     )
     state, arguments = optimizer.init(KEY), copied(optimizer.mesh, optimizer.loss.bind())
@@ -247,9 +245,7 @@ def work(name):
 
         loss = Loss.from_function(fn, jnp.zeros(3))
         mesh = jax.make_mesh((count,), ("draws",), devices=jax.devices()[:count])
-        engine, method, *at = ENGINES[name]
-        parts = engine, method, *(at or [anchor.Proximal()])
-        optimizer = TwoStep(loss, 0.01, *parts, temperature=0.05, mesh=mesh)
+        optimizer = optimizer_of(name, mesh, loss)
         state = optimizer.init(KEY)
         jax.effects_barrier()
         calls.clear()

@@ -62,8 +62,8 @@ def from_position(rng_key: Key, position: Array) -> Key | None:
 
 
 def _hash(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
-    # Fused with the rounds that made the key, these would be a chain of 40, which LLVM compiles for hours (as of
-    # JAX 0.12): it follows both uses of every round anew.
+    # Fused with the rounds that made the key, these would be a chain of 40. LLVM, as of JAX 0.12, follows both
+    # uses of every round anew, and does not get through that.
     key = lax.optimization_barrier(key)
     schedule = (key[0], key[1], key[0] ^ key[1] ^ PARITY)
     x, y = high + schedule[0], low + schedule[1]
