@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from overhead import milliseconds, network
+from overhead import logits, milliseconds, network
 
 from numpyro_regloss import Loss, Minibatch, TwoStep, fit, schemes, shift
 
@@ -58,18 +58,24 @@ def start(seed, width, hidden=HIDDEN):
     }
 
 
-def methods(data, seed, rate, batch):
-    """Optimizers of one start; tau / T is the rate, and T one over the number of rows."""
-    x, y = data[:2]
-    loss = Loss.from_function(network, start(seed, x.shape[1]), x, y, minibatch=batch)
-    temperature = 1 / len(x)
-    tau = rate * temperature
+def heat(loss, tau, rate):
+    """At the rate tau / T."""
+    return schemes.heat(loss, tau, fit.RobbinsMonro(INNER_STEPS), temperature=tau / rate)
+
+
+def langevin(loss, tau, rate):
+    """At the rate tau / T."""
     # Most of the way to the minimum of a flat direction in each step, and more weight on later draws.
     chain = shift.SGLD(0.7 * rate, INNER_STEPS, averaging_decay=0.5)
-    return {
-        "heat": schemes.heat(loss, tau, fit.RobbinsMonro(INNER_STEPS), temperature=temperature),
-        "SGLD": schemes.local_entropy(loss, tau, chain, temperature=temperature),
-    }
+    return schemes.local_entropy(loss, tau, chain, temperature=tau / rate)
+
+
+def methods(data, seed, rate, batch):
+    """Optimizers of one start; T is one over the number of rows."""
+    x, y = data[:2]
+    loss = Loss.from_function(network, start(seed, x.shape[1]), x, y, minibatch=batch)
+    tau = rate / len(x)
+    return {"heat": heat(loss, tau, rate), "SGLD": langevin(loss, tau, rate)}
 
 
 @partial(jax.jit, static_argnames=("num_updates", "num_gradients"))
@@ -144,9 +150,7 @@ def accuracy(data, seeds, rates, num_hundreds, length):
 
     @jax.jit
     def test(loss, x):
-        params = loss.constrain(x)
-        hidden = jax.nn.relu(inputs @ params["w"] + params["b"])
-        return 100.0 * jnp.mean((hidden @ params["v"] + params["c"]).argmax(-1) == labels)
+        return 100.0 * jnp.mean(logits(loss.constrain(x), inputs).argmax(-1) == labels)
 
     split = Minibatch(256, split=True)
     used = INNER_STEPS * (256 // INNER_STEPS)

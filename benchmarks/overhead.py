@@ -44,11 +44,15 @@ def milliseconds(times):
 # Importance
 
 
-def network(params, inputs, labels):
+def logits(params, inputs):
     hidden = jax.nn.relu(inputs @ params["w"] + params["b"])
-    logits = hidden @ params["v"] + params["c"]
-    picked = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
-    return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
+    return hidden @ params["v"] + params["c"]
+
+
+def network(params, inputs, labels):
+    outputs = logits(params, inputs)
+    picked = jnp.take_along_axis(outputs, labels[:, None], 1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(outputs, -1) - picked)
 
 
 def digits():

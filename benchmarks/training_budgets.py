@@ -16,9 +16,9 @@ import optax.contrib
 from flatness import noisy
 from jax import lax, random
 from network_price import start
-from overhead import network
+from overhead import logits, network
 from training_store import spread
-from training_tasks import logits, measured
+from training_tasks import measured
 
 from numpyro_regloss import transforms
 

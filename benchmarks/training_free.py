@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
+from overhead import logits
 from training_store import key_of, spread
 
 from numpyro_regloss import Minibatch, schemes
@@ -18,14 +19,10 @@ WIDTH, NUM_SAMPLES, RATE = 0.05, 32, 1.5
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def relu(params, inputs):
-    return jax.nn.relu(inputs @ params["w"] + params["b"]) @ params["v"] + params["c"]
-
-
 def int8(params, inputs):
     # Weights are integers of 8 bits, in units of 1/64.
-    w, v = (jnp.clip(jnp.round(64 * params[name]), -127, 127) / 64 for name in "wv")
-    return jax.nn.relu(inputs @ w + params["b"]) @ v + params["c"]
+    rounded = {n: jnp.clip(jnp.round(64 * params[n]), -127, 127) / 64 for n in "wv"}
+    return logits(params | rounded, inputs)
 
 
 def staircase(params, inputs):
@@ -33,7 +30,7 @@ def staircase(params, inputs):
     return hidden @ params["v"] + params["c"]
 
 
-NETWORKS = {"relu": relu, "int8 weights": int8, "staircase activations": staircase}
+NETWORKS = {"relu": logits, "int8 weights": int8, "staircase activations": staircase}
 
 
 def cross_entropy(params, inputs, labels, *, outputs):

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from network_price import images, start
-from overhead import network
+from overhead import logits, network
 
 from numpyro_regloss import Loss
 
@@ -34,11 +34,6 @@ class Task:
         """Accuracy and calibration error in per cent, and mean negative log-likelihood, on the test images."""
         found = measured(logits(params, self.x_test), self.y_test)
         return {name: float(value) for name, value in found.items()}
-
-
-def logits(params, inputs):
-    hidden = jax.nn.relu(inputs @ params["w"] + params["b"])
-    return hidden @ params["v"] + params["c"]
 
 
 @jax.jit

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from network_price import sgd
+from network_price import INNER_STEPS, heat, langevin, sgd
+from overhead import logits
 from training_store import spread
-from training_tasks import logits
 
 from numpyro_regloss import Minibatch, fit, schemes, shift, values
 
-INNER_STEPS, BATCH, RATE = 5, 256, 0.5
+BATCH, RATE = 256, 0.5
 USED = INNER_STEPS * (BATCH // INNER_STEPS)
 TAUS = (1e-6, 1e-5, 1e-4)
 
@@ -37,22 +37,12 @@ def is_too_dear(name, hidden, tau):
     return name == "HMC" and (hidden > 32 or tau != TAUS[1])
 
 
-def langevin(loss, tau):
-    # Most of the way to the minimum of a flat direction in each step, and more weight on later draws.
-    engine = shift.SGLD(0.7 * RATE, INNER_STEPS, averaging_decay=0.5)
-    return schemes.local_entropy(loss, tau, engine, temperature=tau / RATE)
-
-
-def robbins_monro(loss, tau):
-    return schemes.heat(loss, tau, fit.RobbinsMonro(INNER_STEPS), temperature=tau / RATE)
-
-
 SPLIT, WHOLE = Minibatch(BATCH, split=True), Minibatch(BATCH)
 # With the batch of each, and the rows that an update sees.
 METHODS = {
     "importance": (importance, WHOLE, BATCH),
-    "SGLD local entropy": (langevin, SPLIT, USED),
-    "Robbins-Monro heat": (robbins_monro, SPLIT, USED),
+    "SGLD local entropy": (partial(langevin, rate=RATE), SPLIT, USED),
+    "Robbins-Monro heat": (partial(heat, rate=RATE), SPLIT, USED),
     "HMC": (hmc, Minibatch(64), 64),
     "Entropy-SGD": (schemes.entropy_sgd, WHOLE, 20 * BATCH),
 }
