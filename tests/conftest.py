@@ -101,6 +101,9 @@ ENGINES = {
     "adaptive_importance_diagonal": Row(
         lambda: shift.AdaptiveImportance(covariance="diagonal"), long=True
     ),
+    "adaptive_importance_low_rank": Row(
+        lambda: shift.AdaptiveImportance(covariance="low_rank"), long=True
+    ),
     "adaptive_importance_values": Row(
         lambda: shift.AdaptiveImportance(1024, gradient=False), long=True
     ),

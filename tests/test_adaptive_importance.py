@@ -22,8 +22,11 @@ from numpyro_regloss import (
     schedules,
     shift,
 )
+from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss.shift import AdaptiveImportance
-from numpyro_regloss.shift.adaptive_importance.proposal import Proposal, from_scores, root_within
+from numpyro_regloss.shift.adaptive_importance.dense import DenseProposal, root_within
+from numpyro_regloss.shift.adaptive_importance.diagonal import DiagonalProposal
+from numpyro_regloss.shift.adaptive_importance.low_rank import LowRankProposal
 
 DIM, TAU = 6, 0.5
 STIFF, QUARTIC, PLACE = np.linspace(0.5, 8, DIM), np.linspace(0, 1, DIM), np.linspace(-1, 1, DIM)
@@ -86,6 +89,7 @@ CASES = [
     long(0.1, ()),
     long(1.0, (("covariance", "diagonal"), ("defensive", 0.0))),
     long(0.1, (("covariance", "diagonal"),)),
+    long(1.0, (("covariance", "low_rank"),)),
     long(1.0, (("num_samples", 128),)),
     long(1.0, (("num_samples", 1024), ("gradient", False))),
 ]
@@ -120,20 +124,62 @@ def test_scores_of_a_gaussian_give_it_whatever_the_draws():
     weight = jnp.asarray(rng.dirichlet(np.ones(40)), jnp.float32)
     gradient = (e - mean) @ precision
     for scale in (jnp.eye(4), jnp.diag(jnp.array([0.1, 2.0, 1.0, 0.5]))):
-        found = from_scores(Proposal(jnp.zeros(4), scale), e, gradient, weight)
-        for _ in range(20):
-            found = from_scores(found, e, gradient, weight)
+        found = DenseProposal(jnp.zeros(4), scale)
+        for _ in range(21):
+            found = found.from_scores(e, gradient, weight)
         # Steps of the mean are bounded, and a ridge of 1e-5 goes again and again: what is left is rounding.
         np.testing.assert_allclose(found.scale @ found.scale.T, np.linalg.inv(precision), atol=1e-4)
         np.testing.assert_allclose(found.mean, mean, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", ["dense", "diagonal"])
+def spiked(dim, seed):
+    """A precision of diagonal and rank two, with one direction that is wider than the diagonal says."""
+    rng = np.random.default_rng(seed)
+    root = np.sqrt(rng.uniform(1.0, 20.0, dim))
+    basis = np.linalg.qr(rng.normal(size=(dim, 2)))[0]
+    return root[:, None] * (np.eye(dim) + (basis * [30.0, -0.7]) @ basis.T) * root
+
+
+def test_scores_of_a_gaussian_of_low_rank_give_it():
+    rng = np.random.default_rng(0)
+    dim, rank = 40, 4
+    precision, mean = spiked(dim, 0), rng.normal(size=dim)
+    e = jnp.asarray(rng.normal(size=(64, dim)), jnp.float32)
+    gradient = (e - mean) @ precision
+
+    @jax.jit
+    def after(rounds):
+        proposal = LowRankProposal.start(jnp.zeros(dim), rank)
+        weight = jnp.full(len(e), 1 / len(e))
+        return lax.fori_loop(
+            0, rounds, lambda _, now: now.from_scores(e, gradient, weight), proposal
+        )
+
+    found = after(20)
+    root = np.asarray(found.scaled(jnp.eye(dim))).T
+    covariance = np.linalg.inv(precision)
+    sd = np.sqrt(np.diag(covariance))
+    # Of 64 draws, fewer than a matrix has columns: to the ridge of 1e-5 and rounding.
+    np.testing.assert_allclose(
+        root @ root.T / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=1e-3
+    )
+    # Draws are up to ten times as wide as q, and so are errors of the mean.
+    np.testing.assert_allclose((found.mean - mean) / sd, 0, atol=1e-2)
+    np.testing.assert_allclose(found.variance / sd**2, 1, atol=1e-3)
+    assert found.log_det == pytest.approx(0.5 * np.linalg.slogdet(covariance)[1], abs=1e-2)
+    noise = found.whitened(e)
+    np.testing.assert_allclose(found.scaled(noise) + found.mean, e, atol=1e-4)
+
+
+FAMILIES = {"dense": DenseProposal, "diagonal": DiagonalProposal, "low_rank": LowRankProposal}
+
+
+@pytest.mark.parametrize("shape", FAMILIES)
 @pytest.mark.parametrize("tau", [0.4, 0.2])
 def test_the_proposal_moves_as_a_gaussian_q_does(shape, tau):
     # q of a quadratic is known for every reference.
     rng = np.random.default_rng(1)
-    root = rng.normal(size=(3, 3)) if shape == "dense" else np.diag([1.0, 2.0, 0.5])
+    root = np.diag([1.0, 2.0, 0.5]) if shape == "diagonal" else rng.normal(size=(3, 3))
     curvature, place = root @ root.T, np.array([1.0, -1.0, 0.5])
 
     def exact(center, tau):
@@ -144,16 +190,57 @@ def test_the_proposal_moves_as_a_gaussian_q_does(shape, tau):
 
     before, after = np.zeros(3), np.array([0.5, 2.0, -1.0])
     mean, covariance = exact(before, 0.4)
-    diagonal = shape == "diagonal"
-    scale = np.sqrt(np.diag(covariance)) if diagonal else np.linalg.cholesky(covariance)
-    proposal = Proposal(jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32))
+    scale = np.linalg.cholesky(covariance)
+    if shape == "diagonal":
+        scale = np.diag(scale)
+    elif shape == "low_rank":
+        # Beside a diagonal that is not one.
+        sd = np.array([0.5, 1.0, 2.0])
+        inner = scale / sd[:, None]
+        scale = Coordinates(sd, np.eye(3), inner, np.linalg.inv(inner))
+    proposal = FAMILIES[shape](*jax.tree.map(jnp.float32, (mean, scale)))
     old = Gaussian.isotropic(jnp.asarray(before, jnp.float32), 0.4)
     moved = proposal.moved(old, Gaussian.isotropic(jnp.asarray(after, jnp.float32), tau))
     mean, covariance = exact(after, tau)
-    scale = np.asarray(moved.scale)
-    found = np.diag(scale**2) if diagonal else scale @ scale.T
+    root = np.asarray(moved.scaled(jnp.eye(3))).T
     np.testing.assert_allclose(moved.mean, mean, atol=1e-5)
-    np.testing.assert_allclose(found, covariance, atol=1e-5)
+    np.testing.assert_allclose(root @ root.T, covariance, atol=1e-5)
+
+
+def test_ten_thousand_correlated_parameters():
+    # A regression of 20 rows: a proposal without correlations is refused, and a matrix has 400 megabytes.
+    dim, num_rows, tau = 10_000, 20, 0.1
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(num_rows, dim)), jnp.float32)
+    place = jnp.asarray(rng.normal(size=dim), jnp.float32)
+
+    def quadratic(x, rows):
+        return 0.5 * jnp.sum((rows @ (x - place)) ** 2)
+
+    engine = AdaptiveImportance(covariance="low_rank")
+    loss = Loss.from_function(quadratic, jnp.zeros(dim), rows)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, tau))
+    state = engine.init(random.key(0), target)
+    step = jax.jit(engine.step).lower(random.key(0), state, target).compile()
+    # Some copies of the 256 draws and of 32 directions.
+    assert step.memory_analysis().temp_size_in_bytes < 30 * 4 * dim * (256 + 32)
+    state, draws, info = step(random.key(0), state, target)
+    assert info.ok
+    state, draws, info = step(random.key(1), state, target)
+    assert info.ok
+    assert info.num_rounds == 1
+    # With S = I + tau X Xᵀ of the rows: F = rᵀ S⁻¹ r / 2 + log det S / 2, of residuals r at the centre.
+    inner = np.eye(num_rows) + tau * np.asarray(rows, float) @ np.asarray(rows, float).T
+    residual = np.asarray(rows @ -place, float)
+    solved = np.linalg.solve(inner, residual)
+    exact = 0.5 * residual @ solved + 0.5 * np.linalg.slogdet(inner)[1]
+    assert abs(info.local_entropy - exact) < 4 * info.local_entropy_error + 1e-5 * abs(exact)
+    assert info.local_entropy_error < 0.1
+    _, fitted, fit_info = fit.ForwardKL(covariance="diagonal").step(
+        random.key(2), (), target, draws
+    )
+    error = (np.asarray(fitted.mean) + tau * np.asarray(rows).T @ solved) / np.sqrt(tau)
+    assert np.sqrt(np.mean(error**2)) < 0.1
 
 
 @pytest.mark.parametrize("defensive", [0.0625, long(0.0)])
@@ -231,6 +318,7 @@ def test_a_schedule_of_tau_costs_no_more_rounds():
         ({"num_samples": 31}, ValueError, ">= 32"),
         ({"num_samples": 101}, ValueError, "even num_samples"),
         ({"covariance": "low"}, ValueError, "dense"),
+        ({"covariance": "low_rank", "gradient": False}, ValueError, "found from gradients"),
         ({"defensive": 0.6}, ValueError, "from 0 to 0.5"),
         ({"defensive": "some"}, TypeError, "as a number"),
         ({"gradient": 1}, TypeError, "gradient"),

@@ -17,6 +17,7 @@ __all__ = [
     "PowerIteration",
     "after",
     "cholesky_with_floor",
+    "inverse_of_lower",
     "inverse_root",
     "lower_of_root",
     "power_iteration",
@@ -103,8 +104,12 @@ def inverse_root(matrix: Array) -> Array:
     Returns:
         `(dim, dim)`; its leading blocks are those of the leading blocks of the matrix.
     """
-    lower = jnp.linalg.cholesky(matrix)
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    return inverse_of_lower(jnp.linalg.cholesky(matrix))
+
+
+def inverse_of_lower(lower: Array) -> Array:
+    """The inverse of a lower triangle, `(dim, dim)` -> `(dim, dim)`."""
+    identity = jnp.eye(len(lower), dtype=lower.dtype)
     return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 

@@ -44,23 +44,22 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
+from numpyro_regloss.shift.adaptive_importance.dense import DenseProposal
+from numpyro_regloss.shift.adaptive_importance.diagonal import DiagonalProposal
+from numpyro_regloss.shift.adaptive_importance.low_rank import LowRankProposal
 from numpyro_regloss.shift.adaptive_importance.mixture import draw
 from numpyro_regloss.shift.adaptive_importance.normalizer import mean_weight
-from numpyro_regloss.shift.adaptive_importance.proposal import (
-    NEAREST,
-    Proposal,
-    from_moments,
-    from_scores,
-    start,
-)
+from numpyro_regloss.shift.adaptive_importance.proposal import NEAREST, Proposal
 from numpyro_regloss.shift.adaptive_importance.scouts import Scouts, led, moved, send, walked
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceState"]
 
-COVARIANCES = ("auto", "dense", "diagonal")
+FAMILIES = {"dense": DenseProposal, "diagonal": DiagonalProposal, "low_rank": LowRankProposal}
 # "auto" is dense up to so many dimensions, if there are so many draws for each.
 MOST_DENSE, DRAWS_PER_DIM = 500, 4
+# Directions of low rank, if there are so many draws for each.
+MOST_RANK, DRAWS_PER_DIRECTION = 64, 8
 NUM_SAMPLES, MOST_SCOUTS = 256, 8
 # Below, k-hat has no tail to look at.
 LEAST_DRAWS = 32
@@ -150,8 +149,9 @@ class AdaptiveImportance(Shift):
 
     Args:
         num_samples: draws of a round, an even number: antithetic pairs.
-        covariance: of the proposal: `"dense"`, `"diagonal"`, or `"auto"`: dense up to 500 dimensions where there
-            are four draws for each.
+        covariance: of the proposal: `"dense"`, `"diagonal"`, `"low_rank"` (diagonal plus a direction for every
+            eight draws, at most 64), or `"auto"`: dense up to 500 dimensions where there are four draws for each,
+            and else of low rank, or diagonal without gradients.
         max_rounds: rounds of a step at most.
         defensive: share of the draws, from 0 to 0.5, of which one half comes from the reference and one half from
             around another mode. With 0 there are no scouts.
@@ -189,9 +189,14 @@ class AdaptiveImportance(Shift):
                 "AdaptiveImportance: expected an even num_samples, since draws come in pairs, got "
                 f"{self.num_samples}."
             )
-        check_choice(self.covariance, "AdaptiveImportance: covariance", COVARIANCES)
+        check_choice(self.covariance, "AdaptiveImportance: covariance", ("auto", *FAMILIES))
         check_count(self.max_rounds, "AdaptiveImportance: max_rounds")
         cast_fields(self, ("gradient",), check_flag)
+        if self.covariance == "low_rank" and not self.gradient:
+            raise ValueError(
+                "AdaptiveImportance: expected covariance 'dense', 'diagonal' or 'auto' with gradient=False, got "
+                "'low_rank', whose directions are found from gradients."
+            )
         share = self.defensive
         if isinstance(share, bool) or not isinstance(share, int | float | np.number):
             raise TypeError(
@@ -370,16 +375,21 @@ class AdaptiveImportance(Shift):
         return (self.num_samples // 2 - 2 * each, each, each)
 
     def _fresh(self, reference: AnyGaussian) -> AdaptiveImportanceState:
-        dim = reference.dim
-        dense = dim <= MOST_DENSE and DRAWS_PER_DIM * dim <= self.num_samples
-        if self.covariance != "auto":
-            dense = self.covariance == "dense"
-        scouts = None
+        zero, scouts = jnp.zeros_like(reference.mean), None
         if self.defensive:
             num_scouts = min(MOST_SCOUTS, 2 * self._num_pairs[1])
-            scouts = send(num_scouts, jnp.zeros_like(reference.mean))
-        reach = jnp.full_like(reference.mean[0], NEAREST)
-        return AdaptiveImportanceState(start(reference, dense=dense), scouts, reach, reference)
+            scouts = send(num_scouts, zero)
+        reach = jnp.full_like(zero[0], NEAREST)
+        rank = min(MOST_RANK, self.num_samples // DRAWS_PER_DIRECTION, zero.size)
+        proposal = FAMILIES[self._family(zero.size)].start(zero, rank)
+        return AdaptiveImportanceState(proposal, scouts, reach, reference)
+
+    def _family(self, dim: int) -> str:
+        if self.covariance != "auto":
+            return self.covariance
+        if dim <= MOST_DENSE and DRAWS_PER_DIM * dim <= self.num_samples:
+            return "dense"
+        return "low_rank" if self.gradient else "diagonal"
 
     def _evaluate(
         self, rng_key: Key, proposal: Proposal, scouts: Scouts | None, target: RegularizedLoss
@@ -453,9 +463,9 @@ class AdaptiveImportance(Shift):
         e, gradient, log_weight = batch.e[own], batch.gradient[own], batch.log_weight[own]
         weight = tempered(log_weight, TEMPERED * len(e))
         after = (
-            from_scores(proposal, e, gradient, weight, reach)
+            proposal.from_scores(e, gradient, weight, reach)
             if self.gradient
-            else from_moments(proposal, e, weight)
+            else proposal.from_moments(e, weight)
         )
         usable = all_finite(after)
         return jax.tree.map(lambda a, b: jnp.where(usable, a, b), after, proposal)

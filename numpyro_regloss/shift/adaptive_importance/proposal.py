@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-r"""The Gaussian that adaptive importance sampling draws from, and how scores and weights move it.
+r"""The Gaussian that adaptive importance sampling draws from, and what its families have in common.
 
 With U = -log q up to a constant, in coordinates where the reference is N(0, I), and g = ∇U at weighted draws e,
 
@@ -8,21 +8,20 @@ With U = -log q up to a constant, in coordinates where the reference is N(0, I),
 
 are the covariance and the mean of q where q is Gaussian, whatever law the draws have: g is then affine in e. So a
 proposal that is far off finds q as well. This is the regression of `draws.control_variates`, and m the mean that
-it corrects.
+it corrects. Each family has a file.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, Self
 
 import jax.numpy as jnp
-from jax import lax
 
-from numpyro_regloss._core.linalg import after, inverse_root, lower_of_root
+from numpyro_regloss._core.pytree import pytree_dataclass
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 
-__all__ = ["NEAREST", "Proposal", "from_moments", "from_scores", "start"]
+__all__ = ["LEAST_RATIO", "NARROWEST", "NEAREST", "WIDEST", "Proposal"]
 
 # Of the covariance over the reference's. Wider than the reference is q only where the loss is concave.
 NARROWEST, WIDEST = 1e-12, 16.0
@@ -32,61 +31,60 @@ LEAST_RATIO = 1e-6
 NEAREST = 2.0
 # Of the draws over the fitted covariance, in units of dim^(-1/2).
 WIDER = 0.4
-# Of the second moments of the scores: keeps directions as they were that the scores say nothing of.
-RIDGE = 1e-5
 
 
-class Proposal(NamedTuple):
-    """A Gaussian in coordinates where the reference is N(0, I).
+@pytree_dataclass
+class Proposal:
+    """A Gaussian N(mean, F Fᵀ) in coordinates where the reference is N(0, I).
 
     Attributes:
         mean: `(dim,)`.
-        scale: lower Cholesky factor of the covariance `(dim, dim)`, or standard deviations `(dim,)`.
+        scale: F, in the form of the family.
     """
 
     mean: Array
-    scale: Array
+    scale: Any
+
+    @classmethod
+    def start(cls, zero: Array, rank: int) -> Self:
+        """The reference itself.
+
+        Args:
+            zero: its mean in its own coordinates, `(dim,)`.
+            rank: of what is not diagonal, where the family has one.
+
+        Returns:
+            The proposal.
+        """
+        raise NotImplementedError
 
     @property
     def variance(self) -> Array:
         """Of each coordinate, `(dim,)`."""
-        return jnp.sum(self.scale**2, -1) if self.scale.ndim == 2 else self.scale**2
+        raise NotImplementedError
 
-    def widened(self) -> "Proposal":
-        """A little wider: too narrow a proposal has weights without a variance, too wide a one costs draws."""
-        # The share of effective draws that it costs is the same in all dimensions, WIDER² / 2.
-        factor = jnp.sqrt(1.0 + WIDER / math.sqrt(self.mean.size))
-        return Proposal(self.mean, factor * self.scale)
+    @property
+    def log_det(self) -> Array:
+        """Logarithm of the determinant of F."""
+        raise NotImplementedError
 
     def scaled(self, noise: Array) -> Array:
-        """What standard normal noise becomes about the mean, `(..., dim)` -> `(..., dim)`."""
-        return noise @ self.scale.T if self.scale.ndim == 2 else noise * self.scale
+        """What standard normal noise becomes about the mean, F noise, `(..., dim)` -> `(..., dim)`."""
+        raise NotImplementedError
+
+    def scaled_transpose(self, gradient: Array) -> Array:
+        """Fᵀ g, the gradient by the noise, `(..., dim)` -> `(..., dim)`."""
+        raise NotImplementedError
 
     def whitened(self, e: Array) -> Array:
         """The noise that leads to draws, `(draw, dim)` -> `(draw, dim)`."""
-        gap = e - self.mean
-        if self.scale.ndim == 1:
-            return gap / self.scale
-        return lax.linalg.triangular_solve(
-            self.scale, gap, left_side=False, lower=True, transpose_a=True
-        )
+        raise NotImplementedError
 
-    def square(self, e: Array) -> Array:
-        """Squared length of the noise that leads to draws, `(draw, dim)` -> `(draw,)`."""
-        return jnp.sum(self.whitened(e) ** 2, -1)
+    def stretched(self, factor: Array | float) -> Self:
+        """Every coordinate about the mean times a factor, a scalar or `(dim,)`."""
+        raise NotImplementedError
 
-    def times(self, vector: Array) -> Array:
-        """The covariance times vectors, `(..., dim)` -> `(..., dim)`."""
-        if self.scale.ndim == 1:
-            return self.scale**2 * vector
-        return (vector @ self.scale) @ self.scale.T
-
-    def log_density(self, square: Array) -> Array:
-        """Up to (2 pi)^(-dim / 2), of draws with such noise, `(draw,)` -> `(draw,)`."""
-        diagonal = jnp.diagonal(self.scale) if self.scale.ndim == 2 else self.scale
-        return -0.5 * square - jnp.sum(jnp.log(diagonal))
-
-    def moved(self, old: AnyGaussian, new: AnyGaussian) -> "Proposal":
+    def moved(self, old: AnyGaussian, new: AnyGaussian) -> Self:
         """The same for another reference, as a Gaussian q would move with it.
 
         Args:
@@ -96,161 +94,81 @@ class Proposal(NamedTuple):
         Returns:
             The proposal in the coordinates of the next one.
         """
+        raise NotImplementedError
+
+    def from_scores(
+        self, e: Array, gradient: Array, weight: Array, reach: Array | float = NEAREST
+    ) -> Self:
+        """The Gaussian whose scores fit those of draws best, like this one where they say nothing.
+
+        Args:
+            e: draws, `(draw, dim)`.
+            gradient: of -log q, like `e`.
+            weight: adding to one, `(draw,)`.
+            reach: longest step of the mean, in lengths of a draw's noise, sqrt(dim).
+
+        Returns:
+            The next proposal.
+        """
+        raise NotImplementedError
+
+    def from_moments(self, e: Array, weight: Array) -> Self:
+        """The Gaussian of the draws' own mean and covariance, for losses without a gradient.
+
+        Args:
+            e: draws, `(draw, dim)`.
+            weight: adding to one, `(draw,)`.
+
+        Returns:
+            The next proposal.
+        """
+        raise NotImplementedError
+
+    def widened(self) -> Self:
+        """A little wider: too narrow a proposal has weights without a variance, too wide a one costs draws."""
+        # The share of effective draws that it costs is the same in all dimensions, WIDER² / 2.
+        return self.stretched(math.sqrt(1.0 + WIDER / math.sqrt(self.mean.size)))
+
+    def square(self, e: Array) -> Array:
+        """Squared length of the noise that leads to draws, `(draw, dim)` -> `(draw,)`."""
+        return jnp.sum(self.whitened(e) ** 2, -1)
+
+    def times(self, vector: Array) -> Array:
+        """The covariance times vectors, `(..., dim)` -> `(..., dim)`."""
+        return self.scaled(self.scaled_transpose(vector))
+
+    def log_density(self, square: Array) -> Array:
+        """Up to (2 pi)^(-dim / 2), of draws with such noise, `(draw,)` -> `(draw,)`."""
+        return -0.5 * square - self.log_det
+
+    def stepped(self, noise: Array, scale: Any, reach: Array | float) -> Self:
+        """The next one, by a step of the mean that is not too long and no wider than q can be.
+
+        Args:
+            noise: the step of the mean, in units of this proposal's noise, `(dim,)`.
+            scale: of the next proposal.
+            reach: longest step, in lengths of a draw's noise, sqrt(dim).
+
+        Returns:
+            The next proposal.
+        """
+        # Where the loss is steep and straight, a step by the curvature at the draws leads far beyond the minimum.
+        most = reach * math.sqrt(noise.size)
+        part = jnp.minimum(1.0, most / jnp.maximum(jnp.sqrt(jnp.sum(noise**2)), most))
+        found = replace(self, mean=self.mean + self.scaled(part * noise), scale=scale)
+        # A proposal that is much wider than the reference draws where q is nothing.
+        return found.stretched(jnp.minimum(1.0, math.sqrt(WIDEST) / jnp.sqrt(found.variance)))
+
+    def mean_for(self, old: AnyGaussian, new: AnyGaussian) -> Array:
+        """The mean that a Gaussian q has for another reference of the same covariance, in its coordinates.
+
+        Args:
+            old: the reference of the coordinates.
+            new: the next one.
+
+        Returns:
+            `(dim,)`.
+        """
         # In the new coordinates e' = A⁻¹ (e - d), with A = S⁻¹ S' of the scales and d = S⁻¹ (c' - c).
         shift = old.whiten(new.mean)
-        mean = self.mean + self.times(shift) - shift
-        if self.scale.ndim == 1:
-            ratio = jnp.sqrt(new.variance / old.variance)
-            curvature = (self.scale**-2 - 1.0) * ratio**2
-            variance = 1.0 / jnp.clip(1.0 + curvature, 1.0 / WIDEST, 1.0 / NARROWEST)
-            # The pull of the loss, (C⁻¹ - I) e at the old mean of q, is that at the new one.
-            return Proposal(variance * (mean / self.scale**2 * ratio), jnp.sqrt(variance))
-        return self._moved_dense(mean, old, new)
-
-    def _moved_dense(self, mean: Array, old: AnyGaussian, new: AnyGaussian) -> "Proposal":
-        identity = jnp.eye(mean.size, dtype=mean.dtype)
-        ratio = old.whiten_columns(new.scaled(identity).T)
-        same = jnp.all(jnp.abs(ratio - identity) <= 8.0 * jnp.finfo(mean.dtype).eps)
-
-        def rescaled() -> Proposal:
-            root = lax.linalg.triangular_solve(self.scale, identity, left_side=True, lower=True)
-            precision = root.T @ root
-            changed = identity + ratio.T @ (precision - identity) @ ratio
-            inverse = _inverse(0.5 * (changed + changed.T))
-            covariance = 0.5 * (inverse + inverse.T)
-            scale = root_within(covariance)
-            pull = ratio.T @ (precision @ mean)
-            return Proposal(scale @ (scale.T @ pull), scale)
-
-        return lax.cond(same, lambda: Proposal(mean, self.scale), rescaled)
-
-
-def start(reference: AnyGaussian, *, dense: bool) -> Proposal:
-    """The reference itself.
-
-    Args:
-        reference: of the first target.
-        dense: whether correlations are kept.
-
-    Returns:
-        The proposal.
-    """
-    one = jnp.ones_like(reference.mean)
-    return Proposal(jnp.zeros_like(one), jnp.diag(one) if dense else one)
-
-
-def from_scores(
-    old: Proposal, e: Array, gradient: Array, weight: Array, reach: Array | float = NEAREST
-) -> Proposal:
-    """The Gaussian whose scores fit those of the draws best, as the old one is where they say nothing.
-
-    Args:
-        old: the proposal before.
-        e: draws, `(draw, dim)`.
-        gradient: of -log q, like `e`.
-        weight: adding to one, `(draw,)`.
-        reach: longest step of the mean, in lengths of a draw's noise, sqrt(dim).
-
-    Returns:
-        The next proposal.
-    """
-    # In units of the old one: precisions of q may differ by more than single precision has digits.
-    noise = old.whitened(e)
-    gradient = gradient @ old.scale if old.scale.ndim == 2 else gradient * old.scale
-    mean, slope = weight @ noise, weight @ gradient
-    centered, offset = gradient - slope, noise - mean
-    if old.scale.ndim == 1:
-        second = weight @ centered**2 + jnp.finfo(mean.dtype).tiny
-        ratio = weight @ (centered * offset) / second
-        ratio = jnp.clip(ratio, LEAST_RATIO, WIDEST)
-        return _next(old, mean - ratio * slope, jnp.sqrt(ratio), reach)
-    # Scores of one size in every coordinate: one that is still far too narrow has hardly a score.
-    size = jnp.sqrt(weight @ centered**2) + jnp.finfo(mean.dtype).tiny
-    weighted = weight[:, None] * (centered / size)
-    identity = jnp.eye(mean.size, dtype=mean.dtype)
-    gram = weighted.T @ (centered / size) + RIDGE * identity
-    change = (_inverse(gram) @ (weighted.T @ (offset - centered))) / size[:, None]
-    ratio = identity + 0.5 * (change + change.T)
-    root = _root_of_scores(ratio, size[:, None] * gram * size)
-    return _next(old, mean - root @ (root.T @ slope), root, reach)
-
-
-def from_moments(old: Proposal, e: Array, weight: Array) -> Proposal:
-    """The Gaussian of the draws' own mean and covariance, for losses without a gradient.
-
-    Args:
-        old: the proposal before, whose family is kept.
-        e: draws, `(draw, dim)`.
-        weight: adding to one, `(draw,)`.
-
-    Returns:
-        The next proposal.
-    """
-    mean = weight @ e
-    offset = e - mean
-    if old.scale.ndim == 1:
-        return Proposal(mean, jnp.sqrt(jnp.clip(weight @ offset**2, NARROWEST, WIDEST)))
-    # Few draws know few directions: the rest stays as it was.
-    share = jnp.minimum(1.0, mean.size * jnp.sum(weight**2))
-    covariance = (weight[:, None] * offset).T @ offset
-    before = old.scale @ old.scale.T
-    return Proposal(mean, root_within((1.0 - share) * covariance + share * before))
-
-
-def root_within(covariance: Array) -> Array:
-    """The lower Cholesky factor, of the nearest matrix that is positive definite and not wider than `WIDEST`.
-
-    Args:
-        covariance: symmetric, `(dim, dim)`.
-
-    Returns:
-        `(dim, dim)`; NaN where the matrix is not finite.
-    """
-
-    def nearest(matrix: Array) -> Array:
-        value, vector = jnp.linalg.eigh(matrix)
-        value = jnp.clip(value, None, WIDEST)
-        value = jnp.maximum(value, jnp.maximum(LEAST_RATIO * jnp.max(value), NARROWEST))
-        return lower_of_root(jnp.sqrt(value)[:, None] * vector.T)
-
-    return _root_or(covariance, covariance, nearest)
-
-
-def _root_of_scores(ratio: Array, second: Array) -> Array:
-    # Far from a Gaussian the regression may be no covariance, or as wide as chance has it. Then that of the
-    # Gaussian of least Fisher divergence, (E g gᵀ)^(-1/2) of standard normal draws, which always is one.
-    def divergence(matrix: Array) -> Array:
-        value, vector = jnp.linalg.eigh(matrix)
-        value = jnp.clip(value, WIDEST**-2, LEAST_RATIO**-2)
-        return lower_of_root(value[:, None] ** -0.25 * vector.T)
-
-    return _root_or(ratio, second, divergence)
-
-
-def _root_or(covariance: Array, other: Array, root: Callable[[Array], Array]) -> Array:
-    # The Cholesky factor of a covariance that is not wider than WIDEST, and a root of another matrix where not.
-    identity = jnp.eye(len(covariance), dtype=covariance.dtype)
-    finite = jnp.all(jnp.isfinite(covariance)) & jnp.all(jnp.isfinite(other))
-    matrix = jnp.where(finite, covariance, identity)
-    lower = jnp.linalg.cholesky(matrix)
-    upper = jnp.linalg.cholesky(after(lower[0, 0], WIDEST * identity - matrix))
-    within = jnp.all(jnp.isfinite(lower)) & jnp.all(jnp.isfinite(upper))
-    usable = jnp.where(finite & ~within, other, identity)
-    return jnp.where(finite, lax.cond(within, lambda: lower, lambda: root(usable)), jnp.nan)
-
-
-def _next(old: Proposal, mean: Array, root: Array, reach: Array | float) -> Proposal:
-    # Where the loss is steep and straight, a step by the curvature at the draws leads far beyond the minimum.
-    most = reach * math.sqrt(mean.size)
-    part = jnp.minimum(1.0, most / jnp.maximum(jnp.sqrt(jnp.sum(mean**2)), most))
-    scale = old.scale @ root if root.ndim == 2 else old.scale * root
-    # A proposal that is much wider than the reference draws where q is nothing.
-    size = jnp.sqrt(Proposal(mean, scale).variance)
-    within = jnp.minimum(1.0, math.sqrt(WIDEST) / size)
-    scale *= within[:, None] if root.ndim == 2 else within
-    return Proposal(old.mean + old.scaled(part * mean), scale)
-
-
-def _inverse(matrix: Array) -> Array:
-    root = inverse_root(matrix)
-    return root.T @ root
+        return self.mean + self.times(shift) - shift

@@ -11,6 +11,7 @@ Positions are in coordinates where the reference is N(0, I), and -log q is meant
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -142,7 +143,7 @@ def led(scouts: Scouts, before: Proposal, after: Proposal, share: Array) -> Prop
     Returns:
         The proposal of the next round.
     """
-    there = Proposal(scouts.witness, jnp.minimum(scouts.width, 1.0) * before.scale)
+    there = replace(before, mean=scouts.witness).stretched(jnp.minimum(scouts.width, 1.0))
     leads = scouts.known & (share > 0.5)
     return jax.tree.map(lambda a, b: jnp.where(leads, a, b), there, after)
 

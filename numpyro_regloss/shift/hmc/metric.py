@@ -30,13 +30,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from numpyro_regloss._core.linalg import after, lower_of_root
+from numpyro_regloss._core.coordinates import Coordinates
+from numpyro_regloss._core.linalg import after, inverse_of_lower, lower_of_root
 from numpyro_regloss._core.pytree import all_finite
 from numpyro_regloss._core.types import Array
 
-__all__ = ["METRICS", "Coordinates", "Metric"]
+__all__ = ["METRICS", "Metric"]
 
 METRICS = ("variance", "scores", "low_rank")
 # Up to so many parameters a metric of low rank is dense; beyond, half as many directions are those in which q is
@@ -53,48 +53,6 @@ LEAST_PRIOR = 1e-5
 MOST_MEAN = 3.0
 # Stan's, of variances.
 STAN_DRAWS, STAN_VARIANCE = 5, 1e-3
-
-
-class Coordinates(NamedTuple):
-    """The map y ↦ z = F y.
-
-    Attributes:
-        scale: D, `(dim,)`.
-        basis: Q, `(dim, rank)`, or None for the identity.
-        inner: A, `(rank, rank)`, or None for the identity.
-        inner_inverse: its inverse.
-    """
-
-    scale: Array
-    basis: Array | None
-    inner: Array | None
-    inner_inverse: Array | None
-
-    def forth(self, y: Array) -> Array:
-        """F y, `(*batch, dim)`."""
-        return self.scale * self._multiply(y, self.inner)
-
-    def back(self, z: Array) -> Array:
-        """F⁻¹ z, `(*batch, dim)`."""
-        return self._multiply(z / self.scale, self.inner_inverse)
-
-    def gradient_back(self, gradient: Array) -> Array:
-        """Fᵀ g, the gradient by y of a function of z."""
-        return self._multiply(self.scale * gradient, _transposed(self.inner))
-
-    def gradient_forth(self, gradient: Array) -> Array:
-        """F⁻ᵀ g, the gradient by z of a function of y."""
-        return self._multiply(gradient, _transposed(self.inner_inverse)) / self.scale
-
-    def _multiply(self, vector: Array, inner: Array | None) -> Array:
-        if inner is None:
-            return vector
-        # Accelerators round factors to fewer digits unless told: there and back would be another place.
-        times = partial(jnp.matmul, precision="highest")
-        if self.basis is None:
-            return times(vector, inner.T)
-        part = times(vector, self.basis)
-        return vector + times(times(part, inner.T) - part, self.basis.T)
 
 
 class Metric(NamedTuple):
@@ -197,8 +155,7 @@ def _from_variance(z: Array, count: Array, rank: int) -> Coordinates:
     identity = jnp.eye(rank, dtype=z.dtype)
     rows = [jnp.sqrt(weight / (count - 1)) * z, jnp.sqrt(least) * identity]
     lower = lower_of_root(jnp.concatenate(rows))
-    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return Coordinates(jnp.ones(rank, z.dtype), None, lower, inverse)
+    return Coordinates(jnp.ones(rank, z.dtype), None, lower, inverse_of_lower(lower))
 
 
 def _from_scores(z: Array, score: Array, slope: Array, count: Array, rank: int) -> Coordinates:
@@ -249,7 +206,3 @@ def _leading(z: Array, score: Array, number: int) -> Array:
     narrow = directions(after(wide[0, 0], score))
     basis, _ = jnp.linalg.qr(jnp.concatenate([wide, narrow], 1))
     return basis
-
-
-def _transposed(inner: Array | None) -> Array | None:
-    return None if inner is None else inner.T

@@ -33,6 +33,7 @@ from numpyro_regloss._core.checks import (
     check_differentiable,
     check_positive,
 )
+from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import is_concrete, strip_weak_types
 from numpyro_regloss._core.stats import effective_sample_size, split_rhat
@@ -40,7 +41,7 @@ from numpyro_regloss._core.threefry import unrolled
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
-from numpyro_regloss.shift.hmc.metric import METRICS, Coordinates, Metric
+from numpyro_regloss.shift.hmc.metric import METRICS, Metric
 from numpyro_regloss.shift.hmc.warm_up import Adaptation, Places, Tuning, WarmUp
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 

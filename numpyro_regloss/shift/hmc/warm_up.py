@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro.infer.hmc_util import AdaptWindow, build_adaptation_schedule, dual_averaging
 
+from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss._core.pytree import strip_weak_types
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.shift.hmc.metric import Coordinates, Metric
+from numpyro_regloss.shift.hmc.metric import Metric
 
 __all__ = ["Adaptation", "Places", "Tuning", "WarmUp"]
 
