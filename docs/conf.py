@@ -111,7 +111,7 @@ def figures(folder, name):
 
 
 def docstring_to_rst(app, what, name, obj, options, lines):
-    """Before napoleon: indented formulas are displayed as they stand, and |x| is a norm, no substitution."""
+    """Before napoleon: indented formulas stay as they stand, F_tau is set, and |x| is a norm, no substitution."""
     out, margin, display = [], 0, None
     for line in lines:
         indent = len(line) - len(line.lstrip())
@@ -126,7 +126,11 @@ def docstring_to_rst(app, what, name, obj, options, lines):
             margin = indent if display is None else margin
         is_code = display is not None or line.lstrip().startswith((">>>", "..."))
         parts = re.split(r"(`[^`]*`)", line)
-        escaped = "".join(p if p.startswith("`") else p.replace("|", r"\|") for p in parts)
+        parts[::2] = [
+            re.sub(r"\bF(\^H)?_tau\b", r"\\ :math:`F\1_\\tau`\\ ", part.replace("|", r"\|"))
+            for part in parts[::2]
+        ]
+        escaped = "".join(parts)
         # A letter or a power may follow code at once only so.
         escaped = re.sub(r"(`[^`]*`)(?=\w)", r"\1\\ ", escaped)
         out.append(line if is_code else escaped)
@@ -200,6 +204,27 @@ def mend_links_of_sources(app, pagename, templatename, context, doctree):
     context["body"] = re.sub(r'#(numpyro_regloss\.[\w.]+)"', link, context["body"])
 
 
+def wrap_sentences(app, pagename, templatename, context, doctree):
+    """Sentences and comments in blocks of code go on below; code and tables keep their lines, and scroll."""
+    if "body" not in context:
+        return
+
+    def wrap(match):
+        is_text = re.search(r"highlight-(?:text|myst-ansi)", match[1])
+        is_session = 'class="gp"' in match[2]
+        lines = match[2].split("\n")
+        for i, line in enumerate(lines):
+            text = html.unescape(re.sub(r"<[^>]+>", "", line)).strip()
+            is_output = is_text or (is_session and 'class="gp"' not in line)
+            # Two spaces are between columns.
+            if text.startswith("#") or (is_output and text and "  " not in text):
+                lines[i] = f'<span class="sentence">{line}</span>'
+        return match[1] + "\n".join(lines) + "</pre>"
+
+    block = r'(<div class="[^"]*highlight-[^"]*"><div class="highlight"><pre>(?:<span></span>)?)(.*?)</pre>'
+    context["body"] = re.sub(block, wrap, context["body"], flags=re.DOTALL)
+
+
 def visit_math(self, node):
     """MathML, which browsers render without a script or a network."""
     from docutils.nodes import SkipNode, math_block
@@ -207,6 +232,12 @@ def visit_math(self, node):
 
     block = isinstance(node, math_block)
     mathml = convert(node.astext(), display="block" if block else "inline")
+    # The converter makes letters of relations, and sets the name of a function without a space.
+    mathml = mathml.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+    mathml = mathml.replace("<mi>:</mi>", '<mo rspace="0.278em">:</mo>')
+    space = '<mspace width="0.167em" />'
+    mathml = mathml.replace("<mi>log</mi>", f"{space}<mi>log</mi>{space}")
+    mathml = mathml.replace(f"<mrow>{space}", "<mrow>")
     self.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
     raise SkipNode
 
@@ -222,3 +253,4 @@ def setup(app):
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_reference)
     app.connect("html-page-context", mend_links_of_sources)
+    app.connect("html-page-context", wrap_sentences)
