@@ -205,7 +205,7 @@ def mend_links_of_sources(app, pagename, templatename, context, doctree):
 
 
 def wrap_sentences(app, pagename, templatename, context, doctree):
-    """Sentences and comments in blocks of code go on below; code and tables keep their lines, and scroll."""
+    """Sentences and comments in blocks of code go on below. Code, tables and options keep their lines."""
     if "body" not in context:
         return
 
@@ -222,7 +222,8 @@ def wrap_sentences(app, pagename, templatename, context, doctree):
         return match[1] + "\n".join(lines) + "</pre>"
 
     block = r'(<div class="[^"]*highlight-[^"]*"><div class="highlight"><pre>(?:<span></span>)?)(.*?)</pre>'
-    context["body"] = re.sub(block, wrap, context["body"], flags=re.DOTALL)
+    body = re.sub(block, wrap, context["body"], flags=re.DOTALL)
+    context["body"] = body.replace('<span class="pre">-', '<span class="pre option">-')
 
 
 def visit_math(self, node):

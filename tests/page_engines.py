@@ -9,7 +9,7 @@ import doctest
 from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "engine.md"
-_written, _, _tried = PAGE.read_text().partition("## Running and testing it")
+_written, _, _tried = PAGE.read_text().partition("## Run and test your engine")
 assert _tried
 for _example in doctest.DocTestParser().get_examples(_written):
     exec(compile(_example.source, str(PAGE), "exec"))

@@ -107,6 +107,26 @@ def test_types_are_shown_in_short(site):
     assert re.findall(r"\S*(?:_jax\.|_SupportsArray|ClassVar)\S*", shown) == []
 
 
+def test_docstrings_are_read_as_they_were_written(site):
+    from bs4 import BeautifulSoup  # comes with the theme
+
+    wrong = []
+    for page in site.glob("api/*.html"):
+        read = BeautifulSoup(page.read_text(), "html.parser")
+        for title in read.select("dl.field-list > dt"):
+            names = title.find_next_sibling("dd").select(
+                ":scope > p > strong, :scope > ul > li > p > strong"
+            )
+            if title.text.startswith("Raises"):  # a line of a description that is no exception
+                wrong += [name.text for name in names if not re.fullmatch(r"[A-Z]\w+", name.text)]
+            elif title.text.startswith("Type"):  # a sentence before a colon, of a property
+                wrong.append(title.find_next_sibling("dd").text)
+        shown = [name.text for name in read.select("dt.py em.sig-param")]
+        wrong += [name for name in shown if ":" not in name and name not in ("*", "/")]
+        wrong += [code.parent.text for code in read.select("code") if not code.text.strip()]
+    assert wrong == []
+
+
 def test_figures_lead_to_their_notebooks(site):
     names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     page = (site / "notebooks.html").read_text()

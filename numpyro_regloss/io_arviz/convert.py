@@ -79,7 +79,7 @@ def to_arviz(
     """A run as labelled datasets, for `az.summary`, `az.plot_trace` and the rest of ArviZ.
 
     Sites have the names, plates and coordinates of the NumPyro model, parameters of a function the paths of
-    their pytree, with `.` for `/` (which files do not allow in names). Sites without elements are left out of
+    their pytree, with "." for "/" (which files do not allow in names). Sites without elements are left out of
     the draws. Weighted draws are resampled to equal weights, with copies next to each other. Draws of one chain
     have no R-hat, and the chains of an ensemble kernel are batches of time. For an engine without draws
     (`shift.Implicit`) there are only the groups `optimization` and `constant_data`.
@@ -115,7 +115,7 @@ def to_arviz(
     Raises:
         TypeError: if result, optimizer or draws are of the wrong kind.
         ValueError: if names clash, labels or draws do not fit, the engine kept means of draws instead of
-        draws, or the loss has no observed sites, or no draws, where they are needed.
+            draws, or the loss has no observed sites, or no draws, where they are needed.
 
     Example:
         >>> import arviz as az
@@ -232,7 +232,7 @@ def gaussian_to_arviz(
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if the Gaussian is of another dimension, names clash, or the loss has no observed sites where
-        they are needed.
+            they are needed.
 
     Example:
         >>> import jax.numpy as jnp

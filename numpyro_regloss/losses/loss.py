@@ -373,7 +373,7 @@ class Loss:
 
     @property
     def is_random(self) -> bool:
-        """Whether engines draw anew for this loss: rows of its data, or a key for its noise."""
+        """Whether engines draw rows of data or a key for noise anew for this loss."""
         return self.minibatch is not None or bool(self.rng_names)
 
     @property
@@ -407,7 +407,7 @@ class Loss:
 
     @property
     def walled(self) -> "Loss":
-        """The same loss, but infinite where an external loss rejects a draw: some samplers cannot use NaN."""
+        """The same loss, but infinite where an external loss rejects a draw, since samplers may not use NaN."""
         if not isinstance(self.source, ExternalSource):
             return self
         return replace_fields(self, source=replace_fields(self.source, walls=True))

@@ -88,7 +88,7 @@ class Landscape(NamedTuple):
 
     @property
     def trusted(self) -> np.ndarray:
-        """Where F_tau may be trusted: elsewhere q lies outside of the grid, or is too narrow for the draws."""
+        """Where F_tau may be trusted. Elsewhere q lies outside of the grid, or is too narrow for the draws."""
         return np.asarray(_is_trusted(self.local_entropy, self.num_samples))
 
     def project(self, x: Any) -> np.ndarray:
