@@ -168,6 +168,12 @@ def test_shift_quality_shows_what_the_engine_reports(result):
     rounds = shift.adaptive.AdaptiveInfo(*[info.ok] * 3, np.arange(STEPS), *[info.ok] * 3, info)
     axes = plots.shift_quality(result.history._replace(shift=rounds))
     assert [ax.get_ylabel() for ax in axes] == ["effective\nsample size", "Pareto k-hat", "rounds"]
+    plt.close("all")
+    # What the engine that `Auto` chose does not report has no panel.
+    fields = dict.fromkeys(shift.auto.AutoInfo._fields, np.full(STEPS, np.nan))
+    fields |= {"ess": info.ess, "khat": info.khat}
+    axes = plots.shift_quality(result.history._replace(shift=shift.auto.AutoInfo(**fields)))
+    assert [ax.get_ylabel() for ax in axes] == ["effective\nsample size", "Pareto k-hat"]
 
 
 def test_trajectory_over_steps(optimizer, result):

@@ -91,6 +91,8 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
         for name in PANELS
         if name in found and (name in ALWAYS or np.ptp(found[name]) > 0)
     }
+    # NaN at all steps: `Auto` has fields of two engines, and used one of them.
+    found = {name: values for name, values in found.items() if not np.isnan(values).all()}
     if not found:
         raise ValueError(
             f"{WHAT}: expected a run whose shift makes draws, got {type(info).__name__}; the fit has its own "
