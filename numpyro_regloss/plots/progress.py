@@ -122,7 +122,9 @@ def _scale_decreases(ax: Any, value: np.ndarray, error: np.ndarray) -> None:
     size = np.abs(value[np.isfinite(value) & (value != 0)])
     if size.size and size.max() > 100 * np.median(size):
         noise = np.median(error[error > 0]) if np.any(error > 0) else 0.0
-        ax.set_yscale("symlog", linthresh=max(noise, LEAST_SHOWN * size.max()))
+        # A power of ten, since ticks at smaller ones would lie on that of zero.
+        linear = 10.0 ** np.floor(np.log10(max(noise, LEAST_SHOWN * size.max())))
+        ax.set_yscale("symlog", linthresh=linear)
         ax.yaxis.get_major_locator().set_params(numticks=7)
         ax.margins(y=0.1)
 
