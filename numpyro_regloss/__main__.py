@@ -1,15 +1,26 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: both regularized losses on real data, with a table, a figure and a results file."""
+"""The command line: both regularized losses on real data, or local entropy of a user's own NumPyro model.
+
+Results are a table, the report of the run, a figure and files with all numbers.
+"""
 
 import argparse
 import datetime
+import importlib
+import importlib.util
+import inspect
 import json
+import operator
 import platform
+import sys
+import tempfile
 import time
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +32,7 @@ from jax import random
 from numpyro.infer.reparam import TransformReparam
 
 from numpyro_regloss import (
+    Arrived,
     Loss,
     Minibatch,
     RegularizedLoss,
@@ -29,13 +41,16 @@ from numpyro_regloss import (
     __version__,
     diagnostics,
     fit,
+    plots,
     schemes,
     shift,
+    to_arviz,
     values,
 )
 
 DESCRIPTION = """\
-Minimizes local-entropy and heat regularized losses on real data and reports what they reached:
+Minimizes local-entropy and heat regularized losses on real data, or the local entropy of your own NumPyro
+model, and reports what they reached:
 
   digits         a 64-32-10 tanh network on scikit-learn's 1,797 handwritten digits, trained without
                  gradients by local entropy (importance sampling) and with heat regularization
@@ -44,7 +59,13 @@ Minimizes local-entropy and heat regularized losses on real data and reports wha
                  entropy with NUTS
 
 Prints a table and writes results.json and figure.png to the output folder. Takes about a minute and a
-half on two cores."""
+half on two cores.
+
+  --model module:function --data file.npz
+                 a NumPyro model of yours, from a module in this folder or an installed one; arrays of the
+                 file are its arguments, by name. Minimizes minus its log joint density, and stops once it has
+                 arrived. Also writes report.txt and draws.nc, the last draws for ArviZ
+                 (az.from_netcdf)."""
 
 SCHOOLS = ("A", "B", "C", "D", "E", "F", "G", "H")
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -52,7 +73,7 @@ ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 class Row(NamedTuple):
-    """One line of the table; `history` and `params` go to the figure and the results file."""
+    """One line of the table; the rest goes to the figure and the files."""
 
     problem: str
     scheme: str
@@ -64,6 +85,7 @@ class Row(NamedTuple):
     num_grad: int
     seconds: float
     result: TwoStepResult
+    report: str
 
 
 def network(params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
@@ -102,12 +124,8 @@ def eight_schools(num_schools: int, errors: jax.Array, effects: jax.Array | None
 
 def digits(rng_key: jax.Array, *, quick: bool, progress_bar: bool) -> list[Row]:
     """Trains the network twice from one start: without gradients, and with heat regularization."""
-    try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(
-            "The digits come with scikit-learn: install numpyro_regloss[demo]."
-        ) from error
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+
     inputs, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     inputs, labels = (inputs / 16).astype(np.float32)[order], labels.astype(np.int32)[order]
@@ -191,12 +209,15 @@ def _run(
     *,
     quick: bool,
     progress_bar: bool,
+    until: Arrived | None = None,
 ) -> Row:
-    print(f"{problem}: {scheme}, {num_steps} outer steps")
+    most = "" if until is None else "at most "
+    print(f"{problem}: {scheme}, {most}{num_steps} outer steps")
     start = time.perf_counter()
-    result = optimizer.run(rng_key, num_steps, progress_bar=progress_bar)
+    result = optimizer.run(rng_key, num_steps, until=until, progress_bar=progress_bar)
     seconds = time.perf_counter() - start
-    print(f"{diagnostics.summary(result, optimizer)}\n")
+    report = str(diagnostics.summary(result, optimizer))
+    print(f"{report}\n")
     target = RegularizedLoss(
         optimizer.loss, result.state.reference, temperature=optimizer.temperature
     )
@@ -213,6 +234,7 @@ def _run(
         num_grad=int(result.history.num_grad.sum()),
         seconds=seconds,
         result=result,
+        report=report,
     )
 
 
@@ -247,18 +269,14 @@ def table(rows: list[Row]) -> str:
 
 
 def _with_error(estimate: values.Estimate) -> str:
-    known = 0 < estimate.error < np.inf
-    decimals = int(np.clip(1 - np.floor(np.log10(estimate.error)), 0, 8)) if known else 4
+    if not 0 < estimate.error < np.inf:
+        return f"{estimate.value:.4g} ± {estimate.error:.4g}"
+    decimals = int(np.clip(1 - np.floor(np.log10(estimate.error)), 0, 8))
     return f"{estimate.value:.{decimals}f} ± {estimate.error:.{decimals}f}"
 
 
 def figure(rows: list[Row], path: Path) -> None:
     """Loss at the centre over evaluations for each run, and the schools' effects."""
-    try:
-        import matplotlib  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("The figure needs matplotlib: install numpyro_regloss[plots].") from error
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     panels = list(dict.fromkeys(row.problem for row in rows))
@@ -287,6 +305,17 @@ def figure(rows: list[Row], path: Path) -> None:
         axis.set(title="eight schools", xlabel="school", ylabel="effect (points)", ylim=(-25, 62))
         axis.set_xticks(place, SCHOOLS)
         axis.legend(frameon=False, loc="upper right")
+    canvas.savefig(path, dpi=150)
+    plt.close(canvas)
+
+
+def own_figure(rows: list[Row], path: Path) -> None:
+    """The course of the run."""
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    (row,) = rows
+    canvas = plots.optimization(row.result)[0].figure
+    canvas.suptitle(f"{row.problem}: {row.scheme}")
     canvas.savefig(path, dpi=150)
     plt.close(canvas)
 
@@ -327,6 +356,108 @@ def _numbers(estimate: values.Estimate) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in numbers.items()}
 
 
+def load_model(name: str) -> Callable:
+    """The function that `module:function` names, from a module that can be imported here."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"--model: expected module:function, such as schools:model, got {name}.")
+    try:
+        found = operator.attrgetter(function)(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--model: {error}; expected a module in this folder or an installed one, without .py."
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"--model: {error}.") from error
+    if not callable(found):
+        raise TypeError(
+            f"--model: expected a NumPyro model, a function, got {type(found).__name__} as {name}."
+        )
+    return found
+
+
+def load_data(path: Path | None, model: Callable) -> dict[str, Any]:
+    """Arguments of a model from a file of NumPy; arrays without dimensions are numbers."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            with np.load(path) as file:
+                data = {name: array if array.ndim else array.item() for name, array in file.items()}
+        except (ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"--data: expected a file of np.savez(file, y=y, ...) with arrays of numbers, got {path}: {error}"
+            ) from error
+    try:
+        inspect.signature(model).bind(**data)
+    except TypeError as error:
+        raise ValueError(
+            f"--data: {error}; the model has the arguments {inspect.signature(model)}, the file has "
+            f"{', '.join(data) or 'no arrays'}."
+        ) from error
+    return data
+
+
+def own_model(rng_key: jax.Array, arguments: argparse.Namespace) -> tuple[Row, str, Any]:
+    """Minimizes the local entropy of a model; its row, its sites as text, and the last draws for ArviZ."""
+    import arviz as az  # noqa: PLC0415
+
+    model = load_model(arguments.model)
+    loss = Loss.from_model(model, **load_data(arguments.data, model))
+    optimizer = schemes.local_entropy(loss, tau=arguments.tau)
+
+    def outcome(params: Any) -> str:
+        return f"{loss.dim} parameters, {len(params)} sites"
+
+    row = _run(
+        rng_key,
+        arguments.model,
+        "local entropy, Auto",
+        optimizer,
+        10 if arguments.quick else arguments.steps,
+        outcome,
+        quick=arguments.quick,
+        progress_bar=not arguments.no_progress,
+        until=Arrived(),
+    )
+    draws = to_arviz(row.result, optimizer)
+    return row, f"Draws of q, around the last centre:\n{az.summary(draws, kind='stats')}", draws
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> Path:
+    # Under another name first: a file that has the name is whole.
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        save(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    # Without the line of this file that it came from, which tells a user nothing.
+    del category, filename, lineno, file, line
+    print(f"Warning: {message}", file=sys.stderr)
+
+
+def _try_folder(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+
+
+def _check_packages(names: tuple[str, ...]) -> None:
+    for name, extra in (("matplotlib", "plots"), ("h5netcdf", "netcdf"), ("sklearn", "demo")):
+        if name in names and importlib.util.find_spec(name) is None:
+            raise ImportError(f"expected the package {name}: install numpyro_regloss[{extra}].")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the jobs.
 
@@ -345,39 +476,82 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--problem",
         choices=("all", "digits", "eight-schools"),
-        default="all",
-        help="what to run (default: all)",
+        help="which of the problems to run (default: all)",
+    )
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="your own NumPyro model instead")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="its arguments, by np.savez")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        default=1.0,
+        help="variance of its regularizer, of unconstrained parameters (default: 1)",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for results.json and figure.png (default: a new folder here)",
+        "--steps", type=int, default=200, help="outer steps of it at most (default: 200)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files (default: a new folder here)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="fewer steps and samples, for a first look"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv)
-
-    out = arguments.out or Path(f"regloss-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = {"digits": digits, "eight-schools": schools}
-    chosen = jobs if arguments.problem == "all" else {arguments.problem: jobs[arguments.problem]}
-    rows = [
-        row
-        for job in chosen.values()
-        for row in job(
-            random.key(arguments.seed),
-            quick=arguments.quick,
-            progress_bar=not arguments.no_progress,
-        )
-    ]
-    print(f"\n{table(rows)}\n")
-    (out / "results.json").write_text(json.dumps(results(rows, arguments), indent=1) + "\n")
-    figure(rows, out / "figure.png")
-    print(f"Wrote {out / 'results.json'} and {out / 'figure.png'}.")
+    if arguments.model and arguments.problem:
+        parser.error("expected --model or --problem, got both.")
+    if arguments.data and not arguments.model:
+        parser.error("expected --model with --data: the file has the arguments of a model.")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # ty: ignore
+            run(arguments)
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{parser.prog}: {text} (--traceback shows where)", file=sys.stderr)
+        return 1
     return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs what the command line asks for, and writes its files.
+
+    Args:
+        arguments: from the parser of `main`.
+    """
+    out = arguments.out or Path(f"regloss-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    # Before the work, which may take long.
+    jobs = {"digits": digits, "eight-schools": schools}
+    chosen = {n: job for n, job in jobs.items() if arguments.problem in (None, n)}
+    own, more = arguments.model is not None, ("sklearn",) if "digits" in chosen else ()
+    _check_packages(("matplotlib", *(("h5netcdf",) if own else more)))
+    _try_folder(out)
+    importlib.import_module("matplotlib").use("Agg")
+    rng_key, written = random.key(arguments.seed), []
+    if own:
+        row, sites, draws = own_model(rng_key, arguments)
+        text = f"{table([row])}\n\n{sites}"
+        print(f"\n{text}\n")
+        report = f"{row.report}\n\n{text}\n"
+        written = [
+            _write(out / "report.txt", lambda path: path.write_text(report)),
+            _write(out / "draws.nc", lambda path: draws.to_netcdf(str(path))),
+        ]
+        rows = [row]
+    else:
+        options = {"quick": arguments.quick, "progress_bar": not arguments.no_progress}
+        rows = [row for job in chosen.values() for row in job(rng_key, **options)]
+        print(f"\n{table(rows)}\n")
+    numbers = json.dumps(results(rows, arguments), indent=1) + "\n"
+    drawer = own_figure if own else figure
+    written += [
+        _write(out / "results.json", lambda path: path.write_text(numbers)),
+        _write(out / "figure.png", lambda path: drawer(rows, path)),
+    ]
+    print(f"Wrote {', '.join(map(str, written))}.")
 
 
 if __name__ == "__main__":
