@@ -852,6 +852,31 @@ CATALOGUE = {
         ValueError,
         "shift.Importance",
     ),
+    "a variational fit of a loop": (
+        lambda: regloss.reverse_kl(KEY, LOOP),
+        TypeError,
+        "ReverseKL follows gradients, and JAX cannot differentiate .*Reverse-mode.* Use shift.Importance",
+    ),
+    "scores of a loop": (
+        lambda: regloss.score_matching(LOOP, rng_key=KEY),
+        TypeError,
+        "score_matching follows gradients, and JAX cannot differentiate .*Use shift.Importance",
+    ),
+    "scores of draws under a loop": (
+        lambda: regloss.score_matching(np.eye(20, 2), loss=LOOP.loss),
+        TypeError,
+        "score_matching follows gradients, and JAX cannot differentiate .*Use forward_kl",
+    ),
+    "heat gradients of a loop": (
+        lambda: values.value_and_grad(LOOP.loss, 0.1, kind="heat"),
+        TypeError,
+        'follows gradients, and JAX cannot differentiate .*kind="local_entropy"',
+    ),
+    "the flatness of a loop": (
+        lambda: values.flatness_verdict(KEY, LOOP.loss),
+        TypeError,
+        "the slope follows gradients, and JAX cannot differentiate .*values.profile",
+    ),
     "cloud on a loss that does not vmap": (start(on_host, np.ones(2)), TypeError, "jax.vmap"),
     "key is a number": (run(0, 2), TypeError, "random key"),
     "raw key of the wrong length": (run(np.zeros(3, np.uint32), 2), TypeError, "random key"),

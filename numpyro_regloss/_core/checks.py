@@ -4,7 +4,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ __all__ = [
     "check_own_names",
     "check_positive",
     "check_schedule",
+    "differentiating",
     "follow",
     "usable_range",
 ]
@@ -98,6 +100,40 @@ def check_differentiable(
     why = loss.lacks_gradient if names else ""
     if why:
         raise TypeError(f"{what}: {follow(names)} gradients, and {why}; use {remedy}.")
+
+
+@contextmanager
+def differentiating(
+    names: list[str], loss: Any, what: str, remedy: str = WITHOUT_GRADIENTS
+) -> Generator[None]:
+    """Refuses a loss that JAX cannot differentiate (a callback, a while loop), once its gradient was asked for.
+
+    Args:
+        names: of the engines that ask for it.
+        loss: a `Loss`.
+        what: begins the error message.
+        remedy: what to use instead.
+
+    Yields:
+        None, while the gradient is traced.
+
+    Raises:
+        TypeError: if its gradient raises where its value does not.
+        ValueError: what the block raised for any other reason, as it was.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError):
+        # Looked for only now, since tracing a gradient takes its time.
+        jax.eval_shape(loss.value, loss.x0)
+        try:
+            jax.eval_shape(jax.grad(loss.value), loss.x0)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise TypeError(
+                f"{what}: {follow(names)} gradients, and JAX cannot differentiate this loss: "
+                f"{type(error).__name__}: {error} Use {remedy}."
+            ) from error
+        raise
 
 
 def follow(names: list[str]) -> str:

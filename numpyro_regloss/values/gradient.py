@@ -24,6 +24,7 @@ from numpyro_regloss._core.checks import (
     check_differentiable,
     check_key,
     check_positive,
+    differentiating,
 )
 from numpyro_regloss._core.mesh import (
     check_mesh,
@@ -140,7 +141,9 @@ def value_and_grad(
     check_differentiable(names, loss, what, REMEDY)
     start = RegularizedLoss.unchecked(loss, Gaussian.isotropic(loss.x0, tau), loss.arguments, 1.0)
     if names and is_concrete(start):
-        check_gradient(jax.device_get(_look(start)), names, what, REMEDY)
+        with differentiating(names, loss, what, REMEDY):
+            found = _look(start)
+        check_gradient(jax.device_get(found), names, what, REMEDY)
 
     if heat:
         find = partial(_heat, num_samples=num_samples)

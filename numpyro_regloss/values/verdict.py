@@ -23,7 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from numpyro_regloss._core.checks import check_count, check_differentiable, check_key
+from numpyro_regloss._core.checks import (
+    check_count,
+    check_differentiable,
+    check_key,
+    differentiating,
+)
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import Gaussian
@@ -132,7 +137,9 @@ def flatness_verdict(
     x = loss.x0 if params is None else loss.unconstrain(params)
     scale = WIDTH * check_scale("filter", loss, x, f"{what}: the width")
     target = RegularizedLoss(loss, Gaussian(x, scale))
-    plain, slope, found = jax.device_get(_measure(rng_key, target, num_pairs=-(-num_samples // 2)))
+    with differentiating(["the slope"], loss, what, "values.profile"):
+        found = _measure(rng_key, target, num_pairs=-(-num_samples // 2))
+    plain, slope, found = jax.device_get(found)
     if not (np.isfinite(plain) and np.isfinite(slope)):
         raise ValueError(
             f"{what}: expected a finite loss and gradient at the parameters, got {plain} and a slope of {slope}."

@@ -31,6 +31,7 @@ from numpyro_regloss._core.checks import (
     check_differentiable,
     check_key,
     check_optimizer,
+    differentiating,
 )
 from numpyro_regloss._core.pytree import (
     all_finite,
@@ -387,7 +388,8 @@ def reverse_kl(
     check_differentiable(["ReverseKL"], target.loss, "reverse_kl", remedy)
     if init is not None:
         init = check_gaussian(init, target.dim, "reverse_kl: init")
-    gaussian, info, found = _fit(engine, rng_key, target, init)
+    with differentiating(["ReverseKL"], target.loss, "reverse_kl", remedy):
+        gaussian, info, found = _fit(engine, rng_key, target, init)
     if is_concrete(found):
         check_gradient(jax.device_get(found), ["ReverseKL"], "reverse_kl")
         unsettled = method != "svi" and MOST_LEFT < info.residual < np.inf

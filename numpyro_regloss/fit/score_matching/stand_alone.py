@@ -13,7 +13,12 @@ from jax import lax, random
 from numpyro.infer import MCMC
 from numpyro.util import find_stack_level
 
-from numpyro_regloss._core.checks import check_count, check_differentiable, check_key
+from numpyro_regloss._core.checks import (
+    check_count,
+    check_differentiable,
+    check_key,
+    differentiating,
+)
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import is_concrete, replace_fields, strip_weak_types
 from numpyro_regloss._core.settings import own_settings
@@ -174,7 +179,10 @@ def _of_target(
         many = target.dim > DENSE_DIM
         num_draws = MANY_DRAWS if many else max(DEFAULT_DRAWS, DRAWS_PER_DIM * target.dim)
     num_draws = round_up(check_count(num_draws, "score_matching: num_draws", 2))
-    gaussian, info, found = _jitted_iterations(method, rng_key, target, init, num_steps, num_draws)
+    with differentiating(["score_matching"], target.loss, "score_matching", remedy):
+        gaussian, info, found = _jitted_iterations(
+            method, rng_key, target, init, num_steps, num_draws
+        )
     info = info._replace(names=target.loss.flat_names)
     if is_concrete(found):
         check_gradient(jax.device_get(found), ["score_matching"], "score_matching")
@@ -235,7 +243,9 @@ def _with_scores(draws: Any, samples: Any, loss: Loss | None) -> Draws:
             "score_matching: expected samples with scores, the gradients of the log density, got none; give "
             "score, or the loss whose exp(-loss) is the density, or use forward_kl, which needs no scores."
         )
-    return replace_fields(draws, score=_scores(loss, draws.x))
+    check_differentiable(["score_matching"], loss, "score_matching", "forward_kl")
+    with differentiating(["score_matching"], loss, "score_matching", "forward_kl"):
+        return replace_fields(draws, score=_scores(loss, draws.x))
 
 
 @jax.jit
