@@ -202,6 +202,10 @@ def test_a_start_that_fails_says_why():
     no_number = Loss.from_external(lambda params: params["b"], PARAMS)
     with pytest.raises(ValueError, match="expected one real number, got ndarray: .*shape"):
         make(no_number).init(KEY)
+    for found, kind in ((None, "NoneType"), ("3.5", "str")):
+        no_number = Loss.from_external(lambda params, found=found: found, PARAMS)
+        with pytest.raises(ValueError, match=f"expected one real number, got {kind}: not a number"):
+            make(no_number).init(KEY)
     few = Loss.from_external(lambda params: params["b"][0], PARAMS, batch=True)
     with pytest.raises(ValueError, match="expected an array of 1 losses, one per draw"):
         make(few).init(KEY)

@@ -414,6 +414,9 @@ def _checked(out: Any, call: Call, *, raises: bool) -> np.ndarray | Failure:
     shape = (call.count,) if call.count else ()
     wanted = f"an array of {call.count} losses, one per draw" if call.count else "one real number"
     try:
+        # NumPy takes None for NaN, and reads text.
+        if out is None or np.asarray(out).dtype.kind in "SU":
+            raise TypeError("not a number")
         values = np.asarray(out, float)
         if values.shape != shape:
             raise TypeError(f"got shape {values.shape}")
