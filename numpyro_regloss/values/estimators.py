@@ -188,8 +188,11 @@ def _entropy(
     if method == "gaussian":
         pilot = _smc(NUM_ISLANDS * PILOT_PARTICLES, differentiable)
         key_pilot, rng_key = random.split(rng_key)
-        draws = _by_smc(key_pilot, target, engine=pilot, mesh=mesh)[1]
-        return _by_gaussian(rng_key, target, draws, **sizes)
+        short, draws = _by_smc(key_pilot, target, engine=pilot, mesh=mesh)
+        gaussian = _by_gaussian(rng_key, target, draws, **sizes)
+        # A Gaussian of islands that disagree, or found nothing, may stand beside q, where no weight shows it.
+        known = jnp.isfinite(short.error)
+        return gaussian._replace(error=jnp.where(known, gaussian.error, jnp.inf))
     if not differentiable:
         raise TypeError(
             "values.local_entropy: expected a differentiable loss for a bridge, whose chains follow gradients, "

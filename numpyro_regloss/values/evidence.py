@@ -113,7 +113,9 @@ def by_gaussian(
     khat = jnp.where(jnp.max(log_weight) - log_mean <= rounding, -jnp.inf, khat)
     strata = jnp.hypot(jnp.sqrt(jnp.sum((shares * errors) ** 2)), rare_term(pair, khat))
     relative = jnp.hypot(strata / mean, rounding)
-    value = -target.temperature * (log_mean + jnp.log(mean))
+    # Without a weight there is no ratio: the loss is infinite wherever it was looked at.
+    log_z = jnp.where(jnp.isneginf(log_mean), log_mean, log_mean + jnp.log(mean))
+    value = -target.temperature * log_z
     error = jnp.where(khat <= MAX_KHAT, target.temperature * relative, jnp.inf)
     return GaussianEstimate(value, _or_infinite(error, value), weight_ess(log_weight), khat)
 
