@@ -42,7 +42,7 @@ from numpyro_regloss import (
     shift,
     values,
 )
-from numpyro_regloss.losses.caller import check_executor
+from numpyro_regloss.losses.caller import as_reals, check_executor
 
 KEY = random.key(0)
 PARAMS = {"a": 1.0, "b": np.zeros(2)}
@@ -202,10 +202,13 @@ def test_a_start_that_fails_says_why():
     no_number = Loss.from_external(lambda params: params["b"], PARAMS)
     with pytest.raises(ValueError, match="expected one real number, got ndarray: .*shape"):
         make(no_number).init(KEY)
-    for found, kind in ((None, "NoneType"), ("3.5", "str")):
+    for found, kind in ((None, "NoneType"), ("3.5", "str"), (np.array(3.5 + 1j), "ndarray")):
         no_number = Loss.from_external(lambda params, found=found: found, PARAMS)
-        with pytest.raises(ValueError, match=f"expected one real number, got {kind}: not a number"):
+        with pytest.raises(
+            ValueError, match=f"expected one real number, got {kind}: not a real number"
+        ):
             make(no_number).init(KEY)
+    assert np.isnan(as_reals(np.ma.masked))  # a missing value, whose number NumPy says is zero
     few = Loss.from_external(lambda params: params["b"][0], PARAMS, batch=True)
     with pytest.raises(ValueError, match="expected an array of 1 losses, one per draw"):
         make(few).init(KEY)
@@ -550,8 +553,9 @@ def test_asking_refuses_what_cannot_be_asked():
         optimizer.tell(state, {"a": points["a"]}, np.zeros(11))
     with pytest.raises(ValueError, match=r"shape \(11,\), got \(10,\)"):
         optimizer.tell(state, points, np.zeros(10))
-    with pytest.raises(ValueError, match="expected 11 real numbers"):
-        optimizer.tell(state, points, ["x"] * 11)
+    for wrong in (["x"] * 11, ["1.5"] * 11, np.ones(11, complex)):
+        with pytest.raises(ValueError, match="expected 11 real numbers"):
+            optimizer.tell(state, points, wrong)
     with pytest.raises(RuntimeError, match="no function to call"):
         run(optimizer)
     with pytest.raises(RuntimeError, match="no function to call"):

@@ -34,7 +34,7 @@ from numpyro.util import find_stack_level
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss.losses.captured import handle
 
-__all__ = ["WHAT", "Call", "Caller", "Watch", "check_executor"]
+__all__ = ["WHAT", "Call", "Caller", "Watch", "as_reals", "check_executor"]
 
 WHAT = "Loss.from_external"
 # How often a wait for results looks for Ctrl-C, in seconds.
@@ -410,14 +410,31 @@ def _within(timeout: float | None, fn: Callable[..., Any], call: Call) -> Any:
     return done.result()
 
 
+def as_reals(found: Any) -> np.ndarray:
+    """What a function or a user gave as losses, in double precision; NaN where an entry is masked or None.
+
+    Args:
+        found: a number or an array, or what NumPy makes one of.
+
+    Returns:
+        An array of its shape.
+
+    Raises:
+        TypeError: if it is nothing, text, times or complex, of which NumPy would make a number.
+        ValueError: if NumPy makes no array of it.
+    """
+    if isinstance(found, np.ma.MaskedArray):
+        found = np.ma.filled(found.astype(float), np.nan)
+    if found is None or np.asarray(found).dtype.kind in "cmMSU":
+        raise TypeError("not a real number")
+    return np.asarray(found, float)
+
+
 def _checked(out: Any, call: Call, *, raises: bool) -> np.ndarray | Failure:
     shape = (call.count,) if call.count else ()
     wanted = f"an array of {call.count} losses, one per draw" if call.count else "one real number"
     try:
-        # NumPy takes None for NaN, and reads text.
-        if out is None or np.asarray(out).dtype.kind in "SU":
-            raise TypeError("not a number")
-        values = np.asarray(out, float)
+        values = as_reals(out)
         if values.shape != shape:
             raise TypeError(f"got shape {values.shape}")
     except Exception as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss._core.types import Array
+from numpyro_regloss.losses.caller import as_reals
 from numpyro_regloss.losses.loss import Loss
 
 __all__ = ["as_points", "check_points", "checked_values"]
@@ -80,7 +81,7 @@ def checked_values(values: Any, count: int) -> Array:
         ValueError: if they are something else.
     """
     try:
-        found = np.asarray(values, float)
+        found = as_reals(values)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"TwoStep.tell: expected {count} real numbers, NaN where an evaluation failed, got {type(values)}."
