@@ -12,7 +12,8 @@ a. The experiment of García Trillos, Kaplan & Sanz-Alonso (2019) on networks, i
    SGD's, at three taus, so that they differ in how far around they look. An update of SGD sees 255 rows, and so
    does one of SGLD or heat, by five gradients of 51 rows each; one of importance sampling a batch of 256; one of
    Entropy-SGD, with its defaults, 20 batches of 256. Importance sampling has 32 draws, whose weights set T. HMC,
-   which takes hundreds of gradients for each of its two draws, has batches of 64, the smaller network and one tau.
+   which takes hundreds of gradients for each of its two draws, has batches of 64, the smaller network, one tau and
+   one seed.
    Time is in turn with SGD's.
 b. What further training changes: 2,000 updates of SGD, then 200 more of SGD, heat, local entropy or Entropy-SGD
    at tau = 1e-4, with the settings of a. Accuracy, negative log-likelihood (NLL), expected calibration error (ECE,
@@ -37,6 +38,7 @@ import harness
 from training_budgets import at_equal_gradients
 from training_figures import draw
 from training_free import NUM_SAMPLES, RATE, WIDTH, without_gradients
+from training_page import write
 from training_store import Runner, Store
 from training_tasks import Task
 from training_updates import after_sgd, from_start, sweep
@@ -69,7 +71,7 @@ def main():
         "--store", type=Path, help="results; default: training.jsonl, or none with --smoke"
     )
     parser.add_argument("--report", action="store_true", help="run nothing: tables of the store")
-    parser.add_argument("--figures", type=Path, help="a folder for figures")
+    parser.add_argument("--page", type=Path, help="a folder for figures and tables as Markdown")
     options = parser.parse_args()
     smoke = options.smoke
     chosen = options.only.split(",")
@@ -92,8 +94,9 @@ def main():
                 tables[title] = rows
                 harness.show(title, rows)
     harness.save(options.out, tables)
-    if options.figures is not None:
-        print(*draw(options.figures, tables), sep="\n")
+    if options.page is not None:
+        figures = draw(options.page, tables)
+        print(*figures.values(), *write(options.page, tables, figures), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ import re
 
 
 def draw(folder, tables):
-    """One file for each table that has a figure; returns their paths."""
+    """One file for each table that has a figure; returns their paths by the letter of the experiment."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "training"
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths = {}
     for title, rows in tables.items():
         drawer = next((one for start, one in DRAWERS.items() if title.startswith(start)), None)
         if drawer is None or not rows:
@@ -21,8 +22,9 @@ def draw(folder, tables):
         figure = drawer(plt, rows)
         figure.suptitle(title, fontsize="medium")
         figure.tight_layout()
-        paths.append(folder / f"training_{title[0]}.svg")
-        figure.savefig(paths[-1])
+        paths[title[0]] = folder / f"{title[0]}.svg"
+        # Equal files of equal tables.
+        figure.savefig(paths[title[0]], metadata={"Date": None})
         plt.close(figure)
     return paths
 

@@ -20,6 +20,7 @@ PATHS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = [
     "a_network_without_gradients",
     "an_existing_numpyro_model",
+    "does_regularization_help_training",
     "first_steps",
     "forward_or_reverse_kl",
     "is_my_minimum_flat",
