@@ -15,7 +15,7 @@ from training_store import key_of, spread
 from numpyro_regloss import Minibatch, schemes
 
 # Of `--free`, by default.
-WIDTH, NUM_SAMPLES, RATE = 0.05, 32, 1.5
+WIDTH, NUM_SAMPLES, RATE = 0.02, 32, 1.5
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
