@@ -85,7 +85,7 @@ def labeled(ax):
 
 def test_optimization_shows_the_history(result):
     axes = plots.optimization(result)
-    assert axes.shape == (3,)
+    assert axes.shape == (2,)
     history, record = result.history, result.history.record
     curves = labeled(axes[0])
     np.testing.assert_allclose(curves["loss"].get_ydata(), history.loss)
@@ -99,9 +99,20 @@ def test_optimization_shows_the_history(result):
     at = record.verdict == 1
     assert at.any()
     np.testing.assert_allclose(marks["decrease"].get_ydata(), record.decrease[at])
-    np.testing.assert_allclose(axes[2].lines[0].get_ydata(), 0.5)
     assert all("units of" in ax.get_ylabel().replace("\n", " ") for ax in axes)
-    assert axes[2].get_xlabel() == "step"
+    assert axes[1].get_xlabel() == "step"
+    plt.close("all")
+    # A tau that changes has a panel, also that of one parameter alone.
+    tau = 0.5 * 0.9 ** np.arange(STEPS)
+    for shown, middle in ((tau, tau), (np.stack([np.full(STEPS, 0.5), tau], 1), (0.5 + tau) / 2)):
+        axes = plots.optimization(history._replace(tau=shown))
+        assert axes.shape == (3,)
+        np.testing.assert_allclose(axes[2].lines[0].get_ydata(), middle)
+        assert all("units of" in ax.get_ylabel().replace("\n", " ") for ax in axes)
+        assert axes[2].get_xlabel() == "step"
+        plt.close("all")
+    constant = np.broadcast_to([0.5, 0.1], (STEPS, 2))
+    assert plots.optimization(history._replace(tau=constant)).shape == (2,)
 
 
 def test_optimization_without_a_record_shows_the_length_of_steps(result):
@@ -318,7 +329,7 @@ def test_gaussian_pair_shows_weighted_draws():
 
 def test_given_axes_are_used(optimizer, result, line):
     figure, axes = plt.subplots(3, 1)
-    assert list(plots.optimization(result, axes=axes)) == list(axes)
+    assert list(plots.optimization(result, axes=axes[:2])) == list(axes[:2])
     assert plots.landscape(line, axes=axes[0])[0] is axes[0]
     assert plots.trajectory(result, optimizer, plane=True, axes=axes[1])[0] is axes[1]
     x = np.asarray(result.history.reference.mean)
@@ -342,7 +353,7 @@ BAD = [
     (
         lambda r, o: plots.optimization(r, axes=plt.subplots()[1]),
         ValueError,
-        "3 axes, one per panel",
+        r"2 axes, one per panel \(values and progress; tau, which is constant, has none\), got 1",
     ),
     (
         lambda r, o: plots.shift_quality(

@@ -47,19 +47,23 @@ VERDICTS = {
 def optimization(result: Any, axes: Any = None) -> np.ndarray:
     r"""Did the run get anywhere, and was each step progress?
 
-    There are three panels over steps. The first has the losses at the centre: the plain loss (of a minibatch if
-    there is one), and with a `Record` of values F_tau and F^H_tau, with bands of two standard errors. The second
-    has the progress of each step. With a `Record` this is the decrease of the regularized loss and its verdict,
-    with bars of two standard errors. Otherwise it is the length of the step and the Monte Carlo error of the
-    fitted mean: a step of that length may be noise. The third has the variance of the regularizer. Crosses mark
-    rejected steps.
+    There are two or three panels over steps. The first has the losses at the centre: the plain loss (of a
+    minibatch if there is one), and with a `Record` of values F_tau and F^H_tau, with bands of two standard errors.
+    The second has the progress of each step. With a `Record` this is the decrease of the regularized loss and its
+    verdict, with bars of two standard errors. Otherwise it is the length of the step and the Monte Carlo error of
+    the fitted mean: a step of that length may be noise. The third has the variance of the regularizer; there is
+    none if the variance is the same at all steps. Crosses mark rejected steps.
 
     Args:
         result: of `TwoStep.run`, or its history alone.
-        axes: three axes of matplotlib; default: new ones.
+        axes: axes of matplotlib, as many as there are panels; default: new ones.
 
     Returns:
-        The axes, `(3,)`.
+        The axes, `(2,)`, or `(3,)` if tau changes.
+
+    Raises:
+        TypeError: if the result is of another kind.
+        ValueError: if there are more or fewer axes than panels, or the history has no axis of steps.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,18 +72,27 @@ def optimization(result: Any, axes: Any = None) -> np.ndarray:
         >>> loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2))
         >>> optimizer = TwoStep(loss, 0.5, shift=shift.Importance(100), fit=fit.ForwardKL())
         >>> axes = optimization(optimizer.run(random.key(0), 5, progress_bar=False))
-        >>> axes[0].get_ylabel()
-        'value at the centre\n(units of the loss)'
+        >>> [ax.get_ylabel().split("\n")[0] for ax in axes]
+        ['value at the centre', 'length of the step']
     """
     history = history_of(result, WHAT)
-    axes = check_axes(axes, (3, 1), (7.5, 7.0), WHAT, sharex=True).ravel()
+    changes = bool(np.any(np.ptp(history.tau, axis=0) != 0))
+    why = (
+        "values, progress and tau"
+        if changes
+        else "values and progress; tau, which is constant, has none"
+    )
+    count = 2 + changes
+    size = (7.5, 0.4 + 2.2 * count)
+    axes = check_axes(axes, (count, 1), size, WHAT, why=why, sharex=True).ravel()
     steps = np.arange(len(history.ok))
     _losses(axes[0], steps, history)
     if history.record is None or history.record.decrease is None:
         _step_length(axes[1], result, history)
     else:
         _decrease(axes[1], steps, history.record)
-    _tau(axes[2], steps, history.tau)
+    if changes:
+        _tau(axes[2], steps, history.tau)
     for ax in axes:
         mark_rejected(ax, history, label=ax is axes[0])
         legend_above(ax)

@@ -55,7 +55,13 @@ LONG_NAME, LONG_LINE = 18, 22
 
 
 def check_axes(
-    axes: Any, shape: tuple[int, int], size: tuple[float, float], what: str, **settings: Any
+    axes: Any,
+    shape: tuple[int, int],
+    size: tuple[float, float],
+    what: str,
+    *,
+    why: str = "",
+    **settings: Any,
 ) -> np.ndarray:
     """The axes to draw on: those given, or new ones.
 
@@ -64,6 +70,7 @@ def check_axes(
         shape: rows and columns of panels.
         size: of a new figure, in inches.
         what: begins the error message.
+        why: names the panels in the error message, where their number depends on what is drawn.
         **settings: of `matplotlib.pyplot.subplots`.
 
     Returns:
@@ -88,8 +95,9 @@ def check_axes(
             "matplotlib.pyplot.subplots, or none."
         )
     if given.size != shape[0] * shape[1]:
+        panels = f" ({why})" if why else ""
         raise ValueError(
-            f"{what}: expected {shape[0] * shape[1]} axes, one per panel, got {given.size}; use "
+            f"{what}: expected {shape[0] * shape[1]} axes, one per panel{panels}, got {given.size}; use "
             f"matplotlib.pyplot.subplots({shape[0]}, {shape[1]})[1], or leave them out."
         )
     return given.reshape(shape)
