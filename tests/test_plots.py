@@ -7,14 +7,18 @@ import sys
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from jax import random
 from matplotlib import pyplot as plt
+from numpyro.infer import HMC, MCMC
 
 from numpyro_regloss import (
     Gaussian,
     Loss,
     Record,
+    RegularizedLoss,
     TwoStep,
     fit,
     plots,
@@ -22,6 +26,7 @@ from numpyro_regloss import (
     shift,
     values,
 )
+from numpyro_regloss import model as regularized
 
 pytestmark = pytest.mark.both
 
@@ -187,6 +192,73 @@ def test_shift_quality_shows_what_the_engine_reports(result):
     assert [ax.get_ylabel() for ax in axes] == ["effective\nsample size", "Pareto k-hat"]
 
 
+def test_counts_have_panels_if_there_were_some(result):
+    few = np.arange(STEPS) // 4
+    for count, panels in ((0 * few, 2), (few, 3), (0 * few + 7, 3)):
+        info = result.history.shift._replace(num_rejected=count)
+        axes = plots.shift_quality(result.history._replace(shift=info))
+        assert len(axes) == panels
+        if panels == 3:
+            plt.gcf().canvas.draw()
+            assert axes[2].get_ylabel() == "rejected\nevaluations"
+            assert all(tick == round(tick) for tick in axes[2].get_yticks())
+        plt.close("all")
+
+
+def test_titles_are_above_the_legend(optimizer, result):
+    given = plt.subplots(figsize=(3, 3), layout="constrained")[1]
+    axes = plots.trajectory(result, optimizer, plane=True, axes=given)
+    axes[0].set_title("mine")
+    figure = axes[0].figure
+    figure.canvas.draw()
+    legend = axes[0].get_legend().get_window_extent()
+    assert axes[0].title.get_window_extent().y0 >= legend.y1 - 1.0
+    # In narrow axes it has several rows, and ends where they do.
+    assert legend.x1 <= axes[0].get_window_extent().x1 + 1.0
+    assert figure.axes == list(axes)
+    plt.close("all")
+    # Without a layout there is room within the axes alone.
+    given = plt.subplots(figsize=(3, 3))[1]
+    plots.trajectory(result, optimizer, plane=True, axes=given)
+    given.set_title("mine")
+    given.figure.canvas.draw()
+    assert given.get_legend().get_window_extent().y1 <= given.get_window_extent().y1
+    assert given.title.get_window_extent().y1 <= given.figure.bbox.y1
+
+
+def test_labels_say_what_is_unconstrained(optimizer, result):
+    def model():
+        numpyro.sample("at", dist.Normal(0, 1))
+        numpyro.sample("share", dist.Dirichlet(jnp.ones(2)))
+        numpyro.sample("width", dist.HalfNormal(1))
+
+    loss = Loss.from_model(model)
+    shown = ("at", "share[0] (unconstrained)", "width (unconstrained)")
+    assert loss.flat_names == ("at", "share[0]", "width")
+    assert loss.unconstrained_names == shown
+    assert optimizer.loss.unconstrained_names == optimizer.loss.flat_names
+    assert values.grid._chosen(loss, ["width", 0])[1] == (shown[2], "at")
+    # Another loss of three parameters serves as well.
+    of_model = TwoStep(loss, 0.5, shift=shift.Importance(200), fit=fit.ForwardKL())
+    axes = plots.trajectory(result, of_model, ["width", "at"])
+    assert [ax.get_ylabel() for ax in axes] == ["width\n(unconstrained)", "at"]
+    plt.close("all")
+    mcmc = MCMC(
+        HMC(regularized, trajectory_length=0.1), num_warmup=2, num_samples=20, progress_bar=False
+    )
+    fitted = Gaussian.isotropic(jnp.zeros(3), 0.1)
+    mcmc.run(random.key(0), RegularizedLoss(loss, fitted))
+    draws = optimizer.draw(random.key(0), result.state)
+    for given, names in ((mcmc, None), (draws, shown)):
+        axes = plots.gaussian_pair(given, fitted, names=names, params=["at", "width"])
+        assert [ax.get_xlabel() for ax in axes[1]] == ["at", "width\n(unconstrained)"]
+        plt.close("all")
+    # Sites that are given as they are keep their names.
+    widths = {"width": np.exp(np.random.default_rng(0).normal(size=(50, 1)))}
+    axes = plots.gaussian_pair(widths, Gaussian.isotropic(jnp.ones(1), 1.0))
+    assert axes[0, 0].get_xlabel() == "width[0]"
+
+
 def test_trajectory_over_steps(optimizer, result):
     axes = plots.trajectory(result, optimizer, ["b[1]", 0])
     assert [ax.get_ylabel() for ax in axes] == ["b[1]", "a"]
@@ -206,7 +278,11 @@ def test_trajectory_over_steps(optimizer, result):
 
 
 def test_trajectory_in_principal_directions(optimizer, result):
+    (short,) = plots.trajectory(result, optimizer, plane="pca")
+    short = labeled(short)["centres"].get_xydata()
+    plt.close("all")
     (ax,) = plots.trajectory(result, optimizer, "pca", plane=True)
+    np.testing.assert_array_equal(labeled(ax)["centres"].get_xydata(), short)
     lines = labeled(ax)
     path = np.stack(lines["centres"].get_data(), 1)
     centers = np.concatenate([result.history.reference.mean, result.state.reference.mean[None]])
@@ -367,6 +443,8 @@ BAD = [
     (lambda r, o: plots.trajectory(r, o, [3]), ValueError, "index"),
     (lambda r, o: plots.trajectory(r, o, [1.5]), TypeError, "name or index"),
     (lambda r, o: plots.trajectory(r, o, ["a"], plane=True), ValueError, "two coordinates"),
+    (lambda r, o: plots.trajectory(r, o, plane="tsne"), TypeError, 'True, False or "pca"'),
+    (lambda r, o: plots.trajectory(r, o, ["a", 1], plane="pca"), ValueError, "no coordinates"),
     (lambda r, o: plots.landscape(r), TypeError, "values.landscape"),
     (lambda r, o: plots.gaussian_pair(SAMPLES), ValueError, "got none"),
     (lambda r, o: plots.gaussian_pair(SAMPLES, 3), TypeError, "Gaussian"),

@@ -106,18 +106,25 @@ def as_draws(
     return draws, names, log_density
 
 
+def target_of(mcmc: MCMC) -> RegularizedLoss | None:
+    """The target of a run on `regloss.model`, or None for another model."""
+    if attribute(mcmc.sampler, "model", None) is not model:
+        return None
+    given = [
+        *(attribute(mcmc, "_args", None) or ()),
+        *(attribute(mcmc, "_kwargs", None) or {}).values(),
+    ]
+    return next((value for value in given if isinstance(value, RegularizedLoss)), None)
+
+
 def _of_mcmc(
     mcmc: MCMC, loss: Loss | None, score: Any, log_density: Any, what: str
 ) -> tuple[Any, Names, Any, Any]:
     if mcmc.last_state is None:
         raise ValueError(f"{what}: expected an MCMC that has run, got one that has not; call run.")
     sites = mcmc.get_samples(group_by_chain=True)
-    given = [
-        *(attribute(mcmc, "_args", None) or ()),
-        *(attribute(mcmc, "_kwargs", None) or {}).values(),
-    ]
-    target = next((value for value in given if isinstance(value, RegularizedLoss)), None)
-    if attribute(mcmc.sampler, "model", None) is model and target is not None:
+    target = target_of(mcmc)
+    if target is not None:
         x = sites[x_name(target)]
         gradient = mcmc.get_extra_fields(group_by_chain=True).get("z_grad")
         if gradient is not None and score is None:

@@ -11,7 +11,10 @@ import numpy as np
 
 from numpyro_regloss._core.types import Array
 
-__all__ = ["Site", "check_sites", "flat_labels", "ravel_sites", "unique_names"]
+__all__ = ["UNCONSTRAINED", "Site", "check_sites", "flat_labels", "ravel_sites", "unique_names"]
+
+# Ends the label of a flat parameter whose site has other values.
+UNCONSTRAINED = " (unconstrained)"
 
 
 class Site(NamedTuple):

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpyro.infer import MCMC
 
 from numpyro_regloss.draws.resampling import stratified
-from numpyro_regloss.draws.samples import as_draws
+from numpyro_regloss.draws.samples import as_draws, target_of
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
+from numpyro_regloss.losses.sites import UNCONSTRAINED
 from numpyro_regloss.plots.style import (
     BLUE,
     GRAY,
@@ -48,11 +50,13 @@ def gaussian_pair(
 
     Args:
         draws: of q, as `forward_kl` takes them: `Draws`, arrays `(draw, dim)` or `(chain, draw, dim)`, dicts
-            of sites, an `MCMC` that has run.
+            of sites, an `MCMC` that has run. Values of sites are shown as they are; those of `Draws` and of an
+            `MCMC` on `regloss.model` are flat and unconstrained, and labels say so where a site has others.
         forward: from `forward_kl`, in the coordinates of the draws.
         reverse: from `reverse_kl`, in the same coordinates.
-        names: of all coordinates, such as `loss.flat_names`; default: those of the draws if they have any.
-        params: names or indices of the coordinates to show; default: the first four.
+        names: of all coordinates, such as `loss.unconstrained_names` for `Draws`; default: those of the draws if
+            they have any.
+        params: names (without "(unconstrained)") or indices of the coordinates to show; default: the first four.
         log_weight: of the draws, if they are not `Draws`.
         axes: `(k, k)` axes of matplotlib for k coordinates; default: new ones.
 
@@ -84,13 +88,16 @@ def gaussian_pair(
     x = x.reshape(-1, x.shape[-1])
     weight = np.asarray(jax.nn.softmax(np.asarray(cloud.log_weight).ravel()), float)
     gaussians = _checked(forward, reverse, x.shape[1])
+    target = target_of(draws) if isinstance(draws, MCMC) else None
+    known = known if target is None else target.loss.unconstrained_names
     names = tuple(names or known or (f"x[{i}]" for i in range(x.shape[1])))
     if len(names) != x.shape[1]:
         raise ValueError(
             f"{WHAT}: expected one name for each of {x.shape[1]} coordinates, got {len(names)}."
         )
     params = range(min(len(names), MOST_COORDINATES)) if params is None else params
-    chosen = [find_parameter(param, names, WHAT) for param in params]
+    bare = tuple(name.removesuffix(UNCONSTRAINED) for name in names)
+    chosen = [find_parameter(param, bare, WHAT) for param in params]
     if not chosen:
         raise ValueError(f"{WHAT}: expected at least one coordinate in params, got none.")
     count = len(chosen)

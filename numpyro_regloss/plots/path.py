@@ -57,7 +57,7 @@ def trajectory(
     optimizer: Any = None,
     coordinates: Sequence[str | int] | str | None = None,
     *,
-    plane: bool = False,
+    plane: bool | str = False,
     axes: Any = None,
 ) -> np.ndarray:
     """Where did the centre go?
@@ -70,19 +70,22 @@ def trajectory(
 
     Args:
         result: of `TwoStep.run`, or its history alone, which lacks the last centre.
-        optimizer: the `TwoStep`, for the names of the parameters.
+        optimizer: the `TwoStep`, for the names of the parameters. All values are unconstrained; labels say so
+            where those of a model's site are others.
         coordinates: names as in `optimizer.loss.flat_names` or indices of flat (unconstrained) parameters, or
             `"pca"` for the two principal directions of the path. Default: those that moved most, at most six over
             steps and two in a plane.
-        plane: draw the path in the plane of two coordinates, not over steps.
+        plane: draw the path in the plane of two coordinates, not over steps. `plane="pca"` is short for
+            `coordinates="pca", plane=True`.
         axes: axes of matplotlib, one per coordinate, or one for a plane; default: new ones.
 
     Returns:
         The axes, `(coordinate,)`, or `(1,)` for a plane.
 
     Raises:
-        TypeError: if the optimizer is something else.
-        ValueError: if no centres were kept, a coordinate is unknown, or there are not two of them for a plane.
+        TypeError: if the optimizer or `plane` is something else.
+        ValueError: if `plane="pca"` comes with other coordinates, no centres were kept, a coordinate is unknown,
+            or there are not two of them for a plane.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,12 +99,22 @@ def trajectory(
         'b'
     """
     history = history_of(result, WHAT)
+    if isinstance(plane, str) and plane == PRINCIPAL:
+        if not (coordinates is None or isinstance(coordinates, str) and coordinates == PRINCIPAL):
+            raise ValueError(
+                f'{WHAT}: expected no coordinates beside plane="{PRINCIPAL}", which has its own, got '
+                f"{coordinates!r}; write plane=True for the plane of these."
+            )
+        coordinates, plane = PRINCIPAL, True
+    if not isinstance(plane, bool | np.bool_):
+        raise TypeError(f'{WHAT}: expected plane as True, False or "{PRINCIPAL}", got {plane!r}.')
     if not isinstance(optimizer, TwoStep | None):
         raise TypeError(
             f"{WHAT}: expected the optimizer as a TwoStep or None, got {type(optimizer).__name__}."
         )
     centers = centers_of(result, history, WHAT)
-    view = _view(centers, _names(optimizer, centers.shape[1]), coordinates, plane=plane)
+    names, shown = _names(optimizer, centers.shape[1])
+    view = _view(centers, names, shown, coordinates, plane=bool(plane))
     if plane:
         return _plane(axes, view, centers, history)
     steps = np.arange(len(centers))
@@ -110,18 +123,27 @@ def trajectory(
     return _over_steps(axes, view, centers, history, steps)
 
 
-def _names(optimizer: TwoStep | None, dim: int) -> tuple[str, ...]:
+def _names(optimizer: TwoStep | None, dim: int) -> tuple[Sequence[str], Sequence[str]]:
+    # As the user writes them, and as they are shown.
     if optimizer is None:
-        return tuple(f"x[{i}]" for i in range(dim))
+        names = tuple(f"x[{i}]" for i in range(dim))
+        return names, names
     if optimizer.loss.dim != dim:
         raise ValueError(
             f"{WHAT}: expected the optimizer of this run, with {dim} parameters, got one with "
             f"{optimizer.loss.dim}."
         )
-    return optimizer.loss.flat_names
+    return optimizer.loss.flat_names, optimizer.loss.unconstrained_names
 
 
-def _view(centers: np.ndarray, names: Sequence[str], coordinates: Any, *, plane: bool) -> View:
+def _view(
+    centers: np.ndarray,
+    names: Sequence[str],
+    shown: Sequence[str],
+    coordinates: Any,
+    *,
+    plane: bool,
+) -> View:
     dim = centers.shape[1]
     if isinstance(coordinates, str) and coordinates == PRINCIPAL and PRINCIPAL not in names:
         return _principal(centers)
@@ -137,7 +159,7 @@ def _view(centers: np.ndarray, names: Sequence[str], coordinates: Any, *, plane:
         raise ValueError(f"{WHAT}: expected {wanted}, got {len(chosen)}.")
     directions = np.zeros((len(chosen), dim))
     directions[np.arange(len(chosen)), chosen] = 1.0
-    return View(tuple(wrapped(names[i]) for i in chosen), np.zeros(dim), directions)
+    return View(tuple(wrapped(shown[i]) for i in chosen), np.zeros(dim), directions)
 
 
 def _principal(centers: np.ndarray) -> View:

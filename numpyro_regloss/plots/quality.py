@@ -36,8 +36,8 @@ class Panel(NamedTuple):
     meaning: str = ""
 
 
-# In the order of the panels, with the limits of `diagnostics.summary`; what an engine does not report, or what
-# never changes, is left out.
+# In the order of the panels, with the limits of `diagnostics.summary`; what an engine does not report, what never
+# changes, and counts of what never came are left out.
 PANELS = {
     "ess": Panel("effective\nsample size", LEAST_ESS, "below, too few"),
     "rhat": Panel("split R-hat", MAX_RHAT, "above, chains disagree"),
@@ -52,14 +52,17 @@ PANELS = {
     "temperature": Panel("temperature\n(units of the loss)"),
 }
 # Shown although they are the same at all steps.
-ALWAYS = ("ess", "rhat", "khat", "accept_prob", "num_divergent", "stability")
+ALWAYS = ("ess", "rhat", "khat", "accept_prob", "stability")
+# Counts of what should not be: none at all has no panel.
+COUNTS = ("num_divergent", "num_rejected")
 
 
 def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
     r"""Was each shift sampled well?
 
     There is one panel for each diagnostic that the engine reports: effective sample size, R-hat or k-hat,
-    acceptance, divergences and others, over steps. Dashed lines are the limits of good sampling. Values that are
+    acceptance, divergences and others, over steps. Divergent transitions and rejected evaluations have a panel if
+    there were some. Dashed lines are the limits of good sampling. Values that are
     infinite are triangles at the edge; crosses mark rejected steps.
 
     Args:
@@ -89,7 +92,8 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
     found = {
         name: np.asarray(found[name], float)
         for name in PANELS
-        if name in found and (name in ALWAYS or np.ptp(found[name]) > 0)
+        if name in found
+        and (name in ALWAYS or np.ptp(found[name]) > 0 or (name in COUNTS and np.any(found[name])))
     }
     # NaN at all steps: `Auto` has fields of two engines, and used one of them.
     found = {name: values for name, values in found.items() if not np.isnan(values).all()}
@@ -99,7 +103,10 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
             "in result.history.fit."
         )
     size = (7.5, 0.6 + 1.7 * len(found))
+
     axes = check_axes(axes, (len(found), 1), size, WHAT, sharex=True).ravel()
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     steps = np.arange(len(history.ok))
     for ax, (name, values) in zip(axes, found.items(), strict=True):
         panel = PANELS[name]
@@ -113,6 +120,8 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
                 linewidth=1.0,
                 label=f"{panel.limit:g}: {panel.meaning}",
             )
+        if name in COUNTS:
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         mark_infinite(ax, steps, values, color=BLACK)
         mark_rejected(ax, history, label=ax is axes[0])
         ax.set_ylabel(panel.label)

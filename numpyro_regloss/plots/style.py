@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from numpyro_regloss.losses.sites import UNCONSTRAINED
 from numpyro_regloss.two_step.motion import no_vectors
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
 from numpyro_regloss.two_step.result import TwoStepResult
@@ -52,6 +53,7 @@ SIGMAS = 2.0
 WIDE = 100.0
 FEW_STEPS = 60
 LONG_NAME, LONG_LINE = 18, 22
+MOST_COLUMNS = 6  # of a legend
 
 
 def check_axes(
@@ -228,16 +230,32 @@ def over_steps(axes: np.ndarray, steps: np.ndarray, label: str) -> None:
 
 
 def legend_above(ax: Any) -> None:
-    """A legend between the axes and what is above them, where it covers nothing."""
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(
+    """A legend between the axes and their title, in as many rows as it needs; within, where nothing makes room."""
+    from matplotlib.transforms import ScaledTranslation  # noqa: PLC0415
+
+    if not ax.get_legend_handles_labels()[1]:
+        return
+    if ax.figure.get_layout_engine() is None:
+        ax.legend(fontsize="small", loc="best")
+        return
+    width = ax.get_window_extent().width
+    height = 0.0
+    for columns in range(min(MOST_COLUMNS, len(ax.get_legend_handles_labels()[1])), 0, -1):
+        legend = ax.legend(
             frameon=False,
             fontsize="small",
-            ncols=6,
+            ncols=columns,
             loc="lower left",
             bbox_to_anchor=(0.0, 1.0),
             borderaxespad=0.1,
         )
+        extent = legend.get_window_extent()
+        height = extent.height / ax.figure.dpi
+        if extent.width <= width:
+            break
+    # A title moves above axes within its own, and above nothing else: these end where the legend does.
+    lift = ScaledTranslation(0.0, height, ax.figure.dpi_scale_trans)
+    ax.inset_axes((0.0, 0.0, 1.0, 1.0), transform=ax.transAxes + lift).set_visible(False)
 
 
 def use_log_scale(ax: Any, *values: Any) -> None:
@@ -259,7 +277,14 @@ def ellipse(ax: Any, mean: Any, covariance: Any, *, sigmas: float = 1.0, **style
 
 def wrapped(name: str) -> str:
     """A long name, such as a path within a pytree, over several lines."""
-    parts = name.replace("/", "/\n").split("\n") if len(name) > LONG_NAME else [name]
+    parts = [name]
+    if len(name) > LONG_NAME:
+        parts = (
+            name
+            .replace("/", "/\n")
+            .replace(UNCONSTRAINED, "\n" + UNCONSTRAINED.strip())
+            .split("\n")
+        )
     lines = [part[i : i + LONG_LINE] for part in parts for i in range(0, len(part), LONG_LINE)]
     return as_text("\n".join(lines))
 

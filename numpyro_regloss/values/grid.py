@@ -69,7 +69,7 @@ class Landscape(NamedTuple):
         directions: orthonormal, one row per axis, `(1, dim)` or `(2, dim)`.
         start: coordinates of the origin, `(1,)` or `(2,)`.
         others: coordinates of the further parameters, `(k, 1)` or `(k, 2)`.
-        labels: one per axis.
+        labels: one per axis; that of a named parameter says where its values are unconstrained.
         num_samples: loss evaluations per point.
     """
 
@@ -269,7 +269,9 @@ def _chosen(loss: Loss, directions: Any) -> tuple[list[np.ndarray], tuple[str, .
             )
         steps.append(step)
         labels.append(
-            f"distance along direction {number}" if index is None else loss.flat_names[index]
+            f"distance along direction {number}"
+            if index is None
+            else loss.unconstrained_names[index]
         )
         named.append(index is not None)
     return steps, tuple(labels), named
