@@ -368,6 +368,71 @@ def test_landscape_over_a_plane(plane):
         assert any(inside) == drawn
 
 
+def remarks(legend):
+    return legend.get_title().get_text().replace("\n", " ")
+
+
+def test_a_legend_names_what_is_seen_and_says_what_is_not(line, plane, result):
+    far = {"far": Gaussian.isotropic(jnp.full(3, 50.0), 0.1)}
+    (ax,) = plots.landscape(line, gaussians=far)
+    curves, places = labeled(ax), np.asarray(line.coordinates[0])
+    assert ax.get_legend_handles_labels()[1] == [
+        "loss",
+        "local entropy",
+        "heat",
+        "other parameters",
+    ]
+    assert remarks(ax.get_legend()) == "Outside of the figure: far."
+    assert not ax.patches
+    plt.close("all")
+    # One point in the middle, which the shade reaches around; the centres there lie on the loss.
+    khat = np.where(np.arange(11) == 5, 1.0, -np.inf)
+    estimate = line.local_entropy._replace(khat=khat, ess=np.zeros(11))
+    unsure = line._replace(local_entropy=estimate)
+    (ax,) = plots.landscape(unsure, result.history)
+    middle = (places[4:6] + places[5:7]) / 2
+    (shade,) = ax.patches
+    np.testing.assert_allclose([shade.get_x(), shade.get_x() + shade.get_width()], middle)
+    assert remarks(ax.get_legend()).startswith(
+        "Grey: local entropy not finite, or not to be trusted"
+    )
+    plt.close("all")
+    (ax,) = plots.landscape(line._replace(local_entropy=estimate._replace(khat=np.ones(11))))
+    assert "local entropy" not in ax.get_legend_handles_labels()[1]
+    assert "Outside" not in remarks(ax.get_legend())
+    assert curves.keys() >= {"loss", "heat"}
+    plt.close("all")
+    far = {
+        "near": Gaussian.isotropic(jnp.array([1.0, 0.5]), 0.1),
+        "far": STANDARD._replace(mean=jnp.full(2, 50.0)),
+    }
+    error = np.where(np.arange(81).reshape(9, 9) == 3, np.inf, plane.heat.error)
+    axes = plots.landscape(plane._replace(heat=plane.heat._replace(error=error)), gaussians=far)
+    (legend,) = axes[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["near"]
+    assert "heat not finite" in remarks(legend)
+    assert remarks(legend).endswith("Outside of the figure: far.")
+    # Round ticks, and levels that reach all values.
+    ticks = [float(text.get_text()) for text in axes[0].figure.axes[-1].get_yticklabels()]
+    assert all(len(f"{tick:.10g}".strip("-0.")) <= 3 for tick in ticks)
+    assert min(ticks) <= np.min(plane.loss)
+
+
+def test_levels_are_round_and_reach_all_values():
+    rng = np.random.default_rng(0)
+    for known in (
+        rng.exponential(size=300) ** 4,
+        1000 + rng.random(300),
+        1e-7 * rng.normal(size=300),
+    ):
+        levels = plots.grid._levels([known])
+        assert levels[0] <= known.min()
+        assert levels[-1] >= known.max()
+        assert np.all(np.diff(levels) > 0)
+        assert levels.size > 10
+        assert all(len(f"{level:.8g}".split("e")[0].strip("-0.")) <= 7 for level in levels)
+
+
 def test_a_loss_that_fails_leaves_gaps():
     loss = Loss.from_function(lambda x: jnp.where(x[0] > 1.0, jnp.nan, x[0] ** 2), jnp.zeros(1))
     report = values.landscape(

@@ -229,25 +229,31 @@ def over_steps(axes: np.ndarray, steps: np.ndarray, label: str) -> None:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def legend_above(ax: Any) -> None:
+def legend_above(ax: Any, title: str | None = None) -> None:
     """A legend between the axes and their title, in as many rows as it needs; within, where nothing makes room."""
     from matplotlib.transforms import ScaledTranslation  # noqa: PLC0415
 
     if not ax.get_legend_handles_labels()[1]:
         return
+    style = {
+        "fontsize": "small",
+        "title": title,
+        "title_fontsize": "small",
+        "alignment": "left",
+    }
     if ax.figure.get_layout_engine() is None:
-        ax.legend(fontsize="small", loc="best")
+        ax.legend(loc="best", **style)
         return
     width = ax.get_window_extent().width
     height = 0.0
     for columns in range(min(MOST_COLUMNS, len(ax.get_legend_handles_labels()[1])), 0, -1):
         legend = ax.legend(
             frameon=False,
-            fontsize="small",
             ncols=columns,
             loc="lower left",
             bbox_to_anchor=(0.0, 1.0),
             borderaxespad=0.1,
+            **style,
         )
         extent = legend.get_window_extent()
         height = extent.height / ax.figure.dpi
