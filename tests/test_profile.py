@@ -48,7 +48,18 @@ def test_profile_as_a_figure(report):
     assert ax.get_xscale() == "log"
     assert {line.get_label() for line in ax.lines} >= {"local entropy", "heat"}
     np.testing.assert_allclose(ax.lines[0].get_xdata(), np.sqrt(TAUS), rtol=1e-6)
+    # Rises from 1e-2 to 1e2 can all be read.
+    assert ax.get_yscale() == "log"
     assert plots.profile(report, ax=ax) is ax
+    assert not any("trusted" in label for label in ax.get_legend_handles_labels()[1])
+    mpl.pyplot.close(ax.figure)
+    below = report._replace(loss=report.heat.value[0] * (1 + 1e-3))
+    ax = plots.profile(below)
+    assert ax.get_yscale() == "symlog"
+    ax.figure.canvas.draw()
+    places = ax.transData.transform(np.stack(ax.lines[1].get_data(), 1))[:, 1]
+    zero = ax.transData.transform((1.0, 0.0))[1]
+    assert places[0] < zero - 1.0 < zero + 1.0 < places[1]
     mpl.pyplot.close(ax.figure)
 
 
@@ -71,6 +82,8 @@ def test_profile_with_values_that_have_no_error():
     ax.figure.canvas.draw()
     assert np.isfinite(ax.lines[1].get_ydata()).all()
     assert np.isfinite(ax.get_ylim()).all()
+    (marks,) = (line for line in ax.lines if line.get_label() == "not to be trusted")
+    np.testing.assert_allclose(marks.get_xydata(), ax.lines[1].get_xydata()[1:])
     mpl.pyplot.close(ax.figure)
 
 

@@ -28,6 +28,7 @@ from numpyro_regloss.plots.style import (
     over_steps,
     shade,
     use_log_scale,
+    use_signed_log_scale,
 )
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
 
@@ -135,11 +136,7 @@ def _scale_decreases(ax: Any, value: np.ndarray, error: np.ndarray) -> None:
     size = np.abs(value[np.isfinite(value) & (value != 0)])
     if size.size and size.max() > 100 * np.median(size):
         noise = np.median(error[error > 0]) if np.any(error > 0) else 0.0
-        # A power of ten, since ticks at smaller ones would lie on that of zero.
-        linear = 10.0 ** np.floor(np.log10(max(noise, LEAST_SHOWN * size.max())))
-        ax.set_yscale("symlog", linthresh=linear)
-        ax.yaxis.get_major_locator().set_params(numticks=7)
-        ax.margins(y=0.1)
+        use_signed_log_scale(ax, max(noise, LEAST_SHOWN * size.max()))
 
 
 def _step_length(ax: Any, result: Any, history: TwoStepInfo) -> None:

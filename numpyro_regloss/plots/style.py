@@ -23,6 +23,7 @@ __all__ = [
     "SIGMAS",
     "SKY",
     "VERMILION",
+    "WIDE",
     "as_text",
     "band",
     "centers_of",
@@ -38,6 +39,7 @@ __all__ = [
     "over_steps",
     "shade",
     "use_log_scale",
+    "use_signed_log_scale",
     "wrapped",
 ]
 
@@ -270,6 +272,14 @@ def use_log_scale(ax: Any, *values: Any) -> None:
     known = known[np.isfinite(known)]
     if known.size and known.min() > 0 and known.max() > WIDE * known.min():
         ax.set_yscale("log")
+
+
+def use_signed_log_scale(ax: Any, least: float) -> None:
+    """A logarithmic axis for both signs, linear below so small a value."""
+    # A power of ten, since ticks at smaller ones would lie on that of zero.
+    ax.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(least)))
+    ax.yaxis.get_major_locator().set_params(numticks=7)
+    ax.margins(y=0.1)
 
 
 def ellipse(ax: Any, mean: Any, covariance: Any, *, sigmas: float = 1.0, **style: Any) -> None:

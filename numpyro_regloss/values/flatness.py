@@ -40,7 +40,7 @@ from numpyro_regloss.values.estimators import METHODS, estimate_entropy, estimat
 from numpyro_regloss.values.pairs import heat_of_means, warn_of_errors
 from numpyro_regloss.values.rise import check_average, pairs
 
-__all__ = ["SCALE_WORDS", "Profile", "profile"]
+__all__ = ["SCALE_WORDS", "Profile", "is_known", "profile"]
 
 SCALE_WORDS = {
     "filter": "the norm of each filter",
@@ -74,7 +74,7 @@ class Profile(NamedTuple):
     @property
     def trusted(self) -> np.ndarray:
         """The widths at which both values have a finite error, since no k-hat is above 0.7, `(k,)`."""
-        return _is_known(self.local_entropy) & _is_known(self.heat)
+        return is_known(self.local_entropy) & is_known(self.heat)
 
     @property
     def local_entropy_rise(self) -> Array:
@@ -93,7 +93,7 @@ class Profile(NamedTuple):
         for i, (tau, rise, heat_rise, method) in enumerate(zip(*columns, strict=True)):
             entropy, heat = _row(self.local_entropy, i), _row(self.heat, i)
             doubtful = [
-                name for name, one in (("F_tau", entropy), ("heat", heat)) if not _is_known(one)
+                name for name, one in (("F_tau", entropy), ("heat", heat)) if not is_known(one)
             ]
             mark = f"  ! do not trust {' and '.join(doubtful)}" if doubtful else ""
             rows.append(
@@ -251,7 +251,8 @@ def _check_batches(loss: Loss, mesh: Any, what: str) -> int:
     return loss.minibatch.batch_size
 
 
-def _is_known(estimate: Estimate) -> Any:
+def is_known(estimate: Estimate) -> Any:
+    """Where an estimate of arrays has a finite error, and no k-hat above 0.7."""
     return np.isfinite(estimate.error) & ~(np.asarray(estimate.khat) > MAX_KHAT)
 
 
