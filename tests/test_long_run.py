@@ -43,7 +43,7 @@ def test_many_steps_cost_no_more_than_few_each(mode, monkeypatch):
     monkeypatch.setattr(chunks, "SHARE", 0.0)
     stamps, memory = [], []
 
-    def look(_):
+    def look(*_):
         stamps.append(time.perf_counter())
         memory.append(int(MEMORY.read_text().split()[1]) * PAGE)
         return {}

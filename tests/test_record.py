@@ -11,8 +11,13 @@ from jax import random
 
 from numpyro_regloss import Loss, Record, TwoStep, anchor, fit, problems, schemes, shift
 from numpyro_regloss.anchor import Anchor
+from numpyro_regloss.two_step.result import headline
 
 TAU = 0.5
+
+
+def _steps(history, begin, end):
+    return jax.tree.map(lambda leaf: leaf[begin:end], history)
 
 
 def optimizer_of(problem, x, **settings):
@@ -69,7 +74,7 @@ def test_progress_and_overshooting_are_told_apart():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
-def test_values_are_exact_and_come_at_their_interval(temperature):
+def test_values_are_exact_and_come_at_their_interval(temperature, capsys):
     problem = problems.double_well(3)
     record = Record(values_every=3, num_samples=2000)
     optimizer = optimizer_of(
@@ -96,6 +101,20 @@ def test_values_are_exact_and_come_at_their_interval(temperature):
     plain = optimizer_of(
         problem, np.full(3, 0.4), record=None, temperature=temperature, shift=shift.Importance(4000)
     ).run(random.key(1), 8, progress_bar=False)
+    for uses_draws, name, estimate in (
+        (True, "F_tau", history.record.local_entropy),
+        (False, "heat", history.record.heat),
+    ):
+        # Of steps 4 and 5 no value is known; of all eight that of step 6 is the last.
+        assert not {"F_tau", "heat"} & headline(_steps(history, 4, 6), uses_draws).keys()
+        shown = headline(_steps(history, 0, 8), uses_draws)
+        assert shown["loss"] == f"{history.loss[7]:.4g}"
+        assert shown[name] == f"{estimate.value[6]:.4g} ± {estimate.error[6]:.2g}"
+        assert len({"F_tau", "heat"} & shown.keys()) == 1
+    optimizer.run(random.key(1), 8)
+    bar = capsys.readouterr().err.rpartition("\r")[2]
+    entropy = history.record.local_entropy
+    assert f"F_tau={entropy.value[6]:.4g} ± {entropy.error[6]:.2g}" in bar
     # Writing down changes nothing, and its evaluations are counted.
     assert np.array_equal(history.reference.mean, plain.history.reference.mean)
     assert np.array_equal(history.num_loss - plain.history.num_loss, 2000 * due)

@@ -71,7 +71,7 @@ def run_in_chunks(
         capacity: steps per chunk at most.
         callback: called after every `callback_every` steps, and after the last one, with the state and the info of
             the step before; true stops.
-        headline: what the bar shows of an info.
+        headline: what the bar shows of the infos of a chunk. A name that a later chunk lacks keeps its text.
         progress_bar: whether there is a bar.
         until: called after every `patience` steps with their infos and the number of such calls; true stops.
         patience: see there.
@@ -94,6 +94,7 @@ def run_in_chunks(
     chunk, past, cause = 1, (state, rows, 0 if rows is None else len(rows[1])), None
     # Whether the other processes wait to hear of this one: while a step runs they cannot.
     heard = False
+    shown: dict[str, str] = {}
     begun = time.perf_counter()
     if path is not None and not path.kept:
         path.add(state)
@@ -140,7 +141,8 @@ def run_in_chunks(
                     path.add(after)
                 # Copies: a view would keep its whole chunk, or let a callback write into the history.
                 last = jax.tree.map(lambda a: a[-1].copy(), infos)
-                bar.set_postfix(headline(last), refresh=False)
+                shown |= headline(infos)
+                bar.set_postfix(shown, refresh=False)
                 bar.update(count)
                 due = not (done + count) % callback_every or done + count == num_steps
                 if callback is not None and due and callback(here(after), last):

@@ -316,7 +316,8 @@ class TwoStep:
             *args: arguments of the loss in place of the bound ones.
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
-            progress_bar: show steps, loss, tau and ESS or acceptance.
+            progress_bar: show steps, loss, tau and ESS or acceptance, and the last value of the regularized loss
+                with its standard error, if `Record(values_every=k)` finds some.
             callback: called as `callback(state, info)` with the info of the last step; returning True stops the
                 run.
             callback_every: steps from one call to the next; there is also a call after the last step. So many
@@ -441,7 +442,7 @@ class TwoStep:
                 num_steps,
                 capacity,
                 callback,
-                headline,
+                lambda infos: headline(infos, self.fit.uses_draws),
                 progress_bar=progress_bar,
                 until=None if until is None else until.holds,
                 patience=1 if until is None else until.patience,

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from numpyro_regloss._core.pytree import fields_of
@@ -79,13 +80,31 @@ class RejectedError(RuntimeError):
         self.result = result
 
 
-def headline(info: TwoStepInfo) -> dict[str, str]:
-    """What the progress bar shows of a step."""
-    shown = {"loss": info.loss, "tau": np.mean(info.tau)}
+def headline(infos: TwoStepInfo, uses_draws: bool) -> dict[str, str]:  # noqa: FBT001
+    """What the progress bar shows of a chunk: its last step, and the last value that a `Record` found in it.
+
+    Args:
+        infos: of the steps of a chunk, with their axis.
+        uses_draws: whether the fit does, so that the run minimizes F_tau, not the heat.
+
+    Returns:
+        Texts by name. The regularized loss has its error, and is left out where no step has its value.
+    """
+    info = jax.tree.map(lambda a: a[-1], infos)
+    shown = {"loss": f"{float(info.loss):.4g}"}
+    if infos.record is not None:
+        name, found = (
+            ("F_tau", infos.record.local_entropy) if uses_draws else ("heat", infos.record.heat)
+        )
+        steps = np.flatnonzero(np.isfinite(found.value))
+        if steps.size:
+            value, error = found.value[steps[-1]], found.error[steps[-1]]
+            shown[name] = f"{float(value):.4g} ± {float(error):.2g}"
+    shown["tau"] = f"{float(np.mean(info.tau)):.4g}"
     known = fields_of(info.shift)
     for name in [name for name in ("accept_prob", "ess") if name in known][:1]:
-        shown[name] = known[name]
-    return {name: f"{float(value):.4g}" for name, value in shown.items()}
+        shown[name] = f"{float(known[name]):.4g}"
+    return shown
 
 
 def report_interruption(
