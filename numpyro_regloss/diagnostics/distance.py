@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from numpyro_regloss._core.checks import check_count, check_key
+from numpyro_regloss._core.html import as_html
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import normalize_log_weight, weight_ess
@@ -96,6 +97,9 @@ class GaussianFit(NamedTuple):
     def __str__(self) -> str:
         """The findings, one per line."""
         return "\n".join(self.findings)
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 def gaussian_fit(

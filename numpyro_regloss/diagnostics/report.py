@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_regloss._core.html import as_html
 from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._core.pytree import with_context_axes
 from numpyro_regloss._core.stats import weight_ess
@@ -60,6 +61,9 @@ class DrawsSummary(NamedTuple):
             f"{self.rhat.max():.3f} at worst."
         )
 
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
+
 
 class RunSummary(NamedTuple):
     """What a run did; prints as a report.
@@ -89,6 +93,14 @@ class RunSummary(NamedTuple):
         Returns:
             The text. A rejected step is marked by a cross.
         """
+        cells = self._cells(most)
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in cells
+        )
+
+    def _cells(self, most: int | None) -> list[list[str]]:
         count = len(self.columns["ok"])
         most = count if most is None else max(min(most, count), 1)
         rows = np.unique(np.linspace(count - 1, 0, most).round().astype(int))
@@ -101,17 +113,22 @@ class RunSummary(NamedTuple):
         for row in rows:
             mark = "" if self.columns["ok"][row] else " x"
             cells.append([f"{row}{mark}", *(_text(column[row]) for column in shown.values())])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in cells
-        )
+        return cells
 
     def describe(self) -> str:
         """What the columns mean, one per line."""
         return "\n".join(f"{name}: {COLUMNS[name]}" for name in self.columns)
 
     def __str__(self) -> str:
+        head, sentences = self._sentences()
+        return "\n".join([head, "", self.table(SHOWN_ROWS), "", *sentences])
+
+    def _repr_html_(self) -> str:
+        head, sentences = self._sentences()
+        return as_html(head, self._cells(SHOWN_ROWS), "\n".join(sentences))
+
+    def _sentences(self) -> tuple[str, list[str]]:
+        # Before and after the table.
         columns = self.columns
         spent = (
             f"{np.sum(columns['num_loss']):,} losses and {np.sum(columns['num_grad']):,} gradients"
@@ -119,13 +136,13 @@ class RunSummary(NamedTuple):
         head = f"{np.sum(columns['ok'])} of {len(columns['ok'])} steps taken, {spent}"
         if "seconds" in columns:
             head += f", {np.sum(columns['seconds']):.1f} s"
-        lines = [f"{head}.", "", self.table(SHOWN_ROWS), "", self.arrival]
+        lines = [self.arrival]
         if self.draws is not None:
             lines.append(str(self.draws))
         if not self.findings:
             lines.append("Nothing wrong was found.")
         lines += [f"[{finding.name}] {finding.text}" for finding in self.findings]
-        return "\n".join([*lines, self.checked] if self.checked else lines)
+        return f"{head}.", [*lines, self.checked] if self.checked else lines
 
 
 def summary(result: TwoStepResult, optimizer: Any = None, draws: Draws | None = None) -> RunSummary:

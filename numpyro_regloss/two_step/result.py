@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from numpyro_regloss._core.html import as_html
 from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss.two_step.motion import no_vectors
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
@@ -24,6 +25,10 @@ __all__ = [
     "report_trouble",
     "silent_unless",
 ]
+
+
+# Of the parameters, in notebooks.
+SHOWN_LEAVES, SHOWN_SIZE = 20, 10
 
 
 class TwoStepResult(NamedTuple):
@@ -66,6 +71,38 @@ class TwoStepResult(NamedTuple):
             return self.path[0]
         count, last = len(self.centers), int(self.state.step)
         return np.arange(last + 1 - count, last + 1)
+
+    def _repr_html_(self) -> str:
+        history, ok = self.history, np.asarray(self.history.ok)
+        if ok.ndim != 1 or not ok.size:
+            return as_html(f"No steps of one run: history.ok has shape {ok.shape}.")
+        head = f"{ok.sum()} of {ok.size} steps taken"
+        if self.seconds is not None:
+            head += f", {np.sum(self.seconds):.1f} s"
+        if self.stopped is not None:
+            head += f", stopped: {self.stopped}"
+        steps = [["step #", "loss before the step", "tau"]]
+        for step in sorted({0, ok.size - 1}):
+            values = (history.loss[step], np.mean(history.tau[step]))
+            steps.append([str(step), *(f"{float(value):.4g}" for value in values)])
+        found = jax.tree_util.tree_flatten_with_path(self.params)[0]
+        params = [["parameters", "shape", "value"]]
+        for path, leaf in found[:SHOWN_LEAVES]:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            params.append([name, str(np.shape(leaf)), _brief(leaf)])
+        more = len(found) - SHOWN_LEAVES
+        rest = f"{more} more arrays of parameters are not shown. " if more > 0 else ""
+        return as_html(
+            f"{head}.", steps, params, f"{rest}diagnostics.summary(result) is the whole report."
+        )
+
+
+def _brief(leaf: Any) -> str:
+    # Values of keys, of large arrays, and of those that other processes hold in part, are not shown.
+    is_key = jax.dtypes.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
+    if is_key or np.size(leaf) > SHOWN_SIZE or not getattr(leaf, "is_fully_addressable", True):
+        return ""
+    return np.array2string(np.asarray(leaf), precision=4)
 
 
 class RejectedError(RuntimeError):

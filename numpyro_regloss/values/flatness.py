@@ -28,6 +28,7 @@ from numpyro_regloss._core.checks import (
     check_key,
     check_positive,
 )
+from numpyro_regloss._core.html import as_html
 from numpyro_regloss._core.mesh import check_mesh
 from numpyro_regloss._core.pareto import MAX_KHAT
 from numpyro_regloss._core.types import Array, Key
@@ -87,25 +88,40 @@ class Profile(NamedTuple):
         return self.heat.value - self.loss
 
     def __str__(self) -> str:
-        head = f"{'sqrt(tau)':>10} {'F_tau - loss':>24} {'heat - loss':>24} {'k-hat':>7}  method"
-        rows = []
+        title, (head, *rows) = self._table()
+        lines = [("{:>10} {:>24} {:>24} {:>7}  {}{}".format(*head))]
+        for width, *rises, khat, method, mark in rows:
+            # A sign of plus or minus below the other.
+            shown = [f"{rise:>12} ± {error:<9}" for rise, error in (r.split(" ± ") for r in rises)]
+            lines.append(f"{width:>10} {' '.join(shown)} {khat:>7}  {method}{mark and '  ' + mark}")
+        return "\n".join([title, *lines])
+
+    def _repr_html_(self) -> str:
+        title, rows = self._table()
+        return as_html(title, rows)
+
+    def _table(self) -> tuple[str, list[list[str]]]:
+        cells = [["sqrt(tau)", "F_tau - loss", "heat - loss", "k-hat", "method", ""]]
         columns = self.tau, self.local_entropy_rise, self.heat_rise, self.method
         for i, (tau, rise, heat_rise, method) in enumerate(zip(*columns, strict=True)):
             entropy, heat = _row(self.local_entropy, i), _row(self.heat, i)
             doubtful = [
                 name for name, one in (("F_tau", entropy), ("heat", heat)) if not is_known(one)
             ]
-            mark = f"  ! do not trust {' and '.join(doubtful)}" if doubtful else ""
-            rows.append(
-                f"{np.sqrt(tau):10.4g} {rise:12.5g} ± {entropy.error:<9.2g} {heat_rise:12.5g} ± "
-                f"{heat.error:<9.2g} {np.maximum(entropy.khat, heat.khat):7.2f}  {method}{mark}"
-            )
+            cells.append([
+                f"{np.sqrt(tau):.4g}",
+                f"{rise:.5g} ± {entropy.error:.2g}",
+                f"{heat_rise:.5g} ± {heat.error:.2g}",
+                f"{np.maximum(entropy.khat, heat.khat):.2f}",
+                method,
+                f"! do not trust {' and '.join(doubtful)}" if doubtful else "",
+            ])
         title = f"loss {float(self.loss):.6g}"
         if self.scale is not None:
             title += f"; sqrt(tau) relative to {SCALE_WORDS[self.scale]}"
         if self.batch_size is not None:
             title += f"; heat on fresh batches of {self.batch_size} rows, F_tau on one of them"
-        return "\n".join([title, head, *rows])
+        return title, cells
 
 
 def profile(

@@ -29,6 +29,7 @@ from numpyro_regloss._core.checks import (
     check_key,
     differentiating,
 )
+from numpyro_regloss._core.html import as_html
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import Gaussian
@@ -86,6 +87,9 @@ class FlatnessVerdict(NamedTuple):
             f"{self.loss:.4g} rises by {float(self.rise.value):.3g} ± {float(self.rise.error):.1g} and slopes by "
             f"{self.slope:.3g}, a ratio of {self.ratio:.2f} ± {self.error:.1g}; {why}."
         )
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
 
 def flatness_verdict(
