@@ -68,8 +68,10 @@ NOTEBOOKS = (
     "which_shift_engine",
     "forward_or_reverse_kl",
     "a_network_without_gradients",
+    "does_regularization_help_training",
     "is_my_minimum_flat",
     "when_a_run_goes_wrong",
+    "where_does_the_trouble_come_from",
 )
 
 

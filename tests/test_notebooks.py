@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notebooks run as they are, in their fast mode, and were committed as they ran.
 
-They run in this process, without starts and imports of seven kernels. Warnings are errors here too.
+They run in this process, without starts and imports of nine kernels. Warnings are errors here too.
 """
 
 import ast
@@ -25,6 +25,7 @@ NAMES = [
     "forward_or_reverse_kl",
     "is_my_minimum_flat",
     "when_a_run_goes_wrong",
+    "where_does_the_trouble_come_from",
     "which_shift_engine",
 ]
 # The first steps of a user, and what no other one shows.
