@@ -20,8 +20,8 @@ def draw(folder, tables):
         if drawer is None or not rows:
             continue
         figure = drawer(plt, rows)
-        figure.suptitle(title, fontsize="medium")
-        figure.tight_layout()
+        if figure.get_layout_engine() is None:
+            figure.tight_layout()
         paths[title[0]] = folder / f"{title[0]}.svg"
         # Equal files of equal tables.
         figure.savefig(paths[title[0]], metadata={"Date": None})
@@ -41,8 +41,10 @@ def _from_start(plt, rows):
         len(taus),
         squeeze=False,
         sharex=True,
-        figsize=(3.5 * len(taus), 3 * len(widths)),
+        layout="constrained",
+        figsize=(3.5 * len(taus) + 1.5, 3 * len(widths)),
     )
+    methods, lines = list(dict.fromkeys(row["method"] for row in rows)), {}
     columns = [name for name in rows[0] if re.fullmatch(r"\d+", name)]
     updates = [int(name) for name in columns]
     for i, width in enumerate(widths):
@@ -50,12 +52,18 @@ def _from_start(plt, rows):
             ax = axes[i, j]
             for row in rows:
                 if row["hidden"] == width and row["tau"] in {tau, None}:
-                    shown = [row[name] for name in columns]
+                    # Errors, on a scale on which small ones can be told apart.
+                    shown = [100 - row[name] for name in columns]
                     errors = [_error(row, name) for name in columns]
-                    ax.errorbar(updates, shown, errors, label=row["method"], capsize=2)
+                    color = f"C{methods.index(row['method'])}"
+                    lines[row["method"]] = ax.errorbar(
+                        updates, shown, errors, color=color, capsize=2
+                    )
             ax.set(title=f"{width} hidden units" + (f", tau {tau:g}" if tau else ""))
-            ax.set(xlabel="updates", ylabel="test accuracy in per cent")
-    axes[0, 0].legend(fontsize="small")
+            ax.set(xlabel="updates", ylabel="test errors in per cent", yscale="log")
+            ax.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+            ax.minorticks_off()
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize="small")
     return figure
 
 
