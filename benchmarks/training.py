@@ -25,7 +25,7 @@ c. Equal numbers of gradients, with none, 20 or 40 % of the training labels repl
    A step of SAM takes two gradients; "fSGLD, half" has half the gradients of all others.
 d. No gradient at all: `schemes.gradient_free` on 784-128-10 with batches of 512 and `--minutes` per run, for
    ReLUs, for weights that are integers of 8 bits, and for activations that are staircases. Seconds are those of
-   its steps. A run that was killed goes on from its last 50 steps.
+   its steps. A run that was killed goes on from its last 20 steps.
 e. Eight taus of heat side by side by `vmap` over the optimizer, whose tau is a leaf: programs that XLA compiled,
    time over that of one run, test accuracy by tau.
 

@@ -15,7 +15,7 @@ from training_store import key_of, spread
 from numpyro_regloss import Minibatch, schemes
 
 # Of `--free`, by default.
-WIDTH, NUM_SAMPLES, RATE = 0.02, 32, 1.5
+WIDTH, NUM_SAMPLES, RATE = 0.02, 128, 0.5
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -91,7 +91,7 @@ def without_gradients(task, run, num_seeds, *, smoke, minutes, point):
         "num_samples": int(num_samples),
         "rate": rate,
         "budget": 0.2 if smoke else 60.0 * minutes,
-        "chunk": 2 if smoke else 50,
+        "chunk": 2 if smoke else 20,
     }
     budget, about = setting["budget"], {"data": task.name, **setting}
     rows, curves = [], []

@@ -20,7 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def eight_schools(num_schools: int, errors: jax.Array, effects: jax.Array | None
         numpyro.sample("obs", dist.Normal(theta, errors), obs=effects)
 
 
-def digits(rng_key: jax.Array, *, quick: bool, progress_bar: bool) -> list[Row]:
+def digits(rng_key: jax.Array, arguments: argparse.Namespace) -> list[Row]:
     """Trains the network twice from one start: without gradients, and with heat regularization."""
     from sklearn.datasets import load_digits  # noqa: PLC0415
 
@@ -141,7 +141,7 @@ def digits(rng_key: jax.Array, *, quick: bool, progress_bar: bool) -> list[Row]:
         Loss.from_function(cross_entropy, params, *train, minibatch=Minibatch(256)),
         tau=0.01,
         temperature=0.02,
-        shift=shift.Importance(num_samples=500 if quick else 1000),
+        shift=shift.Importance(num_samples=500 if arguments.quick else 1000),
     )
     with_gradients = schemes.heat(
         Loss.from_function(cross_entropy, params, *train, minibatch=Minibatch(128)),
@@ -155,25 +155,16 @@ def digits(rng_key: jax.Array, *, quick: bool, progress_bar: bool) -> list[Row]:
         return f"test accuracy {100 * right:.1f} %"
 
     jobs = (
-        ("local entropy, Importance", gradient_free, 60 if quick else 400),
-        ("heat, RobbinsMonro", with_gradients, 150 if quick else 800),
+        ("local entropy, Importance", gradient_free, 60 if arguments.quick else 400),
+        ("heat, RobbinsMonro", with_gradients, 150 if arguments.quick else 800),
     )
     return [
-        _run(
-            key_run,
-            "digits",
-            name,
-            optimizer,
-            steps,
-            outcome,
-            quick=quick,
-            progress_bar=progress_bar,
-        )
+        _run(key_run, ("digits", name), optimizer, steps, outcome, arguments)
         for name, optimizer, steps in jobs
     ]
 
 
-def schools(rng_key: jax.Array, *, quick: bool, progress_bar: bool) -> list[Row]:
+def schools(rng_key: jax.Array, arguments: argparse.Namespace) -> list[Row]:
     """Minimizes minus the log joint density of the model, regularized."""
     loss = Loss.from_model(eight_schools, 8, ERRORS, effects=EFFECTS)
     optimizer = schemes.local_entropy(
@@ -183,38 +174,25 @@ def schools(rng_key: jax.Array, *, quick: bool, progress_bar: bool) -> list[Row]
     def outcome(params: Any) -> str:
         return f"mu {params['mu']:.2f}, tau {params['tau']:.2f}"
 
-    steps = 10 if quick else 40
-    name = "local entropy, NUTS"
-    return [
-        _run(
-            rng_key,
-            "eight schools",
-            name,
-            optimizer,
-            steps,
-            outcome,
-            quick=quick,
-            progress_bar=progress_bar,
-        )
-    ]
+    name = "eight schools", "local entropy, NUTS"
+    steps = 10 if arguments.quick else 40
+    return [_run(rng_key, name, optimizer, steps, outcome, arguments)]
 
 
 def _run(
     rng_key: jax.Array,
-    problem: str,
-    scheme: str,
+    name: tuple[str, str],
     optimizer: TwoStep,
     num_steps: int,
     outcome: Callable[[Any], str],
-    *,
-    quick: bool,
-    progress_bar: bool,
+    arguments: argparse.Namespace,
     until: Arrived | None = None,
 ) -> Row:
     most = "" if until is None else "at most "
-    print(f"{problem}: {scheme}, {most}{num_steps} outer steps")
+    print(f"{': '.join(name)}, {most}{num_steps} outer steps")
     start = time.perf_counter()
-    result = optimizer.run(rng_key, num_steps, until=until, progress_bar=progress_bar)
+    bar = not arguments.no_progress
+    result = optimizer.run(rng_key, num_steps, until=until, progress_bar=bar)
     seconds = time.perf_counter() - start
     report = str(diagnostics.summary(result, optimizer))
     print(f"{report}\n")
@@ -222,10 +200,9 @@ def _run(
         optimizer.loss, result.state.reference, temperature=optimizer.temperature
     )
     key_entropy, key_heat = random.split(random.fold_in(rng_key, num_steps))
-    num_samples = 1000 if quick else 4000
+    num_samples = 1000 if arguments.quick else 4000
     return Row(
-        problem=problem,
-        scheme=scheme,
+        *name,
         loss=float(target.value(target.reference.mean)),
         local_entropy=values.local_entropy(key_entropy, target, num_samples=num_samples),
         heat=values.heat(key_heat, target, num_samples=num_samples),
@@ -363,12 +340,10 @@ def load_model(name: str) -> Callable:
         raise ValueError(f"--model: expected module:function, such as schools:model, got {name}.")
     try:
         found = operator.attrgetter(function)(importlib.import_module(module))
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
-            f"--model: {error}; expected a module in this folder or an installed one, without .py."
+            f"--model: {error}; expected a module here or an installed one."
         ) from error
-    except AttributeError as error:
-        raise ValueError(f"--model: {error}.") from error
     if not callable(found):
         raise TypeError(
             f"--model: expected a NumPyro model, a function, got {type(found).__name__} as {name}."
@@ -408,17 +383,9 @@ def own_model(rng_key: jax.Array, arguments: argparse.Namespace) -> tuple[Row, s
     def outcome(params: Any) -> str:
         return f"{loss.dim} parameters, {len(params)} sites"
 
-    row = _run(
-        rng_key,
-        arguments.model,
-        "local entropy, Auto",
-        optimizer,
-        10 if arguments.quick else arguments.steps,
-        outcome,
-        quick=arguments.quick,
-        progress_bar=not arguments.no_progress,
-        until=Arrived(),
-    )
+    name = arguments.model, "local entropy, Auto"
+    steps = 10 if arguments.quick else arguments.steps
+    row = _run(rng_key, name, optimizer, steps, outcome, arguments, until=Arrived())
     draws = to_arviz(row.result, optimizer)
     return row, f"Draws of q, around the last centre:\n{az.summary(draws, kind='stats')}", draws
 
@@ -432,30 +399,6 @@ def _write(path: Path, save: Callable[[Path], object]) -> Path:
     finally:
         unfinished.unlink(missing_ok=True)
     return path
-
-
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    # Without the line of this file that it came from, which tells a user nothing.
-    del category, filename, lineno, file, line
-    print(f"Warning: {message}", file=sys.stderr)
-
-
-def _try_folder(out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-
-
-def _check_packages(names: tuple[str, ...]) -> None:
-    for name, extra in (("matplotlib", "plots"), ("h5netcdf", "netcdf"), ("sklearn", "demo")):
-        if name in names and importlib.util.find_spec(name) is None:
-            raise ImportError(f"expected the package {name}: install numpyro_regloss[{extra}].")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -504,9 +447,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.data and not arguments.model:
         parser.error("expected --model with --data: the file has the arguments of a model.")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn  # ty: ignore
-            run(arguments)
+        with warnings.catch_warnings(record=True) as noted:
+            try:
+                _carry_out(arguments)
+            finally:
+                # Behind the report, and without the line of this file that they came from.
+                sys.stderr.writelines(f"Warning: {one.message}\n" for one in noted)
     except Exception as error:
         if arguments.traceback:
             raise
@@ -516,41 +462,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs what the command line asks for, and writes its files.
-
-    Args:
-        arguments: from the parser of `main`.
-    """
+def _carry_out(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(f"regloss-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     # Before the work, which may take long.
+    own = arguments.model is not None
     jobs = {"digits": digits, "eight-schools": schools}
-    chosen = {n: job for n, job in jobs.items() if arguments.problem in (None, n)}
-    own, more = arguments.model is not None, ("sklearn",) if "digits" in chosen else ()
-    _check_packages(("matplotlib", *(("h5netcdf",) if own else more)))
-    _try_folder(out)
+    chosen = {n: job for n, job in jobs.items() if not own and arguments.problem in (None, n)}
+    needed = {"matplotlib": "plots"} | ({"h5netcdf": "netcdf"} if own else {})
+    for name, extra in (needed | ({"sklearn": "demo"} if "digits" in chosen else {})).items():
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"expected the package {name}: install numpyro_regloss[{extra}].")
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
     importlib.import_module("matplotlib").use("Agg")
-    rng_key, written = random.key(arguments.seed), []
+    rng_key, saved = random.key(arguments.seed), {}
     if own:
         row, sites, draws = own_model(rng_key, arguments)
-        text = f"{table([row])}\n\n{sites}"
-        print(f"\n{text}\n")
+        rows, text, drawer = [row], f"{table([row])}\n\n{sites}", own_figure
         report = f"{row.report}\n\n{text}\n"
-        written = [
-            _write(out / "report.txt", lambda path: path.write_text(report)),
-            _write(out / "draws.nc", lambda path: draws.to_netcdf(str(path))),
-        ]
-        rows = [row]
+        saved["report.txt"] = lambda path: path.write_text(report)
+        saved["draws.nc"] = lambda path: draws.to_netcdf(str(path))
     else:
-        options = {"quick": arguments.quick, "progress_bar": not arguments.no_progress}
-        rows = [row for job in chosen.values() for row in job(rng_key, **options)]
-        print(f"\n{table(rows)}\n")
+        rows = [row for job in chosen.values() for row in job(rng_key, arguments)]
+        text, drawer = table(rows), figure
+    print(f"\n{text}\n")
     numbers = json.dumps(results(rows, arguments), indent=1) + "\n"
-    drawer = own_figure if own else figure
-    written += [
-        _write(out / "results.json", lambda path: path.write_text(numbers)),
-        _write(out / "figure.png", lambda path: drawer(rows, path)),
-    ]
+    saved["results.json"] = lambda path: path.write_text(numbers)
+    saved["figure.png"] = lambda path: drawer(rows, path)
+    written = [_write(out / name, save) for name, save in saved.items()]
     print(f"Wrote {', '.join(map(str, written))}.")
 
 

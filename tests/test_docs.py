@@ -51,7 +51,8 @@ def site(tmp_path_factory):
 
 def sources():
     notebooks = (ROOT / "notebooks").glob("*.ipynb")
-    yield from (path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md"))
+    pages = [path for path in DOCS.rglob("*.md") if path.parent.name != "training"]  # included ones
+    yield from (path.relative_to(DOCS).with_suffix(".html") for path in pages)
     yield from (Path("notebooks", path.stem + ".html") for path in notebooks)
 
 
@@ -136,7 +137,7 @@ def test_figures_lead_to_their_notebooks(site):
 def test_the_build_leaves_the_tree_as_it_was(site):
     # `_build` is where CONTRIBUTING says that a reader may build it.
     folders = {path.name for path in DOCS.iterdir() if path.is_dir()} - {"_build", "__pycache__"}
-    assert folders == {"_static", "api", "notebooks"}
+    assert folders == {"_static", "api", "notebooks", "training"}
 
 
 def test_no_markup_shows(site):
