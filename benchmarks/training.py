@@ -23,9 +23,9 @@ c. Equal numbers of gradients, with none, 20 or 40 % of the training labels repl
    of MNIST for training (1,100 of the digits), constant rates, no momentum but Entropy-SGD's own. Each method has
    the best of six settings by accuracy on other images with right labels, mean of two other seeds, at each noise.
    A step of SAM takes two gradients; "fSGLD, half" has half the gradients of all others.
-d. No gradient at all: `schemes.gradient_free` on 784-128-10 with batches of 512 and `--minutes` per run, for
-   ReLUs, for weights that are integers of 8 bits, and for activations that are staircases. Seconds are those of
-   its steps. A run that was killed goes on from its last 20 steps.
+d. No gradient at all: clouds of importance sampling and Adam, whose rate falls to zero, on 784-128-10 with batches
+   of 512, for ReLUs, for weights that are integers of 8 bits, and for activations that are staircases. Seconds are
+   those of the steps. A run that was killed goes on from its last fortieth.
 e. Eight taus of heat side by side by `vmap` over the optimizer, whose tau is a leaf: programs that XLA compiled,
    time over that of one run, test accuracy by tau.
 
@@ -58,14 +58,14 @@ def main():
     parser.add_argument("--data", help="an npz file of images; default: scikit-learn's digits")
     parser.add_argument("--only", default="a,b,c,d,e", help="experiments, such as a,c")
     parser.add_argument("--seeds", type=int, help="of each method and setting")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each run of d")
+    parser.add_argument("--evaluations", type=int, default=400_000, help="of each run of d")
     parser.add_argument(
         "--free",
         type=float,
         nargs=3,
         default=(WIDTH, NUM_SAMPLES, RATE),
         metavar=("WIDTH", "DRAWS", "RATE"),
-        help="of d: width of the clouds, draws, and rate in widths per step",
+        help="of d: width of the clouds, draws, and first rate in widths per step",
     )
     parser.add_argument(
         "--store", type=Path, help="results; default: training.jsonl, or none with --smoke"
@@ -88,7 +88,9 @@ def main():
     for name in chosen:
         experiment, seeds = EXPERIMENTS[name]
         seeds = 2 if smoke else options.seeds or seeds
-        settings = {"minutes": options.minutes, "point": options.free} if name == "d" else {}
+        settings = (
+            {"evaluations": options.evaluations, "point": options.free} if name == "d" else {}
+        )
         for title, rows in experiment(task, run, seeds, smoke=smoke, **settings).items():
             if rows:
                 tables[title] = rows

@@ -4,6 +4,9 @@
 
 import math
 
+# A page has room for so many columns; the figure shows these.
+LEFT_OUT = ("200", "400", "losses / update")
+
 
 def write(folder, tables, figures):
     """Writes `a.md`, `b.md`, ...; returns their paths.
@@ -16,21 +19,23 @@ def write(folder, tables, figures):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for letter in sorted({title[0] for title in tables}):
-        parts = [
+        parts = []
+        if letter in figures:
+            name = f"{folder.name}/{figures[letter].name}"
+            parts.append(f"```{{image}} {name}\n:alt: the results as a figure\n```\n")
+        parts += [
             f"**{title[3:]}**\n\n{_table(rows)}\n"
             for title, rows in tables.items()
             if title.startswith(letter)
         ]
-        if letter in figures:
-            name = f"{folder.name}/{figures[letter].name}"
-            parts.append(f"```{{image}} {name}\n:alt: the first table as a figure\n```\n")
         paths.append(folder / f"{letter}.md")
         paths[-1].write_text("\n".join(parts))
     return paths
 
 
 def _table(rows):
-    names = [name for name in rows[0] if not name.startswith("± ") or name[2:] not in rows[0]]
+    spreads = {name for name in rows[0] if name.startswith("± ") and name[2:] in rows[0]}
+    names = [name for name in rows[0] if name not in {*spreads, *LEFT_OUT}]
     lines = [names, ["---"] * len(names)]
     lines += [[_cell(row, name) for name in names] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
