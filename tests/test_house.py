@@ -3,6 +3,7 @@
 """Lint, types, shapes and README's examples, so that one command runs everything."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
@@ -63,6 +65,24 @@ def test_readme_shows_what_its_code_prints(capsys):
     for code, shown in found:
         exec(compile(code, "README.md", "exec"), names)  # noqa: S102
         same_report(capsys.readouterr().out, shown)
+
+
+@pytest.mark.long
+def test_readme_says_what_the_plain_tools_find(capsys):
+    script = runpy.run_path(str(ROOT / "docs" / "wide_mode.py"))
+    names = script["example"]()
+    capsys.readouterr()
+    mode, draws = script["plain_tools"](names)
+    said = README[README.index("In its mode") : README.index("![Histogram")]
+    tau, effect, *rest = map(float, re.findall(r"\d+\.\d+", said))
+    assert float(mode["tau"]) == pytest.approx(tau, abs=0.01)
+    np.testing.assert_allclose(script["effects"](mode), effect, atol=0.05)
+    found = []
+    for sites in (draws, names["result"].params):
+        schools = script["effects"](sites).reshape(-1, 8).mean(0)
+        found += [np.mean(sites["tau"]), schools.min(), schools.max()]
+    # Three Monte Carlo errors of 4,000 draws of NUTS, whose effective ones are a third.
+    np.testing.assert_allclose(found, rest, atol=0.3)
 
 
 def test_readme_is_short_and_the_house_is_today():
