@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,10 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = QUICK_FLAGS
     jax.devices()
     del os.environ["XLA_FLAGS"]
+
+# What a shell starts in the background ignores Ctrl-C, and so does what that starts; tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes millions of objects and hardly a cycle: as often as is usual, the search for cycles takes a tenth.
 gc.set_threshold(50_000, 20, 50)
