@@ -16,7 +16,7 @@ from training_store import key_of, spread
 from numpyro_regloss import Minibatch, TwoStep, anchor, fit, shift
 
 # Of `--free`, by default.
-WIDTH, NUM_SAMPLES, RATE = 0.02, 128, 1.0
+WIDTH, NUM_SAMPLES, RATE = 0.02, 128, 0.3
 NUM_LOOKS = 40
 
 
