@@ -27,6 +27,7 @@ from numpyro_regloss import (
     values,
 )
 from numpyro_regloss import model as regularized
+from numpyro_regloss.losses.sites import unconstrained_labels
 
 pytestmark = pytest.mark.both
 
@@ -235,8 +236,8 @@ def test_labels_say_what_is_unconstrained(optimizer, result):
     loss = Loss.from_model(model)
     shown = ("at", "share[0] (unconstrained)", "width (unconstrained)")
     assert loss.flat_names == ("at", "share[0]", "width")
-    assert loss.unconstrained_names == shown
-    assert optimizer.loss.unconstrained_names == optimizer.loss.flat_names
+    assert unconstrained_labels(loss) == shown
+    assert unconstrained_labels(optimizer.loss) == optimizer.loss.flat_names
     assert values.grid._chosen(loss, ["width", 0])[1] == (shown[2], "at")
     # Another loss of three parameters serves as well.
     of_model = TwoStep(loss, 0.5, shift=shift.Importance(200), fit=fit.ForwardKL())

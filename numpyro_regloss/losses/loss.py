@@ -55,12 +55,10 @@ from numpyro_regloss.losses.output import (
 )
 from numpyro_regloss.losses.recalibrate import recalibrated
 from numpyro_regloss.losses.rows import check_rows
-from numpyro_regloss.losses.sites import UNCONSTRAINED, Site, flat_labels
 
 __all__ = ["Loss"]
 
 T = TypeVar("T")
-OFF_CENTER = 0.3125
 
 
 @pytree_dataclass
@@ -372,25 +370,6 @@ class Loss:
     def flat_names(self) -> tuple[str, ...]:
         """One label per flat parameter, such as `theta[0]`."""
         return self.source.flat_names
-
-    @property
-    def unconstrained_names(self) -> tuple[str, ...]:
-        """The same labels for figures and tables of flat values, such as `tau (unconstrained)`.
-
-        The word is added where the values of a model's site are other numbers than its flat parameters.
-        """
-        if self.source.density is None:
-            return self.flat_names
-        # Off the fixed points of transforms, which lie at round numbers.
-        x = self.x0 + OFF_CENTER
-        sites = self.constrain(x)
-        order = tuple(Site(name, jnp.shape(sites[name])) for name in self.names)
-        values = np.concatenate([np.ravel(sites[name]) for name in self.names])
-        shown = dict(zip(flat_labels(order), values, strict=True))
-        return tuple(
-            name if shown.get(name) == value else f"{name}{UNCONSTRAINED}"
-            for name, value in zip(self.flat_names, np.asarray(x), strict=True)
-        )
 
     @property
     def is_random(self) -> bool:

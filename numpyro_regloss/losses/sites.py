@@ -11,10 +11,20 @@ import numpy as np
 
 from numpyro_regloss._core.types import Array
 
-__all__ = ["UNCONSTRAINED", "Site", "check_sites", "flat_labels", "ravel_sites", "unique_names"]
+__all__ = [
+    "UNCONSTRAINED",
+    "Site",
+    "check_sites",
+    "flat_labels",
+    "ravel_sites",
+    "unconstrained_labels",
+    "unique_names",
+]
 
 # Ends the label of a flat parameter whose site has other values.
 UNCONSTRAINED = " (unconstrained)"
+# Where values are compared: off the fixed points of transforms, which lie at round numbers.
+OFF_CENTER = 0.3125
 
 
 class Site(NamedTuple):
@@ -74,6 +84,28 @@ def flat_labels(order: tuple[Any, ...]) -> tuple[str, ...]:
         indices = [f"[{','.join(map(str, index))}]" for index in np.ndindex(*site.shape)]
         labels += [site.name + index if site.shape else site.name for index in indices]
     return unique_names(labels)
+
+
+def unconstrained_labels(loss: Any) -> tuple[str, ...]:
+    """The labels `flat_names` of a loss, which say so where a model's sites have other values.
+
+    Args:
+        loss: a `Loss`.
+
+    Returns:
+        Labels, such as `tau (unconstrained)` for the logarithm of `tau`.
+    """
+    if loss.source.density is None:
+        return loss.flat_names
+    x = loss.x0 + OFF_CENTER
+    sites = loss.constrain(x)
+    order = tuple(Site(name, jnp.shape(sites[name])) for name in loss.names)
+    values = np.concatenate([np.ravel(sites[name]) for name in loss.names])
+    shown = dict(zip(flat_labels(order), values, strict=True))
+    return tuple(
+        name if shown.get(name) == value else f"{name}{UNCONSTRAINED}"
+        for name, value in zip(loss.flat_names, np.asarray(x), strict=True)
+    )
 
 
 def unique_names(names: Sequence[str], longer: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from numpyro.infer import MCMC
 from numpyro_regloss.draws.resampling import stratified
 from numpyro_regloss.draws.samples import as_draws, target_of
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, check_gaussian
-from numpyro_regloss.losses.sites import UNCONSTRAINED
+from numpyro_regloss.losses.sites import UNCONSTRAINED, unconstrained_labels
 from numpyro_regloss.plots.style import (
     BLUE,
     GRAY,
@@ -54,7 +54,7 @@ def gaussian_pair(
             `MCMC` on `regloss.model` are flat and unconstrained, and labels say so where a site has others.
         forward: from `forward_kl`, in the coordinates of the draws.
         reverse: from `reverse_kl`, in the same coordinates.
-        names: of all coordinates, such as `loss.unconstrained_names` for `Draws`; default: those of the draws if
+        names: of all coordinates, such as `loss.flat_names` for `Draws`; default: those of the draws if
             they have any.
         params: names (without "(unconstrained)") or indices of the coordinates to show; default: the first four.
         log_weight: of the draws, if they are not `Draws`.
@@ -89,7 +89,7 @@ def gaussian_pair(
     weight = np.asarray(jax.nn.softmax(np.asarray(cloud.log_weight).ravel()), float)
     gaussians = _checked(forward, reverse, x.shape[1])
     target = target_of(draws) if isinstance(draws, MCMC) else None
-    known = known if target is None else target.loss.unconstrained_names
+    known = known if target is None else unconstrained_labels(target.loss)
     names = tuple(names or known or (f"x[{i}]" for i in range(x.shape[1])))
     if len(names) != x.shape[1]:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss.fit.base import FitInfo
+from numpyro_regloss.losses.sites import unconstrained_labels
 from numpyro_regloss.plots.style import (
     BLACK,
     BLUE,
@@ -133,7 +134,7 @@ def _names(optimizer: TwoStep | None, dim: int) -> tuple[Sequence[str], Sequence
             f"{WHAT}: expected the optimizer of this run, with {dim} parameters, got one with "
             f"{optimizer.loss.dim}."
         )
-    return optimizer.loss.flat_names, optimizer.loss.unconstrained_names
+    return optimizer.loss.flat_names, unconstrained_labels(optimizer.loss)
 
 
 def _view(

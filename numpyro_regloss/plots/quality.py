@@ -103,7 +103,6 @@ def shift_quality(result: Any, axes: Any = None) -> np.ndarray:
             "in result.history.fit."
         )
     size = (7.5, 0.6 + 1.7 * len(found))
-
     axes = check_axes(axes, (len(found), 1), size, WHAT, sharex=True).ravel()
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 

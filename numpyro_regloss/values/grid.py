@@ -36,6 +36,7 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import AnyGaussian, Gaussian
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.regularized import RegularizedLoss
+from numpyro_regloss.losses.sites import unconstrained_labels
 from numpyro_regloss.values.estimate import Estimate
 from numpyro_regloss.values.evidence import pair_error
 from numpyro_regloss.values.pairs import heat_of_pairs
@@ -271,7 +272,7 @@ def _chosen(loss: Loss, directions: Any) -> tuple[list[np.ndarray], tuple[str, .
         labels.append(
             f"distance along direction {number}"
             if index is None
-            else loss.unconstrained_names[index]
+            else unconstrained_labels(loss)[index]
         )
         named.append(index is not None)
     return steps, tuple(labels), named

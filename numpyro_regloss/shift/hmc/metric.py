@@ -2,11 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mass matrices, as linear coordinates in which the kernels run with unit mass, and their estimates from draws.
 
-A path of mass M in z is one of unit mass in y = F⁻¹ z, where F Fᵀ = M⁻¹. Here
-
-    F = D (I + Q (A - I) Qᵀ),
-
-D diagonal, Q orthonormal, `(dim, rank)`, or the identity, A `(rank, rank)`; products take some dim x rank numbers.
+A path of mass M in z is one of unit mass in y = F⁻¹ z, where F Fᵀ = M⁻¹, with F of the form of `Coordinates`.
 
 Scores s = ∇ log q of a Gaussian are -P (z - mean): draws and scores determine its precision P as soon as there are
 more draws than parameters, whether the chains have converged or not. The inverse mass matrix is the geometric mean
