@@ -27,6 +27,7 @@ from numpyro_regloss.shift import AdaptiveImportance
 from numpyro_regloss.shift.adaptive_importance.dense import DenseProposal, root_within
 from numpyro_regloss.shift.adaptive_importance.diagonal import DiagonalProposal
 from numpyro_regloss.shift.adaptive_importance.low_rank import LowRankProposal
+from numpyro_regloss.two_step.result import headline
 
 DIM, TAU = 6, 0.5
 STIFF, QUARTIC, PLACE = np.linspace(0.5, 8, DIM), np.linspace(0, 1, DIM), np.linspace(-1, 1, DIM)
@@ -258,6 +259,8 @@ def test_a_steep_loss_that_is_nearly_straight_is_not_overshot(defensive):
     assert np.asarray(history.ok).all()
     # The last centres answer one another by noise alone.
     np.testing.assert_allclose(history.fitted.mean[-1], 1.0, atol=0.05)
+    value, error = (float(a[-1]) for a in history.shift[-2:])
+    assert headline(history, uses_draws=True)["F_tau"] == f"{value:.4g} ± {error:.2g}"
 
 
 def test_a_matrix_that_is_no_covariance_becomes_the_nearest():

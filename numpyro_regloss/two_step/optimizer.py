@@ -317,7 +317,7 @@ class TwoStep:
             init_state: a state to continue from, with its own key; tau and temperature are this
                 optimizer's.
             progress_bar: show steps, loss, tau and ESS or acceptance, and the last value of the regularized loss
-                with its standard error, if `Record(values_every=k)` finds some.
+                with its standard error, if the shift or `Record(values_every=k)` finds some.
             callback: called as `callback(state, info)` with the info of the last step; returning True stops the
                 run.
             callback_every: steps from one call to the next; there is also a call after the last step. So many

@@ -118,7 +118,7 @@ class RejectedError(RuntimeError):
 
 
 def headline(infos: TwoStepInfo, uses_draws: bool) -> dict[str, str]:  # noqa: FBT001
-    """What the progress bar shows of a chunk: its last step, and the last value that a `Record` found in it.
+    """What the progress bar shows of a chunk: its last step, and the last value of the regularized loss in it.
 
     Args:
         infos: of the steps of a chunk, with their axis.
@@ -129,17 +129,22 @@ def headline(infos: TwoStepInfo, uses_draws: bool) -> dict[str, str]:  # noqa: F
     """
     info = jax.tree.map(lambda a: a[-1], infos)
     shown = {"loss": f"{float(info.loss):.4g}"}
+    known, name, values, errors = fields_of(info.shift), "F_tau", np.empty(0), np.empty(0)
     if infos.record is not None:
         name, found = (
             ("F_tau", infos.record.local_entropy) if uses_draws else ("heat", infos.record.heat)
         )
-        steps = np.flatnonzero(np.isfinite(found.value))
-        if steps.size:
-            value, error = found.value[steps[-1]], found.error[steps[-1]]
-            shown[name] = f"{float(value):.4g} ± {float(error):.2g}"
+        values, errors = found.value, found.error
+    elif "local_entropy_error" in known:
+        # Some engines find it with their draws.
+        values, errors = infos.shift.local_entropy, infos.shift.local_entropy_error
+    steps = np.flatnonzero(np.isfinite(values) & np.isfinite(errors))
+    if steps.size:
+        shown[name] = f"{float(values[steps[-1]]):.4g} ± {float(errors[steps[-1]]):.2g}"
     shown["tau"] = f"{float(np.mean(info.tau)):.4g}"
-    known = fields_of(info.shift)
-    for name in [name for name in ("accept_prob", "ess") if name in known][:1]:
+    # Of the engine that drew: `Auto` has the fields of two.
+    drew = [n for n in ("accept_prob", "ess") if n in known and not np.isnan(known[n])]
+    for name in drew[:1]:
         shown[name] = f"{float(known[name]):.4g}"
     return shown
 
