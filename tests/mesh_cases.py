@@ -22,7 +22,17 @@ from jax.sharding import AxisType
 from numpyro.infer import BarkerMH
 from numpyro.infer.autoguide import AutoDiagonalNormal
 
-from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, anchor, fit, shift, values
+from numpyro_regloss import (
+    Gaussian,
+    Loss,
+    RegularizedLoss,
+    TwoStep,
+    anchor,
+    fit,
+    forward_kl,
+    shift,
+    values,
+)
 from numpyro_regloss._core.mesh import AXIS, copied, is_divided
 from numpyro_regloss.two_step import RejectedError, outer_step
 
@@ -85,7 +95,14 @@ DIVIDED = (
     "reverse_kl",
     "sgld",
 )
-VALUES = ("heat", "profile", "landscape", "gradient of heat", "gradient of local_entropy")
+VALUES = (
+    "heat",
+    "profile",
+    "landscape",
+    "gradient of heat",
+    "gradient of local_entropy",
+    "moments",
+)
 DIVISIONS = {"one": 1, "three": 3, "explicit": 4, "eight": 8}
 
 
@@ -168,7 +185,7 @@ def by_rows(name):
 
 
 def value(what, mesh):
-    """Numbers of one function of `values`."""
+    """Numbers of one function of `values`, or of `forward_kl` on a cloud."""
     reference = Gaussian.isotropic(LOSS.x0, 0.01)
     target = RegularizedLoss(LOSS, reference, temperature=0.005)
     settings = {"num_samples": 500, "mesh": mesh}
@@ -176,6 +193,9 @@ def value(what, mesh):
         found = values.local_entropy(KEY, target, method=what, **settings)
     elif what == "heat":
         found = values.heat(KEY, target, **settings)
+    elif what == "moments":
+        _, cloud, _ = shift.Importance(5000, chunk_size=64).step(KEY, (), target)
+        found = forward_kl(cloud, mesh=mesh)
     elif what == "profile":
         taus = {"taus": [0.001, 0.01], "temperature": 0.05}
         report = values.profile(KEY, LOSS, method="importance", **taus, **settings)

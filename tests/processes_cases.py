@@ -45,13 +45,20 @@ def heat(loss, **settings):
     return TwoStep(loss, 0.1, *parts, mesh=mesh(), **settings)
 
 
-def entropy(loss):
-    return TwoStep(loss, 0.1, shift.Importance(100), fit.ForwardKL(), temperature=0.1, mesh=mesh())
+def entropy(loss, mesh):
+    return TwoStep(loss, 0.1, shift.Importance(100), fit.ForwardKL(), temperature=0.1, mesh=mesh)
 
 
-def divided(array):
+def by_rows():
+    """A mesh whose halves of the rows are on devices of different processes, where there are two."""
+    devices = np.array(jax.devices()).reshape(2, 2).T
+    return jax.sharding.Mesh(devices, ("draws", "rows"))
+
+
+def divided(array, mesh=None):
     """The same array, of which each process has given its own rows."""
-    rows = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("rows",)), jax.P("rows"))
+    mesh = mesh or jax.make_mesh((jax.device_count(),), ("rows",))
+    rows = jax.NamedSharding(mesh, jax.P("rows"))
     first, count = jax.process_index(), len(array) // jax.process_count()
     return jax.make_array_from_process_local_data(rows, array[first * count : (first + 1) * count])
 
@@ -125,12 +132,16 @@ def together(folder):
 
     seen = []
     callback = {"callback": lambda state, info: seen.append(float(jnp.sum(state.reference.mean)))}
-    result = entropy(local).run(key, 5, **callback, **QUIET)
+    result = entropy(local, mesh()).run(key, 5, **callback, **QUIET)
     # One process may use what it got by itself.
     found["mean"] = float(jnp.sum(result.params)) if not here else seen[-1]
     found["entropy"], found["seen"] = bits(result), len(seen)
-    found["entropy, data of all"] = bits(entropy(given).run(key, 5, **QUIET))
-    more = entropy(given).run(key, 2, init_state=result.state, **QUIET)
+    found["entropy, data of all"] = bits(entropy(given, mesh()).run(key, 5, **QUIET))
+    apart = Loss.from_function(squares, START, *(divided(a, by_rows()) for a in (INPUTS, OUTPUTS)))
+    rows = jax.tree.leaves(apart.arguments)[0]
+    found["rows"] = [len(shard.data) for shard in rows.addressable_shards]
+    found["entropy, rows apart"] = bits(entropy(apart, by_rows()).run(key, 5, **QUIET))
+    more = entropy(given, mesh()).run(key, 2, init_state=result.state, **QUIET)
     found["gone on"] = len(more.history.ok)
 
     found["heat"] = bits(heat(local).run(key, STEPS, **QUIET))

@@ -73,9 +73,21 @@ def test_all_processes_have_the_same_result(tmp_path):
     (one,) = start_on(SCRIPT, places[0], "together")
     one = finish(one)
     found, other = (finish(process) for process in start(places[1], "together"))
-    for name in ("entropy", "entropy, data of all", "heat", "gone on", "seen", "scalars"):
+    same = (
+        "entropy",
+        "entropy, data of all",
+        "entropy, rows apart",
+        "heat",
+        "gone on",
+        "seen",
+        "scalars",
+    )
+    for name in same:
         assert found[name] == other[name] == one[name], name
     assert found["entropy"] == found["entropy, data of all"]
+    # No process has rows of another.
+    assert one["rows"] == [32] * 4
+    assert found["rows"] == other["rows"] == [32] * 2
     assert found["scalars"] is True
     assert found["apart"] == one["apart"] == one["heat"] != other["apart"]
     assert found["no mesh"] == other["no mesh"]

@@ -22,8 +22,9 @@ import numpy as np
 from numpyro.util import find_stack_level
 
 from numpyro_regloss._core.checks import check_choice
+from numpyro_regloss._core.mesh import check_mesh, copied, meshed
+from numpyro_regloss._core.processes import here
 from numpyro_regloss._core.pytree import all_finite, is_concrete, pytree_dataclass, static_field
-from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.agreement import chains_rhat, disagreement
 from numpyro_regloss.draws.base import Draws
@@ -153,6 +154,7 @@ def forward_kl(
     loss: Loss | None = None,
     space: str = "constrained",
     group_by_chain: bool = False,
+    mesh: Any = None,
 ) -> FitResult:
     """The best Gaussian to posterior samples: minimizes KL(samples' distribution || Gaussian).
 
@@ -176,6 +178,8 @@ def forward_kl(
             a loss only.
         group_by_chain: whether the sites of a dict are `(chain, draw, ...)`, as
             `MCMC.get_samples(group_by_chain=True)` returns them.
+        mesh: devices that divide a cloud whose draws are made again from their keys, as `shift.Importance` returns
+            it, see `TwoStep`. Stored draws are not divided.
 
     Returns:
         The Gaussian and the info, with standard errors, the split R-hat of chains and, where sites were given, the
@@ -184,9 +188,9 @@ def forward_kl(
         values are not checked and there are no warnings: look at `info.ok` and `info.rhat`.
 
     Raises:
-        TypeError: if the samples are of another kind.
-        ValueError: if shapes do not fit, values are not finite, draws are all equal or too few, or one weight
-            carries everything.
+        TypeError: if the samples are of another kind, or `mesh` is no mesh.
+        ValueError: if shapes do not fit, values are not finite, draws are all equal or too few, one weight carries
+            everything, or the mesh has other axes.
 
     Example:
         >>> from jax import random
@@ -210,7 +214,9 @@ def forward_kl(
         space=space,
         group_by_chain=group_by_chain,
     )
-    gaussian, info = _jitted_fit(method, draws, log_density)
+    mesh = check_mesh(mesh, "forward_kl: mesh", external=False)
+    arrays = copied(mesh, (method, draws, log_density))
+    gaussian, info = here(_jitted_fit(*arrays, mesh=mesh))
     info = info._replace(names=names)
     if is_concrete(info):
         _tell(gaussian, info, draws, covariance)
@@ -258,8 +264,7 @@ def _fit(
     return projection.gaussian, info
 
 
-@jax.jit
-@own_settings
+@meshed()
 def _jitted_fit(
     method: ForwardKL, draws: Draws, log_density: Array | None
 ) -> tuple[AnyGaussian, ForwardKLInfo]:
