@@ -160,6 +160,8 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, lis
     if len(candidates) > 1:
         compatible = _average_to_zero(mean, errors[-1]) & _explained(chains, mean, slope)
     of_mean = _pick(candidates, which, compatible, enough, errors[: len(candidates)])
+    if chains.block_size is not None:
+        of_mean = of_mean._replace(error=_error_of_pairs(chains, of_mean))
     if not variances:
         return of_mean, []
     which = "full" if which == "quadratic" else which
@@ -167,6 +169,13 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, lis
     chosen = _pick(linear, which, compatible, enough[: len(linear)], errors)
     none = _pick(linear[:1], which, compatible, enough[:1], errors[:1])
     return of_mean, [chosen, none] if len(linear) > 1 else [none]
+
+
+def _error_of_pairs(chains: Chains, control: Control) -> Array:
+    # Scores of mirrored draws average to nearly zero, so that the error of the coefficients hardly moves the mean.
+    # What is left is that of the residuals, which a regression makes smaller by the root of one minus the leverage.
+    product = jnp.maximum(control.residual * control.left_out, 0.0)
+    return series_error(chains, jnp.sign(control.residual) * jnp.sqrt(product))
 
 
 class _Candidate(NamedTuple):
