@@ -468,8 +468,8 @@ def param_remedy(kind: str, name: str) -> str:
         )
     if name.endswith("$params"):
         return (
-            "random_flax_module (random_nnx_module, random_eqx_module) makes a network's weights latent, and "
-            f"{substitute} fixes them"
+            "random_flax_module (random_nnx_module, random_eqx_module) makes those weights latent for which it "
+            f"has a prior, so give it one for all; {substitute} fixes them"
         )
     return (
         "write it as a sample site, make it latent with handlers.lift(model, "
