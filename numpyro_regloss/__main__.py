@@ -47,6 +47,7 @@ from numpyro_regloss import (
     to_arviz,
     values,
 )
+from numpyro_regloss.io_arviz.labels import RESERVED, label_sites
 
 DESCRIPTION = """\
 Minimizes local-entropy and heat regularized losses on real data, or the local entropy of your own NumPyro
@@ -129,9 +130,7 @@ def digits(rng_key: jax.Array, arguments: argparse.Namespace) -> list[Row]:
     inputs, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     inputs, labels = (inputs / 16).astype(np.float32)[order], labels.astype(np.int32)[order]
-    num_train = 1437
-    train = inputs[:num_train], labels[:num_train]
-    test = inputs[num_train:], labels[num_train:]
+    train, test = (inputs[:1437], labels[:1437]), (inputs[1437:], labels[1437:])
     key_params, key_run = random.split(rng_key)
     params = start_params(key_params)
 
@@ -191,8 +190,7 @@ def _run(
     most = "" if until is None else "at most "
     print(f"{': '.join(name)}, {most}{num_steps} outer steps")
     start = time.perf_counter()
-    bar = not arguments.no_progress
-    result = optimizer.run(rng_key, num_steps, until=until, progress_bar=bar)
+    result = optimizer.run(rng_key, num_steps, until=until, progress_bar=not arguments.no_progress)
     seconds = time.perf_counter() - start
     report = str(diagnostics.summary(result, optimizer))
     print(f"{report}\n")
@@ -378,6 +376,9 @@ def own_model(rng_key: jax.Array, arguments: argparse.Namespace) -> tuple[Row, s
 
     model = load_model(arguments.model)
     loss = Loss.from_model(model, **load_data(arguments.data, model))
+    # Before the run: names that ArviZ takes for its own axes have others there, and the rest must fit.
+    rename = {name: f"{name}_" for name in loss.names if name in RESERVED}
+    label_sites(loss, loss.bind(), "--model", rename=rename)
     optimizer = schemes.local_entropy(loss, tau=arguments.tau)
 
     def outcome(params: Any) -> str:
@@ -386,7 +387,7 @@ def own_model(rng_key: jax.Array, arguments: argparse.Namespace) -> tuple[Row, s
     name = arguments.model, "local entropy, Auto"
     steps = 10 if arguments.quick else arguments.steps
     row = _run(rng_key, name, optimizer, steps, outcome, arguments, until=Arrived())
-    draws = to_arviz(row.result, optimizer)
+    draws = to_arviz(row.result, optimizer, rename=rename)
     return row, f"Draws of q, around the last centre:\n{az.summary(draws, kind='stats')}", draws
 
 

@@ -78,6 +78,27 @@ def test_data_that_rounding_leaves_are_taken(times):
     np.testing.assert_allclose(bound, times, rtol=1e-6)
 
 
+def test_numbers_whose_digits_are_lost_are_told():
+    day, first = 2_459_000.625, 2_459_000.5
+
+    def model(day):
+        numpyro.sample("level", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("later", day - first)
+
+    with pytest.warns(
+        UserWarning, match=r"argument 'day': 2459000.625 becomes 2459000.5 in .*partial"
+    ):
+        loss = Loss.from_model(model, day)
+    assert loss.constrain(loss.x0)["later"] == 0.0
+    # What the warning advises.
+    exact = Loss.from_model(functools.partial(model, day))
+    assert exact.constrain(exact.x0)["later"] == 0.125
+    with pytest.raises(ValueError, match="argument 'day': expected a number that float32 can hold"):
+        Loss.from_model(model, np.float64(1e40))
+    for harmless in (0.1, np.inf, 1e9, np.float64(250_000.1), np.array([day])):
+        Loss.from_model(model, harmless)
+
+
 def test_every_door_looks_at_data():
     days = np.stack([DAYS, DAYS], 1)
     loss = Loss.from_function(of_times, 0.0, np.zeros((50, 2)))

@@ -417,7 +417,7 @@ MISSING = jnp.array([1.0, jnp.nan, 2.0])
 
 
 def survey(y):
-    """Plates, an event axis, a value that several terms share, a missing one, a factor, integers."""
+    """Plates, an event axis, a value that several terms share, data without a plate, a missing one, a factor."""
     level = numpyro.sample("level", dist.Normal(0, 1))
     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
     numpyro.factor("soft", -(level**2))
@@ -426,6 +426,7 @@ def survey(y):
         pair = dist.MultivariateNormal(jnp.stack([level, scale]), jnp.eye(2))
         numpyro.sample("pair", pair, obs=jnp.stack([y, y], -1), infer={"event_dims": ["part"]})
     numpyro.sample("count", dist.Poisson(jnp.exp(level) * jnp.ones(4)), obs=COUNT)
+    numpyro.sample("bare", dist.Normal(level, scale), obs=y)
     with numpyro.plate("visit", 3):
         seen = ~jnp.isnan(MISSING)
         numpyro.sample("gap", dist.Normal(level, 1.0), obs=MISSING, obs_mask=seen)
@@ -462,9 +463,11 @@ def test_log_likelihood_is_numpyros(survey_run, survey_data):
         "y": ("row",),
         "pair": ("row",),
         "count": ("count_dim_0",),
+        "bare": ("bare_dim_0",),
         "gap_observed": ("visit",),
     }
     assert "not of the model's posterior" in found.attrs["description"]
+    assert "terms of gap_observed are zero at all draws" in found.attrs["description"]
     assert found.attrs["shift"] == "Importance"
 
 
@@ -475,9 +478,12 @@ def test_predictions_are_those_of_the_draws(survey_run, survey_data):
     assert found["pair"].dims == ("chain", "draw", "row", "part")
     assert found["count"].shape == (1, 400, 4)
     assert found["count"].dtype.kind == "i"
+    # The data have an axis that the distribution has not: they are independent all the same.
+    assert found["bare"].shape == (1, 400, 5)
     both = ("chain", "draw")
-    for name in ("y", "gap_observed"):
-        residual = (found[name] - posterior["level"]) / (posterior["scale"] if name == "y" else 1.0)
+    for name in ("y", "gap_observed", "bare"):
+        scale = 1.0 if name == "gap_observed" else posterior["scale"]
+        residual = (found[name] - posterior["level"]) / scale
         assert (np.abs(residual.mean(both)) < SIGMAS / 20).all()
         # Of a standard normal.
         assert (np.abs(residual.std(both) - 1) < SIGMAS / np.sqrt(800)).all()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import checkpoints
 import jax
@@ -24,7 +25,17 @@ from jax import random
 from test_two_step import same
 
 import numpyro_regloss as regloss
-from numpyro_regloss import Arrived, Checkpoint, Loss, Record, TwoStep, fit, schemes, shift
+from numpyro_regloss import (
+    Arrived,
+    Checkpoint,
+    Gaussian,
+    Loss,
+    Record,
+    TwoStep,
+    fit,
+    schemes,
+    shift,
+)
 from numpyro_regloss.two_step import chunks
 from numpyro_regloss.two_step.checkpoint import fingerprint as prints
 from numpyro_regloss.two_step.checkpoint.keeper import Keeper
@@ -182,6 +193,27 @@ def test_schedules_are_known_by_what_they_close_over():
     assert name == "tau (its code)"
     # Code of another Python and programs of another JAX do not compare.
     assert prints.first_difference(*code, {"python": "2.7"}) is None
+
+
+def test_external_losses_are_known_by_their_code_and_not_by_who_runs_it():
+    def prints_of(fn, executor=None):
+        optimizer = make()
+        loss = Loss.from_external(fn, np.zeros(3), DATA, executor=executor)
+        optimizer = TwoStep(loss, 0.1, optimizer.shift, optimizer.fit)
+        found = prints.settings_text(optimizer, loss.arguments, random.key(0))
+        reference = Gaussian.isotropic(loss.x0, 1.0)
+        return found | {prints.PROGRAM: prints._program(optimizer, reference, loss.arguments)}
+
+    def simulate(power):
+        return lambda params, data: float(np.sum(np.abs(params - data) ** power))
+
+    mended = lambda params, data: float(np.sum(np.abs(params - data) ** 2)) + 1.0  # noqa: E731
+    mended.__qualname__ = simulate(2).__qualname__
+    with ThreadPoolExecutor(1) as pool:
+        alone, helped = prints_of(simulate(2)), prints_of(simulate(2), pool)
+    assert prints.first_difference(alone, helped, prints.versions()) is None
+    name, *_ = prints.first_difference(alone, prints_of(mended), prints.versions())
+    assert name == "the loss (its code)"
 
 
 def test_other_folders_are_left_alone(tmp_path):

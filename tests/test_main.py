@@ -88,10 +88,15 @@ number = 3.0
 
 
 def line(x, num_rows, y=None):
-    slope = numpyro.sample("slope", dist.Normal(0, 1))
+    slope = numpyro.sample("draw", dist.Normal(0, 1))
     noise = numpyro.sample("noise", dist.HalfNormal(1))
     with numpyro.plate("rows", num_rows):
         numpyro.sample("y", dist.Normal(slope * x, noise), obs=y)
+
+
+def clash():
+    numpyro.sample("w", dist.Normal(0, 1).expand([2]))
+    numpyro.sample("w_dim_0", dist.Normal(0, 1))
 """
 
 
@@ -121,7 +126,8 @@ def test_own_model(own, capsys, tmp_path):
     names = ["draws.nc", "figure.png", "report.txt", "results.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     shown, report = capsys.readouterr().out, (out / "report.txt").read_text()
-    for text in ("slope", "noise", "local entropy", "2 parameters", "Checked:"):
+    # ArviZ has an axis `draw`.
+    for text in ("draw_", "noise", "local entropy", "2 parameters", "Checked:"):
         assert text in shown
         assert text in report
     (row,) = json.loads((out / "results.json").read_text())["rows"]
@@ -131,7 +137,7 @@ def test_own_model(own, capsys, tmp_path):
     # Least squares, and the shares of the priors in it are small.
     with np.load("data.npz") as data:
         slope = data["x"] @ data["y"] / (data["x"] @ data["x"])
-    assert float(draws["slope"].mean()) == pytest.approx(slope, abs=0.15)
+    assert float(draws["draw_"].mean()) == pytest.approx(slope, abs=0.15)
     assert float(draws["noise"].mean()) == pytest.approx(0.5, abs=0.15)
 
 
@@ -141,6 +147,7 @@ def test_own_model(own, capsys, tmp_path):
         (["--model", "{own}"], "expected module:function"),
         (["--model", "not_{own}:line"], "No module named 'not_{own}'"),
         (["--model", "{own}:curve"], "has no attribute 'curve'"),
+        (["--model", "{own}:clash"], "'w_dim_0' has the name of a dimension"),
         (["--model", "{own}:number"], "expected a NumPyro model, a function, got float"),
         (["--model", "{own}:line"], "missing a required argument: 'x'; the model has"),
         (["--model", "{own}:line", "--data", "other.npz"], "unexpected keyword argument 'z'"),

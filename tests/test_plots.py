@@ -23,6 +23,7 @@ from numpyro_regloss import (
     fit,
     plots,
     problems,
+    schemes,
     shift,
     values,
 )
@@ -238,6 +239,9 @@ def test_labels_say_what_is_unconstrained(optimizer, result):
     assert loss.flat_names == ("at", "share[0]", "width")
     assert unconstrained_labels(loss) == shown
     assert unconstrained_labels(optimizer.loss) == optimizer.loss.flat_names
+    several = schemes.parle(loss, 1.0, num_replicas=2).loss
+    wanted = ("at@0", "share[0]@0 (unconstrained)", "width@0 (unconstrained)", "at@1")
+    assert unconstrained_labels(several)[:4] == wanted
     assert values.grid._chosen(loss, ["width", 0])[1] == (shown[2], "at")
     # Another loss of three parameters serves as well.
     of_model = TwoStep(loss, 0.5, shift=shift.Importance(200), fit=fit.ForwardKL())

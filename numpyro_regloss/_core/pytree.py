@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from numpyro_regloss._core.foreign import attribute
-from numpyro_regloss._core.rounding import check_rounding
+from numpyro_regloss._core.rounding import check_number, check_rounding
 
 __all__ = [
     "fields_of",
@@ -273,6 +273,8 @@ class Partition:
             else:
                 if isinstance(leaf, np.ndarray):
                     check_rounding(leaf, what)
+                elif isinstance(leaf, float):  # NumPy's double precision too
+                    check_number(leaf, what)
                 static.append(Partition.TRACED)
                 leaves.append(_canonical(leaf))
         self.static, self.leaves = tuple(static), tuple(leaves)

@@ -6,15 +6,19 @@ Days since 4713 BC or seconds since 1970 have more digits than float32, so that 
 identifiers above 2^31 would wrap around.
 """
 
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
+from numpyro.util import find_stack_level
 
-__all__ = ["check_rounding"]
+__all__ = ["check_number", "check_rounding"]
 
 # Of the standard deviation of the data.
 MOST_LOST = 1e-4
+# Of one number, in its own unit.
+MOST_LOST_OF_NUMBERS = 1e-2
 # Spread in units of the magnitude that is rounding of the data themselves: they are constant.
 CONSTANT = 1e-12
 # Columns of fewer rows may be close to each other by chance.
@@ -56,6 +60,35 @@ def check_rounding(array: np.ndarray, what: str) -> None:
             f"{what}: expected data that {kept} can hold, got {array.dtype} data with {got}, of which "
             f"rounding would lose {lost:.3g}; subtract an offset first (t - t[0], in NumPy), change the unit, "
             'or use jax.config.update("jax_enable_x64", True).'
+        )
+
+
+def check_number(number: Any, what: str) -> None:
+    """Warns of a number that loses digits which may matter in the type that JAX keeps.
+
+    What it is compared with is not known: a population may be rounded, an origin of time may not.
+
+    Args:
+        number: on the host, real.
+        what: begins the message.
+
+    Raises:
+        ValueError: if it would become infinite.
+    """
+    kept, value = jax.dtypes.canonicalize_dtype(float), float(number)
+    with np.errstate(over="ignore"):
+        rounded = float(np.asarray(value, kept))
+    if np.isinf(rounded) and np.isfinite(value):
+        raise ValueError(
+            f"{what}: expected a number that {kept} can hold, got {value}; change the unit, or use "
+            'jax.config.update("jax_enable_x64", True).'
+        )
+    if abs(rounded - value) > MOST_LOST_OF_NUMBERS:
+        warnings.warn(
+            f"{what}: {value!r} becomes {rounded!r} in {kept}, so that small differences from it are lost; if "
+            "they matter, subtract an offset first (in Python or NumPy), or bind the number with "
+            "functools.partial(function, argument), which keeps its digits.",
+            stacklevel=find_stack_level(),
         )
 
 

@@ -100,6 +100,8 @@ def to_arviz(
         log_likelihood: whether to show the log-likelihood of each observation at each draw, per observed site and
             on all data, as `az.loo` needs it. The draws are those of q, and so is the estimate of `az.loo`. A
             `numpyro.factor` is not an observation. Temperature, scale handlers and minibatches have no effect.
+            Terms that a mask hides are zero, as in NumPyro. `az.loo` would count them or refuse them: leave them
+            out first, as in `data["log_likelihood"]["y"].isel(row=seen)`.
         posterior_predictive: whether to show new observations, one set per draw, as `az.plot_ppc` (ArviZ 0.23) and
             `az.plot_ppc_dist` (1.x) want them: the model runs with its observed sites drawn, not observed.
             Quantities that the model computes from data arguments (the last value of a series) still come from the

@@ -25,8 +25,9 @@ from numpyro_regloss.losses.numpyro_model import ModelSource
 from numpyro_regloss.losses.replicas import single
 from numpyro_regloss.losses.sites import Site, flat_labels
 
-__all__ = ["Labels", "SiteLabel", "label_sites", "observed_values"]
+__all__ = ["RESERVED", "Labels", "SiteLabel", "label_sites", "observed_values"]
 
+# Dimensions of ArviZ's, which no variable may have as its name.
 RESERVED = ("chain", "draw", "sample")
 
 

@@ -8,9 +8,12 @@ Factors of a model (`numpyro.factor`) are no observations and are left out.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import log_likelihood
+from numpyro.primitives import Messenger
 
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss._core.types import Array, Key
@@ -28,6 +31,10 @@ OF_LIKELIHOOD = (
     "posterior: what az.loo makes of it is the predictive accuracy of these draws"
 )
 OF_REPLICAS = "; each replica has its own: select one before az.loo"
+OF_HIDDEN = (
+    "; some terms of {} are zero at all draws, as where a mask hides an observation: leave them out before az.loo "
+    "(isel), which would count them, or refuse them"
+)
 OF_PREDICTIONS = (
     "new observations at the draws of the group posterior, which are not of the model's posterior"
 )
@@ -110,6 +117,8 @@ def observation_groups(
         values = per_draw(_log_likelihoods, names, loss, arguments, x)
         groups["log_likelihood"] = _dataset(values, sites, labels, replicas)
         about = OF_LIKELIHOOD + (OF_REPLICAS if replicas else "")
+        hidden = [s.variable for s in sites if np.any(np.all(values[s.site] == 0, axis=(0, 1)))]
+        about += OF_HIDDEN.format(", ".join(hidden)) if hidden else ""
         groups["log_likelihood"].attrs["description"] = about
     if rng_key is not None:
         try:
@@ -184,12 +193,25 @@ def _predictions(
 
     def of_one(loss: Loss, x: Array, rng_key: Key) -> dict[str, Array]:
         with handlers.block():
-            model = handlers.uncondition(loss.source.model)  # ty: ignore
+            model = handlers.uncondition(_AsObserved(loss.source.model))  # ty: ignore
             model = handlers.substitute(model, data=_latent(loss, arguments, x))
             trace = handlers.trace(handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
         return {name: trace[name]["value"] for name in names}
 
     return _of_replicas(of_one, loss, x, rng_key)
+
+
+class _AsObserved(Messenger):
+    """As many independent terms at an observed site as the data have: NumPyro would draw one for all of them."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """For NumPyro."""
+        if msg["type"] != "sample" or not msg["is_observed"] or isinstance(msg["fn"], dist.Unit):
+            return
+        fn, shape = msg["fn"], jnp.shape(msg["value"])
+        terms = jnp.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim])
+        if terms != fn.batch_shape:
+            msg["fn"] = fn.expand(terms)
 
 
 def _latent(loss: Loss, arguments: Partition, x: Array) -> dict[str, Array]:

@@ -219,8 +219,8 @@ class Caller:
         return _rebuilt, (self.fn, *how)
 
     def __repr__(self) -> str:
-        executor = "" if self.executor is None else f" by {type(self.executor).__name__}"
-        return f"{_name(self.fn)}{executor}"
+        # A part of the program by which a run is known: it may go on with another executor.
+        return _name(self.fn)
 
     def check(self, *, thorough: bool = True) -> None:
         """Nothing is remembered of what the function reads: it reads what is there when it is called."""
@@ -420,12 +420,12 @@ def as_reals(found: Any) -> np.ndarray:
         An array of its shape.
 
     Raises:
-        TypeError: if it is nothing, text, times or complex, of which NumPy would make a number.
+        TypeError: if it is nothing, a boolean, text, times or complex, of which NumPy would make a number.
         ValueError: if NumPy makes no array of it.
     """
     if isinstance(found, np.ma.MaskedArray):
         found = np.ma.filled(found.astype(float), np.nan)
-    if found is None or np.asarray(found).dtype.kind in "cmMSU":
+    if found is None or np.asarray(found).dtype.kind in "bcmMSU":
         raise TypeError("not a real number")
     return np.asarray(found, float)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
@@ -38,7 +39,13 @@ from numpyro_regloss.losses.constrained import constrained
 from numpyro_regloss.losses.one_at_a_time import mapped, needs_one_at_a_time
 from numpyro_regloss.losses.packing import pack, unpack
 from numpyro_regloss.losses.rows import likelihood_sites, row_sites
-from numpyro_regloss.losses.sites import Site, check_sites, flat_labels, ravel_sites
+from numpyro_regloss.losses.sites import (
+    Site,
+    check_sites,
+    flat_labels,
+    kept_values,
+    ravel_sites,
+)
 from numpyro_regloss.losses.source import LossSource
 from numpyro_regloss.losses.tilted import WithoutObservations
 
@@ -135,6 +142,10 @@ class ModelSource(LossSource):
     def named(self, x: Array, args: tuple, kwargs: dict) -> dict[str, Array]:
         """The same as `constrain`: a model's parameters already have names."""
         return self.constrain(x, args, kwargs)
+
+    def keeps_values(self, x: Array, args: tuple, kwargs: dict) -> np.ndarray:
+        """Which unconstrained parameters are entries of their constrained sites as well."""
+        return kept_values(x, self.constrain(x, args, kwargs), self.sites)
 
     def taken_names(self, arguments: Partition) -> frozenset[str]:
         """Names of everything in the model: latent, deterministic and observed sites, factors and plates."""
@@ -457,8 +468,8 @@ def param_remedy(kind: str, name: str) -> str:
         )
     if name.endswith("$params"):
         return (
-            "random_flax_module (random_nnx_module, random_eqx_module) makes a network's weights latent, and "
-            f"{substitute} fixes them"
+            "random_flax_module (random_nnx_module, random_eqx_module) makes those weights latent for which it "
+            f"has a prior, so give it one for all; {substitute} fixes them"
         )
     return (
         "write it as a sample site, make it latent with handlers.lift(model, "

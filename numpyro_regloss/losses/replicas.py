@@ -43,6 +43,11 @@ class ReplicaSource(LossSource):
         return self.base.user
 
     @property
+    def density(self) -> Any:  # ty: ignore[incompatible-property-override]
+        """As of one replica."""
+        return self.base.density
+
+    @property
     def held(self) -> tuple[Any, ...]:
         """As of one replica."""
         return self.base.held
@@ -87,6 +92,11 @@ class ReplicaSource(LossSource):
         return tuple(
             f"{name}@{a}" for a in range(self.num_replicas) for name in self.base.flat_names
         )
+
+    def keeps_values(self, x: Array, args: tuple, kwargs: dict) -> np.ndarray:
+        """As of one replica."""
+        rows = [self.base.keeps_values(row, args, kwargs) for row in self._rows(x)]
+        return np.concatenate(rows)
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Array:
         """The sum of the losses; of a batch each replica sees its own rows."""

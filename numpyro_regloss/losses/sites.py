@@ -16,6 +16,7 @@ __all__ = [
     "Site",
     "check_sites",
     "flat_labels",
+    "kept_values",
     "ravel_sites",
     "unconstrained_labels",
     "unique_names",
@@ -95,17 +96,29 @@ def unconstrained_labels(loss: Any) -> tuple[str, ...]:
     Returns:
         Labels, such as `tau (unconstrained)` for the logarithm of `tau`.
     """
-    if loss.source.density is None:
-        return loss.flat_names
-    x = loss.x0 + OFF_CENTER
-    sites = loss.constrain(x)
-    order = tuple(Site(name, jnp.shape(sites[name])) for name in loss.names)
-    values = np.concatenate([np.ravel(sites[name]) for name in loss.names])
-    shown = dict(zip(flat_labels(order), values, strict=True))
+    kept = loss.source.keeps_values(loss.x0 + OFF_CENTER, *loss.arguments.tree)
     return tuple(
-        name if shown.get(name) == value else f"{name}{UNCONSTRAINED}"
-        for name, value in zip(loss.flat_names, np.asarray(x), strict=True)
+        name if same else f"{name}{UNCONSTRAINED}"
+        for name, same in zip(loss.flat_names, kept, strict=True)
     )
+
+
+def kept_values(x: Array, sites: dict[str, Any], order: tuple[Site, ...]) -> np.ndarray:
+    """Which flat parameters have the values that constrained sites have under the same label.
+
+    Args:
+        x: `(dim,)`, unconstrained.
+        sites: constrained values by name.
+        order: name and unconstrained shape of every site, in order.
+
+    Returns:
+        `(dim,)` booleans.
+    """
+    constrained = tuple(Site(site.name, jnp.shape(sites[site.name])) for site in order)
+    values = np.concatenate([np.ravel(sites[site.name]) for site in order])
+    shown = dict(zip(flat_labels(constrained), values, strict=True))
+    labels = zip(flat_labels(order), np.asarray(x), strict=True)
+    return np.array([shown.get(label) == value for label, value in labels])
 
 
 def unique_names(names: Sequence[str], longer: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -5,6 +5,8 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
+
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.losses.caller import Watch
@@ -71,6 +73,11 @@ class LossSource(Protocol):
     def flat_names(self) -> tuple[str, ...]:
         """Of the flat parameters, `(dim,)`."""
         ...
+
+    def keeps_values(self, x: Array, args: tuple, kwargs: dict) -> np.ndarray:
+        """Which flat parameters are the user's own numbers, `(dim,)` booleans: all of them, but for models."""
+        del x, args, kwargs
+        return np.ones(self.dim, bool)
 
     def value(self, x: Array, args: tuple, kwargs: dict, data_scale: float) -> Any:
         """The loss at a flat vector, with likelihoods of batches scaled."""

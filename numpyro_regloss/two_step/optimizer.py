@@ -33,7 +33,6 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.anchor import Proximal
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import Gaussian
-from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.losses.groups import check_groups
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.misuse import warn_of_sum
@@ -49,7 +48,12 @@ from numpyro_regloss.two_step.chunks import history_capacity, run_in_chunks
 from numpyro_regloss.two_step.feed import feed_of
 from numpyro_regloss.two_step.motion import Path, keeps_vectors, scalars_of
 from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
-from numpyro_regloss.two_step.parts import check_parts, followers, who_differentiates
+from numpyro_regloss.two_step.parts import (
+    check_parts,
+    check_start,
+    followers,
+    who_differentiates,
+)
 from numpyro_regloss.two_step.record import Record
 from numpyro_regloss.two_step.result import (
     RejectedError,
@@ -176,7 +180,7 @@ class TwoStep:
             state, value, gradient_ok, found = start
             value = value if not is_concrete(value) else np.asarray(value)
         if is_concrete(value):
-            _check_start(value, watch)
+            check_start(value, watch)
             self.loss.check_digits(state.reference, "TwoStep")
             warn_of_sum(self.loss, arguments, value, self.temperature, "TwoStep")
             if not gradient_ok:
@@ -433,7 +437,7 @@ class TwoStep:
                     rows = jax.tree.map(same_everywhere, rows)
                     after = int(state.step)
                 if not is_checked and not before:
-                    _check_start(rows.loss[0], watch)
+                    check_start(rows.loss[0], watch)
                 return state, rows, after - before
 
             state, infos, seconds, cause = run_in_chunks(
@@ -595,14 +599,6 @@ class TwoStep:
                 "of them: start anew with TwoStep.init."
             )
         return copied(self.mesh, with_context_axes(state))
-
-
-def _check_start(value: Array | np.ndarray, watch: Watch) -> None:
-    if not np.isfinite(value):
-        raise ValueError(
-            f"TwoStep: expected a finite loss at the start, got {value}; choose another start (params, or rng_key "
-            f"of Loss.from_model), or look for NaN among the data. {watch.report()}".rstrip()
-        )
 
 
 def _check_kind(state: Any, what: str) -> None:

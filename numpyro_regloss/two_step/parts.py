@@ -5,14 +5,16 @@
 import inspect
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_regloss._core.checks import WITHOUT_GRADIENTS
 from numpyro_regloss.anchor.base import Anchor
 from numpyro_regloss.fit.base import Fit
+from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.shift.base import Shift
 
-__all__ = ["check_parts", "followers", "who_differentiates"]
+__all__ = ["check_parts", "check_start", "followers", "who_differentiates"]
 
 
 @runtime_checkable
@@ -94,3 +96,24 @@ def _takes(method: Any, count: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def check_start(value: Any, watch: Watch) -> None:
+    """Refuses a start where the loss is not finite.
+
+    Args:
+        value: of the loss.
+        watch: listened to its calls.
+
+    Raises:
+        ValueError: if it is not finite.
+    """
+    if not np.isfinite(value):
+        remedy = (
+            "mend what the first failure below shows, or choose another start (params)"
+            if watch.first
+            else "choose another start (params, or rng_key of Loss.from_model), or look for NaN among the data"
+        )
+        raise ValueError(
+            f"TwoStep: expected a finite loss at the start, got {value}; {remedy}. {watch.report()}".rstrip()
+        )

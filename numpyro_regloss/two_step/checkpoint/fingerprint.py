@@ -85,6 +85,8 @@ def settings_text(
     found["start (the loss's params)"] = _array(loss.x0)
     found |= dict(_described("loss.minibatch", loss.minibatch))
     found |= dict(_described("loss.rng_names", loss.rng_names))
+    if loss.is_external:
+        found |= dict(_code_alone("the loss", loss.source.user.fn))
     if loss.source.held:
         found["state of the module"] = hash_of(loss.source.held)[:16]
     is_key = isinstance(start, jax.Array)
@@ -189,6 +191,16 @@ def _function(name: str, fn: FunctionType, seen: tuple[int, ...]) -> Iterator[tu
     yield from _inside(name, {".defaults": fn.__defaults__, ".kwdefaults": fn.__kwdefaults__}, seen)
     cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
     yield from _inside(name, {f"[{free}]": _content(cell) for free, cell in cells}, seen)
+
+
+def _code_alone(name: str, fn: Any) -> Iterator[tuple[str, str]]:
+    # Objects of a simulator count calls and hold files: what they contain says nothing of the run.
+    while isinstance(fn, partial | MethodType):
+        fn = fn.func if isinstance(fn, partial) else fn.__func__
+    if not isinstance(fn, FunctionType):
+        fn = type(fn).__call__ if fn is not None else fn
+    if isinstance(fn, FunctionType):
+        yield name + CODE, hashlib.sha256(repr(_code(fn.__code__)).encode()).hexdigest()[:16]
 
 
 def _content(cell: Any) -> Any:
