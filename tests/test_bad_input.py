@@ -248,7 +248,6 @@ CATALOGUE = {
         "under jax.jit",
     ),
     "loss is a Loss": (function(LOSS), TypeError, "expected a function"),
-    "boolean loss": (function(lambda x: jnp.all(x > 0)), TypeError, "got a boolean"),
     "complex loss": (function(lambda x: 1j * x.sum()), TypeError, "real scalar"),
     "loss raises": (function(lambda x: x["w"].sum()), (TypeError, ValueError), "the loss raised"),
     "loss does not take its arguments": (

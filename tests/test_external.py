@@ -204,7 +204,7 @@ def test_a_start_that_fails_says_why():
     no_number = Loss.from_external(lambda params: params["b"], PARAMS)
     with pytest.raises(ValueError, match="expected one real number, got ndarray: .*shape"):
         make(no_number).init(KEY)
-    others = ((True, "bool"), ("3.5", "str"), (np.array(3.5 + 1j), "ndarray"))
+    others = (("3.5", "str"), (np.array(3.5 + 1j), "ndarray"))
     for found, kind in ((None, "NoneType"), *others):
         no_number = Loss.from_external(lambda params, found=found: found, PARAMS)
         with pytest.raises(

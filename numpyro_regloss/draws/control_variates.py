@@ -173,7 +173,7 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, lis
 
 def _error_of_pairs(chains: Chains, control: Control) -> Array:
     # Scores of mirrored draws average to nearly zero, so that the error of the coefficients hardly moves the mean.
-    # What is left is that of the residuals, which a regression makes smaller by the root of one minus the leverage.
+    # That of the residuals is left, and a regression makes them smaller by the root of one minus the leverage.
     product = jnp.maximum(control.residual * control.left_out, 0.0)
     return series_error(chains, jnp.sign(control.residual) * jnp.sqrt(product))
 

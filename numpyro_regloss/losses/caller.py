@@ -420,12 +420,12 @@ def as_reals(found: Any) -> np.ndarray:
         An array of its shape.
 
     Raises:
-        TypeError: if it is nothing, a boolean, text, times or complex, of which NumPy would make a number.
+        TypeError: if it is nothing, text, times or complex, of which NumPy would make a number.
         ValueError: if NumPy makes no array of it.
     """
     if isinstance(found, np.ma.MaskedArray):
         found = np.ma.filled(found.astype(float), np.nan)
-    if found is None or np.asarray(found).dtype.kind in "bcmMSU":
+    if found is None or np.asarray(found).dtype.kind in "cmMSU":
         raise TypeError("not a real number")
     return np.asarray(found, float)
 

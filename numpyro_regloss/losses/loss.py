@@ -378,7 +378,7 @@ class Loss:
 
     @property
     def returns_integers(self) -> bool:
-        """Whether the loss has no gradient because it returns integers."""
+        """Whether the loss has no gradient because it returns integers or booleans."""
         if self.is_external:
             return False
         out = shape_of(self.source, self.x0, self.arguments)

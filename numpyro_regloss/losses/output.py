@@ -60,12 +60,7 @@ def check_output(source: Any, x0: Array, arguments: Partition, minibatch: Any) -
             f"Loss: expected the loss to return a scalar, got {got}; sum or average it over the "
             "data, and say has_aux=True if the function returns a pair (loss, aux)."
         )
-    if out.dtype == bool:
-        raise TypeError(
-            "Loss: expected a real scalar, got a boolean; return a number that is small where the parameters are "
-            "good, such as jnp.where(failed, 1.0, 0.0)."
-        )
-    if not any(jnp.issubdtype(out.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if not any(jnp.issubdtype(out.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
         raise TypeError(
             f"Loss: expected a real scalar, got {out.dtype}; take its real part, or another number."
         )
