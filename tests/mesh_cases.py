@@ -288,9 +288,7 @@ def resume(name):
 
 GROUPS = {
     "few": {
-        "importance": lambda: compare("importance", ["one", "eight"]),
-        "importance_few": lambda: compare("importance_few", ["explicit", "eight"]),
-        "heat": lambda: differences(partial(value, "heat"), ["one", "eight"]),
+        "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
         "importance by rows": lambda: by_rows("importance"),
         "resume": lambda: resume("robbins_monro"),
         "evaluations": lambda: [evaluations(1), evaluations(8)],

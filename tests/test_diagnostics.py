@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS
+from conftest import SIGMAS, long
 from jax import random
 
 from numpyro_regloss import (
@@ -53,7 +53,7 @@ def draws():
     return draw(random.key(0), random.key(1))
 
 
-@pytest.mark.parametrize("width", [0.6, 1.4])
+@pytest.mark.parametrize("width", [0.6, long(1.4)])
 def test_divergences_agree_with_quadrature(draws, width):
     best, _ = forward_kl(draws.x)
     gaussian = best._replace(scale=width * best.scale)

@@ -361,10 +361,10 @@ MIRRORS = {
 }
 MIRROR_CASES = [
     ("cloud", "wells"),
-    ("cloud", "wells far from zero"),
-    ("cloud", "saddle"),
+    long("cloud", "wells far from zero"),
+    long("cloud", "saddle"),
     long("cloud", "factors"),
-    ("sobol", "wells"),
+    long("sobol", "wells"),
     ("anneal", "phases"),
 ]
 

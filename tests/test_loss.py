@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import Counter
+from conftest import Counter, long
 from jax import lax, random
 from numpyro import handlers
 from numpyro.infer.reparam import LocScaleReparam
@@ -102,7 +102,7 @@ def half_parameters(dtype):
     }
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, long(jnp.float16)])
 def test_a_network_of_16_bits_sees_its_own_types(dtype):
     x = random.normal(random.key(1), (64, 4))
     y = jnp.tanh(x[:, 0])
@@ -296,9 +296,9 @@ def learned_centering(y):
     "model",
     [
         handlers.substitute(with_param, data={"s": 3.0}),
-        handlers.lift(with_param, prior={"s": dist.Gamma(2.0, 1.0)}),
+        long(handlers.lift(with_param, prior={"s": dist.Gamma(2.0, 1.0)})),
         handlers.lift(learned_centering, prior={"a_centered": dist.Uniform(0.0, 1.0)}),
-        handlers.substitute(learned_centering, data={"a_centered": 0.3}),
+        long(handlers.substitute(learned_centering, data={"a_centered": 0.3})),
         handlers.substitute(
             handlers.reparam(with_param, {"a": LocScaleReparam(0.2)}), data={"s": 0.7}
         ),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIGMAS, long
+from conftest import SIGMAS
 from jax import random
 from reference_posteriors import POSTERIORS
 
@@ -142,9 +142,8 @@ def test_trees_where_three_directions_are_stiff():
     assert info.num_steps < np.pi / 0.02 / 5
 
 
-@pytest.mark.parametrize(
-    "name", [name if name.startswith("kidiq") else long(name) for name in POSTERIORS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", POSTERIORS)
 def test_means_of_reference_posteriors(name):
     summary = POSTERIORS[name].unconstrained
     # So wide that it moves means by a ten-thousandth of a standard deviation.

@@ -28,8 +28,8 @@ NAMES = [
     "where_does_the_trouble_come_from",
     "which_shift_engine",
 ]
-# The first steps of a user, and what no other one shows.
-SHORT, SHORTEST = "first_steps", "a_network_without_gradients"
+# CI runs it on both stacks, and the others with `--everything`: their code is that of the pages.
+SHORTEST = "a_network_without_gradients"
 MAX_BYTES = 150_000
 
 
@@ -48,7 +48,7 @@ def test_all_are_there():
 
 @pytest.mark.parametrize(
     "path",
-    [p if p.stem == SHORT else long(p) for p in PATHS if p.stem != SHORTEST]
+    [long(p) for p in PATHS if p.stem != SHORTEST]
     + [pytest.param(p, marks=pytest.mark.both) for p in PATHS if p.stem == SHORTEST],
     ids=lambda path: path.stem,
 )

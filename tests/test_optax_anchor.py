@@ -160,6 +160,7 @@ def test_entropy_sgd_trains_a_network_by_minibatches():
     assert np.median(result.history.shift.stability) < 2
 
 
+@pytest.mark.long
 def test_parle_trains_replicas_that_stay_together():
     inner = {"step_size": 0.2, "num_samples": 10}
     spreads, losses = [], []

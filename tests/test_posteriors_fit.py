@@ -14,16 +14,8 @@ from numpyro_regloss import Loss, forward_kl
 NUM_SAMPLES = {"eight_schools-eight_schools_noncentered": 2000}
 
 
-SHORT = ("eight_schools-eight_schools_noncentered",)
-
-
-@pytest.mark.parametrize(
-    "posterior",
-    [
-        pytest.param(value, id=name, marks=[] if name in SHORT else pytest.mark.long)
-        for name, value in POSTERIORS.items()
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("posterior", POSTERIORS.values(), ids=POSTERIORS)
 def test_moments_of_nuts_draws(posterior, request):
     mcmc = MCMC(
         # Without it the correlated coefficients of regressions take long trees.

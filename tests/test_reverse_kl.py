@@ -119,7 +119,7 @@ def optimum(weight, centre, tau, temperature, family):
 
 CENTRES = {1: np.array([0.3]), 2: np.array([0.3, 0.6])}
 FAMILIES = ("reference", "isotropic", "diagonal", "dense")
-CASES = [("svi", 2, "reference"), ("sample_average", 2, "dense"), ("natural", 2, "dense")]
+CASES = [long("svi", 2, "reference"), ("sample_average", 2, "dense"), long("natural", 2, "dense")]
 CASES += [long(m, 2, f) for m in ("sample_average", "natural") for f in FAMILIES[:-1]]
 CASES += [long("sample_average", 1, "isotropic"), long("natural", 1, "isotropic")]
 CASES += [long("svi", 2, "dense")]

@@ -291,7 +291,7 @@ def test_long_chains_of_many_parameters_are_not_stored():
     assert short._batches(1000) == (1, 20)  # noqa: SLF001
 
 
-@pytest.mark.parametrize("keep", ["draws", "batch_means"])
+@pytest.mark.parametrize("keep", [long("draws"), "batch_means"])
 def test_stated_error_of_the_mean_is_calibrated(keep):
     # Bounds as for the other engines, see test_engines: 200 repetitions.
     engine = shift.SGLD(0.25, 1200, num_warmup=60, num_chains=2, keep=keep)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OPTIMIZED, SIGMAS, Counter
+from conftest import OPTIMIZED, SIGMAS, Counter, with_long
 from jax import lax, random
 from test_engines import random_quadratic, setup
 
@@ -74,7 +74,7 @@ def run(engine, rng_key, target):
     return draws, info, fitted, fit_info
 
 
-@pytest.mark.parametrize("moves", ENGINES)
+@pytest.mark.parametrize("moves", with_long(ENGINES, {"crank_nicolson"}))
 def test_conjugate_targets_at_two_centres(moves):
     traces = []
     for x, tau, temperature in ((np.zeros(2), 1.0, 1.0), (np.array([12.0, -9.0]), 0.7, 0.5)):
@@ -241,7 +241,7 @@ def test_a_ladder_that_is_too_short_is_not_ok():
     np.testing.assert_array_equal(state.reference.mean, np.ones(4))
 
 
-@pytest.mark.parametrize("moves", ENGINES)
+@pytest.mark.parametrize("moves", with_long(ENGINES, {"crank_nicolson"}))
 def test_evaluations_are_counted(moves):
     calls = []
 

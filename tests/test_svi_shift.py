@@ -73,7 +73,7 @@ ENGINES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("dense", marks=pytest.mark.both), "by hand", long("diagonal")]
+    "name", [pytest.param("dense", marks=pytest.mark.both), long("by hand"), long("diagonal")]
 )
 def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
     engine, counter = ENGINES[name], Counter(PROBLEM.loss)

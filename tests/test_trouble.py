@@ -117,7 +117,8 @@ def test_chains_that_a_wall_stops_are_taken_where_they_agree(dim):
     assert np.all(error < SIGMAS * history.fit.mean_error[0] + 1e-4)
 
 
-@pytest.mark.parametrize("engine", [long("nuts"), "hmc"])
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["nuts", "hmc"])
 def test_chains_that_walls_hold_are_rejected_and_others_named(engine):
     # One draw of a pair of coordinates in hundreds is behind no wall where the reference is.
     loss = Loss.from_function(behind_walls, np.full(8, 0.01), 8)
@@ -195,7 +196,7 @@ def test_an_exception_of_the_callback_carries_the_result():
 
 
 @pytest.mark.both
-@pytest.mark.parametrize("last", [0, 5])
+@pytest.mark.parametrize("last", [long(0), 5])
 def test_an_exception_of_a_loss_on_the_host_carries_the_result(last):
     calls = []
 
