@@ -79,18 +79,18 @@ class Row(NamedTuple):
 # All engines: a new one is one new line here, and every rule runs over it.
 ENGINES = {
     "importance": Row(lambda: shift.Importance(num_samples=4000)),
-    "importance_iid": Row(lambda: shift.Importance(num_samples=4000, antithetic=False), long=True),
+    "importance_iid": Row(lambda: shift.Importance(num_samples=4000, antithetic=False)),
     "importance_chunked": Row(lambda: shift.Importance(num_samples=3999, chunk_size=512)),
-    "importance_sobol": Row(lambda: shift.Importance(num_samples=8000, noise="sobol"), long=True),
+    "importance_sobol": Row(lambda: shift.Importance(num_samples=8000, noise="sobol")),
     "nuts": Row(lambda: shift.NUTS(num_warmup=200, num_samples=250, num_chains=4)),
     "nuts_dense": Row(
-        lambda: shift.NUTS(200, 250, num_chains=4, metric="variance", dense_mass=True), long=True
+        lambda: shift.NUTS(200, 250, num_chains=4, metric="variance", dense_mass=True)
     ),
     "nuts_scores": Row(lambda: shift.NUTS(200, 250, num_chains=4, metric="scores"), long=True),
     "hmc_variance": Row(lambda: shift.HMC(200, 250, num_chains=4, metric="variance"), long=True),
     "kernel": Row(lambda: shift.Kernel(BarkerMH, num_warmup=300, num_samples=500)),
     "kernel_ensemble": Row(
-        lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40), long=True
+        lambda: shift.Kernel(AIES, num_warmup=400, num_samples=400, num_chains=40)
     ),
     "svi": Row(
         lambda: shift.SVI(
@@ -115,7 +115,7 @@ ENGINES = {
     "auto": Row(shift.Auto, long=True),
     "adaptive": Row(lambda: shift.Adaptive(shift.Importance(500), max_rounds=8)),
     "robbins_monro": Row(lambda: fit.RobbinsMonro(num_steps=2000)),
-    "robbins_monro_single": Row(lambda: fit.RobbinsMonro(8000, antithetic=False), long=True),
+    "robbins_monro_single": Row(lambda: fit.RobbinsMonro(num_steps=8000, antithetic=False)),
     "robbins_monro_score": Row(lambda: fit.RobbinsMonro(2000, gradient="score", num_pairs=8)),
     "reverse_kl": Row(fit.ReverseKL),
     "reverse_kl_natural": Row(lambda: fit.ReverseKL(method="natural"), long=True),
@@ -135,7 +135,7 @@ ENGINES = {
     "score_matching_low_rank": Row(lambda: fit.ScoreMatching("low_rank", rank=1), long=True),
     "proximal": Row(anchor.Proximal),
     "newton": Row(anchor.Newton),
-    "newton_diagonal": Row(lambda: anchor.Newton(curvature="diagonal"), long=True),
+    "newton_diagonal": Row(lambda: anchor.Newton(curvature="diagonal")),
     "anderson": Row(lambda: anchor.Anderson(memory=3)),
     "keep_covariance": Row(
         lambda: anchor.KeepCovariance("dense"), fit=lambda: fit.ForwardKL("dense")

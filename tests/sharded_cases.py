@@ -441,6 +441,7 @@ def main(group):
             except Exception as error:  # noqa: BLE001
                 found = f"{type(error).__name__}: {error}"
             print(json.dumps([name, kind, found]), flush=True)
+        jax.clear_caches()  # before the system's room for mapped programs is used up
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ STEPS = 3
 REPEATED = {
     "importance",
     "importance_iid",
+    "importance_sobol",
     "nuts",
+    "nuts_dense",
     "kernel_ensemble",
     "robbins_monro_single",
     "proximal",

@@ -11,7 +11,7 @@ from reference_posteriors import POSTERIORS
 from numpyro_regloss import Loss, forward_kl
 
 # Of four chains. The scale tau of eight schools has heavy tails, whose standard deviation takes more draws.
-NUM_SAMPLES = {"eight_schools-eight_schools_noncentered": 2000}
+NUM_SAMPLES = {"eight_schools-eight_schools_noncentered": 8000}
 
 
 @pytest.mark.long
