@@ -204,8 +204,7 @@ def test_a_start_that_fails_says_why():
     no_number = Loss.from_external(lambda params: params["b"], PARAMS)
     with pytest.raises(ValueError, match="expected one real number, got ndarray: .*shape"):
         make(no_number).init(KEY)
-    others = (("3.5", "str"), (np.array(3.5 + 1j), "ndarray"))
-    for found, kind in ((None, "NoneType"), *others):
+    for found, kind in ((None, "NoneType"), ("3.5", "str"), (np.array(3.5 + 1j), "ndarray")):
         no_number = Loss.from_external(lambda params, found=found: found, PARAMS)
         with pytest.raises(
             ValueError, match=f"expected one real number, got {kind}: not a real number"
