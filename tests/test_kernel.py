@@ -212,3 +212,17 @@ def test_bad_input(row):
     call, error, words = BAD[row]
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_loss_that_is_no_number_far_out_does_not_end_an_adaptation():
+    # Of every long step: without a wall there BarkerMH took NaN for its step size, and stood still.
+    loss = Loss.from_function(
+        lambda x: jnp.where(jnp.sum(x**2) > 9.0, jnp.nan, 0.5 * jnp.sum(x**2)), np.full(2, 2.0)
+    )
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    engine = shift.Kernel(BarkerMH, num_warmup=300, num_samples=500, num_chains=8)
+    _, draws, info = jax.jit(engine.step)(random.key(1), engine.init(random.key(0), target), target)
+    assert info.ok
+    assert info.rhat < 1.1
+    assert 0.1 < info.accept_prob < 0.9
+    assert jnp.max(jnp.sum(draws.x**2, -1)) <= 9.0

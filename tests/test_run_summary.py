@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import HEAT_FITS, SHIFTS, with_long
 from jax import lax, random
-from numpyro.infer import BarkerMH
 
 from numpyro_regloss import (
     Gaussian,
@@ -98,12 +97,10 @@ GOOD = {
         name: lambda name=name: make(SHIFTS[name]())
         for name in SHIFTS
         # Those with bad runs below share their settings; HMC has its test with the draws at the end.
-        if "_" not in name and name not in ("importance", "nuts", "hmc", "sgld", "kernel")
+        if "_" not in name and name not in ("importance", "nuts", "hmc", "sgld")
     },
     "importance": make,
     "nuts": lambda: make(CHAINS),
-    # A long warm-up: after 300 steps of a random walk, chains may still disagree at the first centre.
-    "kernel": lambda: make(shift.Kernel(BarkerMH, num_warmup=1000, num_samples=500)),
     "sgld": lambda: make(shift.SGLD(0.02, 1000, num_chains=2)),
     "robbins_monro": lambda: make(shift.Implicit(), INNER_STEPS),
     "reverse_kl": lambda: make(shift.Implicit(), HEAT_FITS["reverse_kl"]()),

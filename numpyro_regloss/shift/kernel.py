@@ -34,6 +34,7 @@ from numpyro_regloss._core.checks import check_count, check_differentiable
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import (
+    all_finite,
     pytree_dataclass,
     replace_fields,
     static_field,
@@ -112,8 +113,8 @@ class Kernel(Shift):
 
     `NUTS` and `HMC` of this package are faster ways to those two kernels. With kernels that adapt step size and
     mass matrix as HMC does (HMC, NUTS, BarkerMH) the first step does so for `num_warmup` iterations and later
-    ones are burnt in for half as many; others (AIES, ESS, SA) run all of them at every step. A loss should be
-    infinite where it is not defined: NaN ends the adaptation of BarkerMH. SA needs thousands of iterations.
+    ones are burnt in for half as many; others (AIES, ESS, SA) run all of them at every step. Where the loss or its
+    gradient is not a number, a proposal is rejected. SA needs thousands of iterations.
 
     Args:
         make_kernel: a function of a model that returns a kernel of it, such as `numpyro.infer.BarkerMH` or
@@ -275,6 +276,8 @@ class Kernel(Shift):
                 f"Kernel: expected a kernel of the site {name!r} of shape {noise.shape}, got one of "
                 f"{jax.tree.map(jnp.shape, z)}; build it on the model that make_kernel is given."
             )
+        if isinstance(kernel, BarkerMH):
+            kernel._potential_fn = _bounded(kernel._potential_fn)  # noqa: SLF001
         return kernel, state
 
     def _tuned_at(self, target: RegularizedLoss, noise: Array) -> Any:
@@ -398,6 +401,21 @@ def _tuning(state: Any) -> Any:
 def _found(state: Any, name: str, default: Any) -> Any:
     inner = attribute(state, "inner_state", None)
     return attribute(state, name, attribute(inner, name, default))
+
+
+def _bounded(potential: Any) -> Callable[[Any], Array]:
+    # A wall where the potential or its gradient is no number. HMC rejects such proposals. BarkerMH would take the
+    # NaN into its step size, and never move again.
+    def bounded(z: Any) -> Array:
+        start = lax.stop_gradient(z)
+        value, gradient = jax.value_and_grad(potential)(start)
+        ok = jnp.isfinite(value) & all_finite(gradient)
+        slope = jax.tree.map(lambda g: jnp.where(ok, g, 0.0), gradient)
+        # Zero, with that slope.
+        rise = jax.tree.map(lambda g, a, b: jnp.sum(g * (a - b)), slope, z, start)
+        return jnp.where(ok, value, jnp.inf) + sum(jax.tree.leaves(rise))
+
+    return bounded
 
 
 def _usable(target: RegularizedLoss, noise: Array) -> Array:
