@@ -22,6 +22,9 @@ __all__ = ["controls_of", "mean_weight"]
 RIDGE = 1e-6
 # What the controls may take off the standard error.
 MOST_GAIN = 8.0
+# Of the squared error: controls that leave more are not used. Their slope comes from the same pairs, and its bias,
+# of the order of one over their number, would count beside the error.
+MOST_KEPT = 0.5
 # Of one minus the leverage, against division by zero.
 LEAST_FREE = 0.05
 
@@ -71,12 +74,13 @@ def mean_weight(weight: Array, controls: Array, num_pairs: tuple[int, ...]) -> t
     inverse = jnp.array([[d, -b], [-b, a]]) / (a * d - b * b)
     slope = inverse @ (x.T @ y)
     mean = jnp.mean(pairs - known @ slope)
-    usable = jnp.isfinite(slope).all() & (mean > 0)
-    slope = jnp.where(usable, slope, 0.0)
     # A far pair bends the regression towards itself: residuals as they are without each of them.
-    leverage = jnp.where(usable, jnp.sum((x @ inverse) * x, -1), 0.0)
-    leverage += jnp.concatenate([jnp.full(n, 1 / n, x.dtype) for n in num_pairs])
+    own = jnp.concatenate([jnp.full(n, 1 / n, x.dtype) for n in num_pairs])
+    leverage = own + jnp.sum((x @ inverse) * x, -1)
     rest = (y - x @ slope) / jnp.maximum(1.0 - leverage, LEAST_FREE)
+    plain = y / (1.0 - own)
+    usable = (mean > 0) & (jnp.sum(rest**2) < MOST_KEPT * jnp.sum(plain**2))
+    rest = jnp.where(usable, rest, plain)
     # What no pair was far enough to see is no part of the residuals.
     square = jnp.maximum(jnp.sum(rest**2), jnp.sum(y**2) / MOST_GAIN**2)
     return jnp.where(usable, mean, jnp.mean(pairs)), jnp.sqrt(square) / len(pairs)
