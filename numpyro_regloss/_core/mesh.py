@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.processes import placed
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.settings import own_settings
@@ -126,7 +127,7 @@ def copied(mesh: Mesh | None, tree: T) -> T:
 
 
 def _by_rows(leaf: Any, mesh: Mesh) -> PartitionSpec:
-    sharding = getattr(leaf, "sharding", None)
+    sharding = attribute(leaf, "sharding", None)
     if ROWS not in mesh.axis_names or not isinstance(sharding, jax.NamedSharding):
         return PartitionSpec()
     names = [axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec]

@@ -99,8 +99,10 @@ class TwoStepResult(NamedTuple):
 
 def _brief(leaf: Any) -> str:
     # Values of keys, of large arrays, and of those that other processes hold in part, are not shown.
-    is_key = jax.dtypes.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
-    if is_key or np.size(leaf) > SHOWN_SIZE or not getattr(leaf, "is_fully_addressable", True):
+    is_array = isinstance(leaf, jax.Array)
+    is_key = is_array and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_elsewhere = is_array and not leaf.is_fully_addressable
+    if is_key or is_elsewhere or np.size(leaf) > SHOWN_SIZE:
         return ""
     return np.array2string(np.asarray(leaf), precision=4)
 
