@@ -130,7 +130,7 @@ def digits(rng_key: jax.Array, arguments: argparse.Namespace) -> list[Row]:
     inputs, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     inputs, labels = (inputs / 16).astype(np.float32)[order], labels.astype(np.int32)[order]
-    train, test = (inputs[:1437], labels[:1437]), (inputs[1437:], labels[1437:])
+    train, test = ((inputs[part], labels[part]) for part in (slice(1437), slice(1437, None)))
     key_params, key_run = random.split(rng_key)
     params = start_params(key_params)
 

@@ -174,8 +174,8 @@ def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, lis
 def _error_of_pairs(chains: Chains, control: Control) -> Array:
     # Scores of mirrored draws average to nearly zero, so that the error of the coefficients hardly moves the mean.
     # That of the residuals is left, and a regression makes them smaller by the root of one minus the leverage.
-    product = jnp.maximum(control.residual * control.left_out, 0.0)
-    return series_error(chains, jnp.sign(control.residual) * jnp.sqrt(product))
+    between = jnp.sign(control.residual) * jnp.sqrt(control.residual * control.left_out)
+    return series_error(chains, between)
 
 
 class _Candidate(NamedTuple):

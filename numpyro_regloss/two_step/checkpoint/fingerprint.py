@@ -187,7 +187,7 @@ def _inside(name: str, parts: dict[str, Any], seen: tuple[int, ...]) -> Iterator
 
 def _function(name: str, fn: FunctionType, seen: tuple[int, ...]) -> Iterator[tuple[str, str]]:
     yield name, f"{fn.__module__}.{fn.__qualname__}"
-    yield name + CODE, hashlib.sha256(repr(_code(fn.__code__)).encode()).hexdigest()[:16]
+    yield name + CODE, _digest(fn)
     yield from _inside(name, {".defaults": fn.__defaults__, ".kwdefaults": fn.__kwdefaults__}, seen)
     cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
     yield from _inside(name, {f"[{free}]": _content(cell) for free, cell in cells}, seen)
@@ -197,10 +197,14 @@ def _code_alone(name: str, fn: Any) -> Iterator[tuple[str, str]]:
     # Objects of a simulator count calls and hold files: what they contain says nothing of the run.
     while isinstance(fn, partial | MethodType):
         fn = fn.func if isinstance(fn, partial) else fn.__func__
-    if not isinstance(fn, FunctionType):
-        fn = type(fn).__call__ if fn is not None else fn
+    if not isinstance(fn, FunctionType | None):
+        fn = type(fn).__call__
     if isinstance(fn, FunctionType):
-        yield name + CODE, hashlib.sha256(repr(_code(fn.__code__)).encode()).hexdigest()[:16]
+        yield name + CODE, _digest(fn)
+
+
+def _digest(fn: FunctionType) -> str:
+    return hashlib.sha256(repr(_code(fn.__code__)).encode()).hexdigest()[:16]
 
 
 def _content(cell: Any) -> Any:
