@@ -127,12 +127,19 @@ def in_one_batch(*, smoke):
         return jax.lax.map(norm, centers)
 
     rows = []
-    for count, step in [
-        (192, anchor.Newton()),
-        (192, anchor.Newton(floor=0.01, max_step=4.0)),
-        (256, anchor.Newton(floor=0.01, max_step=4.0)),
+    longer = anchor.Newton(floor=0.01, max_step=4.0)
+    for count, most, step in [
+        (128, 1, longer),
+        (128, 2, longer),
+        (128, 4, longer),
+        (192, 1, anchor.Newton()),
+        (192, 1, longer),
+        (256, 1, longer),
     ][-1 if smoke else 0 :]:
-        optimizer = TwoStep(loss, TAU, shift.AdaptiveImportance(count), fit.ForwardKL(), step)
+        engine = shift.AdaptiveImportance(count)
+        if most > 1:
+            engine = shift.Adaptive(engine, max_rounds=most)
+        optimizer = TwoStep(loss, TAU, engine, fit.ForwardKL(), step)
         steps, gradients, at_budget, refused = [], [], [], 0
         for seed in range(1 if smoke else 20):
             run = optimizer.run(random.key(seed), 2 if smoke else 20, progress_bar=False)
@@ -146,6 +153,7 @@ def in_one_batch(*, smoke):
         arrived = [count for count in gradients if count is not None]
         rows.append({
             "draws": count,
+            "most batches": most,
             "floor": float(step.floor),
             "seeds": len(gradients),
             "arrived": len(arrived),

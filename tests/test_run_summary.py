@@ -579,6 +579,12 @@ def test_arrival():
     # A drift below the noise of one step, but not of all.
     slow = 0.4 * steady + 0.5 * noise
     assert arrival(Motion(slow, error, slow))[0] is False
+    # The same, where the fit states twice the error that pulls show.
+    noise = 0.5 * np.random.default_rng(2).normal(size=(40, 30))
+    drift, stated = 0.5 + noise, np.full_like(noise, 1.0)
+    assert arrival(Motion(drift, stated, drift))[0] is False
+    assert arrival(Motion(noise, stated, noise))[0] is True
+    noise = np.random.default_rng(1).normal(size=steady.shape)
     # Without errors: straight or not, or too short to matter.
     assert arrival(Motion(steady, None, steady))[0] is False
     assert arrival(Motion(noise, None, noise))[0] is None

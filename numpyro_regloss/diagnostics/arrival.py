@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numpyro_regloss.diagnostics.columns import Motion
-from numpyro_regloss.two_step.until import NEGLIGIBLE, is_steady
+from numpyro_regloss.two_step.until import NEGLIGIBLE, excess, is_steady
 
 __all__ = ["LEAST_STEPS", "SIGMAS", "Finding", "Run", "arrival", "window"]
 
@@ -20,7 +20,7 @@ SIGMAS = 3.0
 MARGIN = 2.0
 # Without errors: a walk of w independent steps has |sum|^2 = sum |step|^2 on average, a straight one w times that.
 STRAIGHT = 3.0
-# Fewer steps do not tell whether they become shorter.
+# Fewer steps do not tell whether they become shorter, or what they scatter.
 TREND = 10
 
 
@@ -92,6 +92,8 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
         limit, noise = STRAIGHT * np.sum(pull**2), None
     else:
         squares = np.sum(error**2, 0)
+        if count >= TREND:
+            squares = squares / excess(pull, squares / count)
         noise = squares.sum()
         dimension = max(noise**2 / max(np.sum(squares**2), np.finfo(float).tiny), 1.0)
         limit = MARGIN * noise * (1 + SIGMAS * np.sqrt(2 / dimension))

@@ -24,7 +24,7 @@ from numpyro_regloss._core.pytree import pytree_dataclass, static_field
 from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
 
-__all__ = ["NEGLIGIBLE", "Arrived", "is_steady", "pulls"]
+__all__ = ["NEGLIGIBLE", "Arrived", "excess", "is_steady", "pulls"]
 
 # Squared length of a pull, in standard deviations of the reference, that no use of the loss notices: a step gains
 # about so much, in units of T.
@@ -32,6 +32,8 @@ NEGLIGIBLE = 1e-3
 # Differences of neighbouring pulls have the variance of two steps; three times as much where q is narrow, and the
 # noise of one step is the pull of the next.
 SCATTER = 3.0
+# A reported error may be above the scatter of a window by so many standard deviations of the logarithm of that.
+AGREES = 3.0
 # Pulls of a run that ends become shorter than this, from one half of some steps to the other; the sum of pulls in
 # one direction is longer than this share of their lengths.
 STEADY, STRAIGHT = 0.9, 0.5
@@ -107,11 +109,8 @@ class Arrived:
         count = len(pull)
         if 2 * count <= self.patience or not np.isfinite(pull).all():
             return False
-        # Noise that the fit does not know, of minibatches, is in the scatter.
-        square = np.mean(np.diff(pull, axis=0) ** 2, 0) / (2 * SCATTER)
-        if error is not None and np.isfinite(error).all():
-            square = np.maximum(square, np.mean(np.asarray(error, float) ** 2, 0))
         mean = pull.mean(0)
+        square = _noise(pull, error)
         chance = (1 - self.confidence) / (look * (look + 1))
         spread = 4 * np.sum(square * mean**2) / count + 2 * np.sum(square**2) / count**2
         highest = (
@@ -136,6 +135,40 @@ def is_steady(pull: np.ndarray) -> bool:
     half = len(pull) // 2
     early, late = (np.linalg.norm(part.sum(0)) for part in (pull[:half], pull[-half:]))
     return bool(late > STEADY * early)
+
+
+def excess(pull: np.ndarray, square: np.ndarray) -> float:
+    """How far reported errors are above the scatter of pulls.
+
+    Few inner steps do not know how curvature damps their noise. Let a share a of the way to the end be left after
+    a step of noise s. Pulls then have the variance 2 s² / (1 + a), and neighbours the covariance
+    -s² (1 - a) / (1 + a): the sum of both is s².
+
+    Args:
+        pull: `(step, dim)`, in standard deviations of the reference.
+        square: reported errors of a step, squared, `(dim,)`.
+
+    Returns:
+        A factor of `square`; 1 where chance may be the cause, infinite where pulls do not scatter at all.
+    """
+    rest, count = pull - pull.mean(0), len(pull)
+    scatter, reported = np.mean(rest**2, 0), np.sum(square)
+    # About their own mean: by 2 / count of s² too small where a is near one, and 1 / count too large near zero.
+    seen = np.sum(scatter) + np.sum(rest[1:] * rest[:-1]) / count
+    if seen <= 0:
+        return 1.0 if reported <= 0 else np.inf
+    # Of the logarithm of a sum of squares: two over its degrees of freedom.
+    variance = 2 * np.sum(scatter**2) / ((count - 1) * np.sum(scatter) ** 2)
+    return reported / seen if reported > seen * np.exp(AGREES * np.sqrt(variance)) else 1.0
+
+
+def _noise(pull: np.ndarray, error: np.ndarray | None) -> np.ndarray:
+    # Variance of one step by coordinate. What the fit does not know, as of minibatches, is in the differences.
+    least = np.mean(np.diff(pull, axis=0) ** 2, 0) / (2 * SCATTER)
+    if error is None or not np.isfinite(error).all():
+        return least
+    square = np.mean(np.asarray(error, float) ** 2, 0)
+    return np.maximum(least, square / excess(pull, square))
 
 
 def _is_straight(pull: np.ndarray) -> bool:
