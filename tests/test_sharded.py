@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import long, on_devices
+from test_bad_input import CATALOGUE
 
 SCRIPT = Path(__file__).parent / "sharded_cases.py"
 # A mesh of Explicit axes ends in the same program as one of Auto axes.
@@ -30,3 +31,11 @@ def test_several_devices_give_the_numbers_of_one(group, least):
         if (name, kind) not in REFUSED and not (isinstance(found, float) and found <= 1)
     ]
     assert wrong == []
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("kind", ["explicit", long("auto"), long("context")])
+def test_bad_input_on_several_devices_is_told_as_on_one(kind):
+    lines = on_devices(SCRIPT.with_name("sharded_bad_input.py"), kind, 4)
+    assert [name for name, _ in lines] == list(CATALOGUE)
+    assert [(name, came) for name, came in lines if came is not None] == []
