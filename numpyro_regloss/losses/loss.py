@@ -475,7 +475,7 @@ class Loss:
 
         Args:
             params: the module, such as `result.params`.
-            batches: positional arguments of the loss for each batch, as tuples; or single arrays. Default: the
+            batches: arguments of the loss for each batch, in the forms that `TwoStep.run` takes. Default: the
                 bound data, in pieces of the minibatch if there is one.
 
         Returns:
