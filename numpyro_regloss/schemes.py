@@ -193,7 +193,9 @@ def parle(
     a schedule of tau (`schedules.Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
 
     Parameters have a leading axis of replicas, and losses of the history are summed over them. The replicas'
-    mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer.
+    mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer. A module
+    has other arrays, which have no mean. With the loss of one replica, the answer is then
+    `loss.constrain(result.state.reference.mean.reshape(num_replicas, -1).mean(0))`.
 
     Args:
         loss: of one replica; see `entropy_sgd`.
