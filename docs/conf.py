@@ -132,7 +132,10 @@ def docstring_to_rst(app, what, name, obj, options, lines):
             re.sub(r"\bF(\^H)?_tau\b", r"\\ :math:`F\1_\\tau`\\ ", part.replace("|", r"\|"))
             for part in parts[::2]
         ]
-        escaped = "".join(parts)
+        # Before a line's end the escaped space would join the word after it.
+        escaped = re.sub(r"(`)\\ (?=\s|$)", r"\1", "".join(parts))
+        # A letter and a dot are no list.
+        escaped = re.sub(r"^(\s*\w+: \w+)\.(?=\s|$)", r"\1\.", escaped)
         # A letter or a power may follow code at once only so.
         escaped = re.sub(r"(`[^`]*`)(?=\w)", r"\1\\ ", escaped)
         out.append(line if is_code else escaped)

@@ -14,20 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from numpyro_regloss._core.checks import check_count, check_positive
 from numpyro_regloss._core.optimizers import TracedAdam, momentum
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.types import Key
-from numpyro_regloss.anchor import Optax, Proximal
-from numpyro_regloss.fit import ForwardKL, RobbinsMonro
+from numpyro_regloss.anchor import Anchor, Optax, Proximal
+from numpyro_regloss.fit import Fit, ForwardKL, RobbinsMonro
 from numpyro_regloss.losses.groups import check_groups
 from numpyro_regloss.losses.loss import Loss
 from numpyro_regloss.losses.minibatch import Minibatch
 from numpyro_regloss.losses.replicas import Tied, replicate
 from numpyro_regloss.schedules import Geometric
-from numpyro_regloss.shift import SGLD, Auto, Implicit, Importance
+from numpyro_regloss.shift import SGLD, Auto, Implicit, Importance, Shift
 from numpyro_regloss.two_step.optimizer import TwoStep, TwoStepResult
+from numpyro_regloss.two_step.record import Record
 
 __all__ = ["anneal", "entropy_sgd", "gradient_free", "heat", "local_entropy", "minimize", "parle"]
 
@@ -38,12 +40,12 @@ NARROWING = 1e4
 def local_entropy(
     loss: Loss,
     tau: Any,
-    shift: Any = None,
-    fit: Any = None,
-    anchor: Any = None,
+    shift: Shift | None = None,
+    fit: Fit | None = None,
+    anchor: Anchor | None = None,
     temperature: Any = 1.0,
-    record: Any = None,
-    mesh: Any = None,
+    record: Record | None = None,
+    mesh: Mesh | None = None,
 ) -> TwoStep:
     """Minimizes F_tau(x) = -T log E exp(-loss(x') / T), x' ~ N(x, tau I), by moment matching.
 
@@ -82,11 +84,11 @@ def local_entropy(
 def heat(
     loss: Loss,
     tau: Any,
-    fit: Any = None,
-    anchor: Any = None,
+    fit: Fit | None = None,
+    anchor: Anchor | None = None,
     temperature: Any = 1.0,
-    record: Any = None,
-    mesh: Any = None,
+    record: Record | None = None,
+    mesh: Mesh | None = None,
 ) -> TwoStep:
     """Minimizes F^H_tau(x) = E loss(x'), x' ~ N(x, tau I), by proximal steps.
 
@@ -130,7 +132,7 @@ def entropy_sgd(
     averaging_decay: Any = 0.75,
     noise: str = "normal",
     optimizer: Any = None,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
 ) -> TwoStep:
     """Entropy-SGD: short cold Langevin chains, exponential averages, and an optimizer for the outer steps.
 
@@ -183,7 +185,7 @@ def parle(
     averaging_decay: Any = 0.75,
     noise: str = "normal",
     optimizer: Any = None,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
 ) -> TwoStep:
     """Parle: replicas of Entropy-SGD, each with its own centre and batches, that attract each other.
 
@@ -191,7 +193,9 @@ def parle(
     a schedule of tau (`schedules.Scoping`) strengthens both pulls. With `coupling=0` replicas are independent.
 
     Parameters have a leading axis of replicas, and losses of the history are summed over them. The replicas'
-    mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer.
+    mean, `jax.tree.map(lambda a: a.mean(0), result.params)` for a function's parameters, is the answer. A module
+    has other arrays, which have no mean. With the loss of one replica, the answer is then
+    `loss.constrain(result.state.reference.mean.reshape(num_replicas, -1).mean(0))`.
 
     Args:
         loss: of one replica; see `entropy_sgd`.
@@ -256,7 +260,7 @@ def anneal(
     last_width: Any = None,
     num_samples: int = 1000,
     ess: float = 0.4,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
 ) -> TwoStep:
     """Looks for the global minimum of a loss with many local ones, without gradients.
 
@@ -321,8 +325,8 @@ def gradient_free(
     rate: Any = 1.5,
     ess: Any = 0.5,
     chunk_size: int | None = None,
-    record: Any = None,
-    mesh: Any = None,
+    record: Record | None = None,
+    mesh: Mesh | None = None,
 ) -> TwoStep:
     """Trains a network from values of its loss alone.
 

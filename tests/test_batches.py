@@ -82,6 +82,19 @@ def test_items_by_name_and_alone(optimizer):
     assert len(result.history.ok) == 2
 
 
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [(dict, lambda b: (b["rows"], b["level"])), (lambda **b: tuple(b.values()), tuple)],
+)
+def test_items_that_are_one_argument(optimizer, make, parts):
+    items = [make(rows=rows, level=level) for rows, level in ITEMS[:2]]
+    loss = Loss.from_function(lambda x, batch: loss_fn(x, *parts(batch)), jnp.zeros(2), items[0])
+    one = schemes.heat(loss, 0.1, temperature=0.1, fit=fit.RobbinsMonro(3))
+    found = one.run(random.key(0), 2, batches=items, **QUIET).params
+    wanted = optimizer.run(random.key(0), 2, batches=ITEMS, **QUIET).params
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_wrong_is_said(optimizer, tmp_path):
     def run(batches, *args, **more):
         optimizer.run(random.key(0), 3, *args, batches=batches, **QUIET, **more)
@@ -94,5 +107,7 @@ def test_what_is_wrong_is_said(optimizer, tmp_path):
         run(ITEMS, ITEMS[0][0])
     with pytest.raises(ValueError, match="no checkpoint"):
         run(ITEMS, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="rows and level as positional arguments, got dicts"):
+        run([{"rows": ITEMS[0][0], "level": 0.0}])
     with pytest.raises(ValueError, match="the same shapes"):
         run([ITEMS[0], (ITEMS[0][0][:5], ITEMS[0][1])])

@@ -61,6 +61,9 @@ def test_every_source_is_a_page(site):
     # Of the figure of a page, and of a formula: the browser needs no script for it.
     assert list((site / "_images").glob("forward_or_reverse.png"))
     assert "<math" in (site / "theory.html").read_text()
+    # A letter and a dot begin a list in RST, and no word is joined to a formula.
+    reference = "".join(path.read_text() for path in (site / "api").glob("*.html"))
+    assert re.findall(r'<ol class="(?:lower|upper)|</math>[a-z]{2,}', reference) == []
 
 
 def test_every_public_name_has_an_entry(site):

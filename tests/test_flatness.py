@@ -145,6 +145,26 @@ def test_verdict_is_exact_on_a_quadratic():
     assert abs(verdict.rise.value - 30 * width**2 / 2) < SIGMAS * verdict.rise.error
 
 
+def test_verdict_needs_gradients_that_tell_what_values_do():
+    def stairs(params):
+        return jnp.sum(jnp.floor(4 * params["w"] ** 2)) + jnp.sum(params["v"])
+
+    w, v = np.linspace(0.5, 2.0, 20, dtype=np.float32), np.ones(3, np.float32)
+    only = Loss.from_function(lambda w: stairs({"w": w, "v": v}), w)
+    with pytest.raises(ValueError, match="the slope follows gradients.*exactly zero"):
+        values.flatness_verdict(random.key(0), only)
+    with pytest.warns(UserWarning, match="exactly zero for 20 of 23 parameters"):
+        values.flatness_verdict(random.key(0), Loss.from_function(stairs, {"w": w, "v": v}))
+
+
+@pytest.mark.parametrize("ask", [values.flatness_verdict, values.profile])
+def test_widths_of_parameters_that_are_not_finite(ask):
+    loss = Loss.from_function(lambda x: jnp.sum(x**2), np.ones(3, np.float32))
+    more = {} if ask is values.flatness_verdict else {"taus": [0.1], "scale": "filter"}
+    with pytest.raises(ValueError, match="finite"):
+        ask(random.key(0), loss, np.array([1.0, np.nan, 1.0], np.float32), **more)
+
+
 def test_verdict_that_is_not_known():
     # exp of a wide normal number: the rise hangs on draws that are not there.
     loss = Loss.from_function(lambda x: jnp.exp(200.0 * (x[0] - 0.4)), np.full(1, 0.4))

@@ -288,6 +288,67 @@ def test_recalibrated_statistics_are_those_of_the_batches(framework, loss):
         loss.recalibrate(module, [])
 
 
+def test_collections_that_the_call_makes_are_not_state():
+    class Sown(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.BatchNorm(use_running_average=False, name="norm")(x)
+            self.sow("intermediates", "hidden", x)
+            return x
+
+    def loss_fn(variables, x):
+        out, updates = Sown().apply(variables, x, mutable=["batch_stats", "intermediates"])
+        return jnp.mean(out**2), updates
+
+    variables = Sown().init(random.key(0), X)
+    found = Loss.from_module(loss_fn, variables, X, has_aux=True).recalibrate(variables)
+    assert sorted(found) == ["batch_stats", "params"]
+    np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], X.mean(0), atol=1e-6)
+
+
+def test_statistics_of_a_shared_layer_are_divided_once():
+    class Twice(eqx.Module):
+        norms: list
+
+        def __init__(self):
+            norm = eqx.nn.BatchNorm(3, "batch", mode="batch")
+            self.norms = [norm, norm]
+
+        def __call__(self, x, state):
+            x, state = self.norms[0](x, state)
+            return self.norms[1](x + 1.0, state)
+
+    def loss_fn(net, state, x):
+        over = {"in_axes": (0, None), "out_axes": (0, None)}
+        out, state = jax.vmap(net, axis_name="batch", **over)(x, state)
+        return jnp.mean(out**2), state
+
+    net = Twice()
+    pair = (net, eqx.nn.State(net))
+    loss = Loss.from_module(loss_fn, pair, X, has_aux=True)
+    norm, state = net.norms[0], loss.recalibrate(pair)[1]
+    correction = 1.0 - norm.momentum ** state.get(norm.batch_counter)
+    found = state.get(norm.batch_state_index)[0] / correction
+    # Means of the two calls, x and one; the first one's has the weight of the momentum.
+    wanted = (0.99 * X.mean(0) + 1.0) / 1.99
+    np.testing.assert_allclose(found, wanted, atol=DIGITS)
+
+
+def test_batches_of_any_form_are_recalibrated():
+    pieces = [X[:16], X[16:32]]
+    framework = FRAMEWORKS["nnx"]
+    by_name = Loss.from_module(nnx_loss, framework.make(0), x=X, y=Y)
+    module = by_name.constrain(by_name.x0)
+    wanted = expected(framework, module, pieces)
+    named = by_name.recalibrate(module, [{"x": x, "y": Y[:16]} for x in pieces])
+    np.testing.assert_allclose(framework.evaluate(named, X), wanted, atol=DIGITS)
+    as_one = Loss.from_module(
+        lambda net, batch: nnx_loss(net, batch["x"], batch["y"]), module, {"x": X, "y": Y}
+    )
+    found = as_one.recalibrate(module, [{"x": x, "y": Y[:16]} for x in pieces])
+    np.testing.assert_allclose(framework.evaluate(found, X), wanted, atol=DIGITS)
+
+
 def test_what_is_beside_the_loss():
     loss = FRAMEWORKS["equinox"].loss()
     aux = loss.aux(loss.x0)

@@ -95,6 +95,26 @@ def test_optimizers_with_states_and_schedules():
         target = RegularizedLoss(LOSS, after)
 
 
+class Halving:
+    """An optimizer that is no pytree."""
+
+    def init(self, params):
+        return jnp.zeros((), jnp.int32)
+
+    def update(self, gradient, state, params=None):
+        return jax.tree.map(lambda g: -0.5 * g, gradient), state + 1
+
+
+def test_an_optimizer_may_be_any_object_with_its_two_methods():
+    wanted = run(anchor.Optax(optax.sgd(0.5), "displacement"), 0.1)
+    found = run(anchor.Optax(Halving(), "displacement"), 0.1)
+    np.testing.assert_allclose(found.params, wanted.params, rtol=1e-5)
+    assert int(found.state.anchor) == 6
+    several = run(anchor.Optax(optax.MultiSteps(optax.sgd(0.5), 2), "displacement"), 0.1)
+    moved = several.history.anchor.step_norm > 0
+    np.testing.assert_array_equal(moved, [False, True] * 3)
+
+
 def broken(at):
     def update(gradient, state, params=None):
         return jnp.where(state == at, jnp.nan, -gradient), state + 1
@@ -315,6 +335,16 @@ BAD = {
         lambda: schemes.gradient_free(bowl, 0.1),
         TypeError,
         "schemes.gradient_free: expected a Loss",
+    ),
+    "a mask of other parameters": (
+        lambda: run(anchor.Optax(optax.masked(optax.sgd(0.1), {"a": True})), 0.1),
+        ValueError,
+        "masks and labels must fit these",
+    ),
+    "an optimizer that asks for values": (
+        lambda: run(anchor.Optax(optax.lbfgs()), 0.1),
+        TypeError,
+        "are not for this anchor",
     ),
     "no width": (
         lambda: schemes.gradient_free(LOSS, 0.0),

@@ -238,6 +238,19 @@ def test_gradient_free_takes_no_step_where_nothing_is_finite():
     assert jnp.isfinite(state.info.loss)
 
 
+def test_parameters_of_a_loop_without_gradients_are_its_centre():
+    params = {"w": jnp.ones(2), "v": jnp.ones(1)}
+    alone = transforms.gradient_free(optax.sgd(0.1), 0.1)
+    assert transforms.eval_params(alone.init(params), params) == params
+    both = optax.multi_transform(
+        {"heat": transforms.heat(optax.sgd(0.1), 0.1), "free": alone}, {"w": "heat", "v": "free"}
+    )
+    moved = {"w": jnp.zeros(2), "v": jnp.zeros(1)}
+    found = transforms.eval_params(both.init(params), moved)
+    np.testing.assert_array_equal(found["w"], 1.0)
+    np.testing.assert_array_equal(found["v"], 0.0)
+
+
 def test_what_is_wrong_is_said():
     with pytest.raises(TypeError, match=r"transforms\.heat: expected optimizer"):
         transforms.heat(0.1, 0.1)
@@ -253,6 +266,12 @@ def test_what_is_wrong_is_said():
         optimizer.update(jnp.zeros(1), state)
     with pytest.raises(ValueError, match="without a centre"):
         transforms.eval_params(optax.adam(0.1).init(jnp.zeros(1)), jnp.zeros(1))
+    with pytest.raises(ValueError, match="parameters like those that init got"):
+        transforms.eval_params(state, {"a": jnp.zeros(1)})
+    grouped = transforms.heat(optax.sgd(0.1), {"b": 0.1})
+    params = {"a": jnp.zeros(1)}
+    with pytest.raises(ValueError, match="pytree prefix of the parameters"):
+        grouped.update(params, grouped.init(params), params)
     with pytest.raises(TypeError, match="random key"):
         transforms.heat(optax.sgd(0.1), 0.1, key=0.5)
 
@@ -292,9 +311,12 @@ def nnx_optimizer(optimizer):
 
     for _ in range(400):
         step(model, optimizer)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    params = transforms.eval_params(nnx.as_pure(optimizer.opt_state), params)
-    return params["kernel"], params["bias"]
+    center = transforms.eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    assert isinstance(center["kernel"], nnx.Param)
+    with pytest.raises(ValueError, match=r"with NNX pass nnx\.state\(model, nnx\.Param\)"):
+        transforms.eval_params(optimizer.opt_state, model)
+    nnx.update(model, center)
+    return model.kernel[...], model.bias[...]
 
 
 def equinox_loop(optimizer):

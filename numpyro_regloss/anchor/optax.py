@@ -13,6 +13,7 @@ Reference: Chaudhari, Choromanska, Soatto, LeCun, Baldassi, Borgs, Chayes, Sagun
 Biasing Gradient Descent into Wide Valleys".
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,11 @@ class OptaxInfo(NamedTuple):
     fell_back: Array
 
 
+class _Methods(NamedTuple):
+    init: Any
+    update: Any
+
+
 @pytree_dataclass
 class Optax(Anchor):
     """The next reference by any Optax optimizer.
@@ -67,8 +73,8 @@ class Optax(Anchor):
             the step is rejected.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        ValueError: if the direction is unknown.
+        TypeError: if `optimizer` is not an optimizer, or asks for values of the loss when a run starts.
+        ValueError: if the direction is unknown, or masks do not fit the parameters when a run starts.
 
     Example:
         >>> import optax
@@ -91,6 +97,9 @@ class Optax(Anchor):
                 "anchor.Optax: expected an optimizer with init and update such as optax.adam(0.01), got "
                 f"{known!r}."
             )
+        if jax.tree_util.treedef_is_leaf(jax.tree.structure(known)):
+            # Of a class with these methods, such as optax.MultiSteps.
+            known = _Methods(known.init, known.update)
         # Functions compile, numbers are traced.
         object.__setattr__(self, "optimizer", Partition(known, "anchor.Optax: optimizer"))
         check_choice(self.direction, "anchor.Optax: direction", ("gradient", "displacement"))
@@ -101,7 +110,8 @@ class Optax(Anchor):
 
     def init(self, target: RegularizedLoss) -> Any:
         """The optimizer's state at the first reference."""
-        return self.optimizer.tree.init(target.loss.source.as_tree(target.reference.mean))
+        x = target.loss.source.as_tree(target.reference.mean)
+        return _asked(lambda: self.optimizer.tree.init(x), x)
 
     def step(
         self,
@@ -133,7 +143,8 @@ class Optax(Anchor):
         gradient = -draws.temperature * gradient
         handed = displacement if self.direction == "displacement" else gradient
         source = target.loss.source
-        update, after = self.optimizer.tree.update(source.as_tree(handed), state, source.as_tree(x))
+        at, handed = source.as_tree(x), source.as_tree(handed)
+        update, after = _asked(lambda: self.optimizer.tree.update(handed, state, at), at)
         update = source.from_tree(update)
         # Numbers of the state too: momentum that is not finite would spoil every later step.
         floats = [
@@ -151,3 +162,15 @@ class Optax(Anchor):
             fell_back=plain,
         )
         return after, reference._replace(mean=x + update), info
+
+
+def _asked(call: Callable[[], Any], x: Any) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"anchor.Optax: the optimizer raised {type(error).__name__}: {error}. It is called as init(x) and "
+            f"update(gradient, state, x) with trees of {jax.tree.structure(x)}: masks and labels must fit these, "
+            "and optimizers that ask for values of the loss, such as optax.lbfgs, are not for this anchor."
+        ) from error

@@ -212,7 +212,7 @@ AnyGaussian = Gaussian | LowRankGaussian
 def kl_divergence(p: AnyGaussian, q: AnyGaussian) -> Array:
     """KL(p || q) of two Gaussians of any structure, in nats.
 
-    KL = 1/2 [ |S_q⁻¹ S_p|²_F + |S_q⁻¹ (m_p - m_q)|² - dim ] + log det S_q - log det S_p. Of two Gaussians
+    KL = 1/2 [ |S_q⁻¹ S_p|²_F + |S_q⁻¹ (m_p - m_q)|² - dim ] + log det S_q - log det S_p. For two Gaussians
     of low rank it costs O(dim rank²).
 
     Args:

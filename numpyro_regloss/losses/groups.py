@@ -71,7 +71,7 @@ def check_scale(scale: Any, loss: Loss, x: Array, what: str) -> Array:
 
     Raises:
         TypeError: if norms are asked for of the sites of a model.
-        ValueError: if a number is not positive, groups are others, or all parameters are zero.
+        ValueError: if a number is not positive, groups are others, parameters are not finite, or all are zero.
     """
     if scale is None:
         return jnp.ones((), x.dtype)
@@ -87,6 +87,11 @@ def check_scale(scale: Any, loss: Loss, x: Array, what: str) -> Array:
             "no norm in the coordinates that are perturbed; give numbers by site."
         )
     size = np.sqrt(np.mean(np.square(np.asarray(x, float))))
+    if not np.isfinite(size):
+        raise ValueError(
+            f"{what}: expected finite parameters for {scale!r}, got NaN or infinity among them; give those of a "
+            "run that did not diverge."
+        )
     if not size > 0:
         raise ValueError(
             f"{what}: expected parameters that are not all zero for {scale!r}, got nothing but zeros; give the "

@@ -475,7 +475,7 @@ class Loss:
 
         Args:
             params: the module, such as `result.params`.
-            batches: positional arguments of the loss for each batch, as tuples; or single arrays. Default: the
+            batches: arguments of the loss for each batch, in the forms that `TwoStep.run` takes. Default: the
                 bound data, in pieces of the minibatch if there is one.
 
         Returns:
@@ -513,7 +513,7 @@ class Loss:
             `(dim,)`.
 
         Raises:
-            ValueError: if names, structure or shapes are other ones.
+            ValueError: if names, structure or shapes differ from those of the loss's parameters.
         """
         return self.source.unconstrain(with_context_axes(params), *self.bind(args, kwargs).tree)
 
@@ -605,7 +605,7 @@ class Loss:
             arguments: from `bind`.
 
         Returns:
-            The arguments of the batch and the data scale; all of them and one without a minibatch.
+            The arguments of the batch and the data scale. Without a minibatch: all arguments, and one.
         """
         scale = 1.0
         noisy = renew_keys(self.rng_names, rng_key, arguments)

@@ -195,13 +195,16 @@ class Equinox(Tree):
         if not self.has_state:
             return module
         net, state = module
-        kind = sys.modules["equinox"].nn.BatchNorm
+        kind, hidden = sys.modules["equinox"].nn.BatchNorm, {}
         for norm in [a for a in _leaves(net, kind) if isinstance(a, kind)]:
             if norm.batch_counter is not None:
                 count = state.get(norm.batch_counter)
                 scale = jnp.where(count == 0, 1.0, 1.0 - norm.momentum**count)
-                hidden = [a * scale.astype(a.dtype) for a in state.get(norm.batch_state_index)]
-                state = state.set(norm.batch_state_index, tuple(hidden))
+                index = norm.batch_state_index
+                # By index: a layer that is there twice has one state, which is divided once.
+                hidden[index.marker] = index, [a * scale.astype(a.dtype) for a in state.get(index)]
+        for index, averages in hidden.values():
+            state = state.set(index, tuple(averages))
         return net, state
 
 
@@ -223,7 +226,8 @@ class Linen(Tree):
         others = set(module) - set(self.collections)
 
         def is_update(node: Any) -> bool:
-            return isinstance(node, Mapping) and bool(node) and set(node) <= others
+            # Others are made by the call: intermediates, or caches.
+            return isinstance(node, Mapping) and bool(others & set(node))
 
         if not others:
             raise ValueError(
@@ -232,7 +236,8 @@ class Linen(Tree):
             )
         nodes = jax.tree.leaves(aux, is_leaf=is_update)
         found = _the_one([a for a in nodes if is_update(a)], f"a dict of {sorted(others)}")
-        return self.leaves(type(module)({**module, **found}))
+        known = {name: found[name] for name in others & set(found)}
+        return self.leaves(type(module)({**module, **known}))
 
 
 @dataclasses.dataclass(frozen=True)

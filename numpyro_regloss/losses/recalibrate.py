@@ -20,6 +20,7 @@ import numpy as np
 
 from numpyro_regloss._core.pytree import Partition, replace_fields
 from numpyro_regloss._core.types import Array
+from numpyro_regloss.losses.items import split_item
 from numpyro_regloss.losses.minibatch import take_rows
 from numpyro_regloss.losses.noise import renew_keys
 
@@ -35,7 +36,7 @@ def recalibrated(loss: Any, params: Any, batches: Iterable[Any] | None) -> Any:
     Args:
         loss: of a function of modules.
         params: the module.
-        batches: positional arguments of the loss for each batch; None for the bound data.
+        batches: arguments of the loss for each batch, see `split_item`; None for the bound data.
 
     Returns:
         The module.
@@ -82,7 +83,7 @@ def recalibrated(loss: Any, params: Any, batches: Iterable[Any] | None) -> Any:
 def _batches(loss: Any, batches: Iterable[Any] | None) -> Iterator[Partition]:
     if batches is not None:
         for batch in batches:
-            yield loss.bind(tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+            yield loss.bind(*split_item(loss, batch, "Loss.recalibrate: batches"))
         return
     arguments = loss.bind()
     if loss.minibatch is None:

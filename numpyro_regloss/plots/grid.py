@@ -55,10 +55,10 @@ def landscape(
 
     Along a line the figure shows the loss, F_tau and F^H_tau with bands of two standard errors. Over a plane it
     shows contours of the three side by side, at the same levels; the levels follow the values and are not at equal
-    distances. Where F_tau is not to be trusted (`report.trusted`), the heat has no error, or a value is not
-    finite, nothing is drawn, and the figure is grey. Centres and Gaussians are projected onto the line or plane;
-    along a line centres lie on F_tau, or on the loss where F_tau is not to be trusted. The legend says what lies
-    outside of the figure.
+    distances. The figure is grey, and nothing is drawn, where F_tau is not to be trusted (`report.trusted`), where
+    the heat has no error, and where a value is not finite. Centres and Gaussians are projected onto the line or
+    plane; along a line centres lie on F_tau, or on the loss where F_tau is not to be trusted. The legend says what
+    lies outside of the figure.
 
     Args:
         report: from `values.landscape`.

@@ -5,10 +5,12 @@
 Each is an `optax.GradientTransformationExtraArgs` for parameters of any structure. The loop does not change: it
 takes one gradient per call of `update`, at its parameters. These parameters are a draw around the centre, and
 `eval_params` returns the centre. After every `num_samples` calls the centre makes a step. If `update` gets
-`grad_fn(params, i)`, one call makes the whole step, and the parameters are the centre.
+`grad_fn(params, i)`, one call makes the whole step, and the parameters are the centre. In an `optax.chain` each
+comes last, since what follows would move the parameters away from the draw. Clipping and the like come before it,
+or belong to the optimizer of the centre.
 """
 
-from numpyro_regloss.transforms.base import eval_params
+from numpyro_regloss.transforms.center import eval_params
 from numpyro_regloss.transforms.gradient_free import (
     GradientFreeInfo,
     GradientFreeState,

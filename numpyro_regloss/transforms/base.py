@@ -21,7 +21,6 @@ __all__ = [
     "at",
     "check_width",
     "cond",
-    "eval_params",
     "full",
     "moved",
     "toward",
@@ -33,49 +32,6 @@ NO_PARAMS = (
     "transforms: expected the parameters as the third argument of update, got None; write "
     "update(gradients, state, params)."
 )
-
-
-def eval_params(state: Any, params: Tree) -> Tree:
-    """The centre: the parameters to evaluate, to report and to keep.
-
-    Args:
-        state: of one of these transformations, alone or within `optax.chain`, `optax.MultiSteps` and others.
-        params: as the loop has them, for their types.
-
-    Returns:
-        The centre, in the structure, shapes and types of `params`.
-
-    Raises:
-        ValueError: if the state holds no centre.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax
-        >>> from numpyro_regloss import transforms
-        >>> params = {"w": jnp.ones(3)}
-        >>> optimizer = transforms.heat(optax.sgd(0.1), tau=0.01)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update({"w": jnp.ones(3)}, state, params)
-        >>> params = optax.apply_updates(params, updates)
-        >>> eval_params(state, params)["w"], bool((params["w"] == 0.9).any())
-        (Array([0.9, 0.9, 0.9], dtype=float32), False)
-    """
-    centers = [center for _, center in optax.tree.get_all_with_path(state, "center")]
-    if not centers:
-        raise ValueError(
-            "transforms.eval_params: expected the state of one of these transformations, got one without a "
-            "centre; pass the optimizer's state as update returned it."
-        )
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    def chosen(center: Any, place: Array) -> Array:
-        return place if is_masked(center) else center.astype(place.dtype)
-
-    for center in centers:
-        params = jax.tree.map(chosen, center, params, is_leaf=is_masked)
-    return params
 
 
 def as_key(key: Any, what: str) -> Key:
@@ -116,8 +72,19 @@ def at(tau: Any, count: Array, params: Tree) -> Tree:
 
     Returns:
         A pytree like the parameters.
+
+    Raises:
+        ValueError: if it is no prefix.
     """
-    return jax.tree.broadcast(tau(count) if callable(tau) else tau, params)
+    widths = tau(count) if callable(tau) else tau
+    try:
+        return jax.tree.broadcast(widths, params)
+    except ValueError as error:
+        raise ValueError(
+            "transforms: expected tau as a number, or as a pytree prefix of the parameters (a number for each of "
+            f"their groups, with the same names), got {jax.tree.structure(widths)} for parameters of "
+            f"{jax.tree.structure(params)}."
+        ) from error
 
 
 def cond(predicate: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:

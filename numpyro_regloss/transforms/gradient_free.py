@@ -16,7 +16,7 @@ from jax import random
 
 from numpyro_regloss._core.checks import check_optimizer, check_positive
 from numpyro_regloss._core.settings import own_settings
-from numpyro_regloss._core.types import Array
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.fit.forward_kl import ForwardKL
 from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.loss import Loss
@@ -73,7 +73,7 @@ def gradient_free(
     temperature: Any = 1.0,
     ess: Any = 0.5,
     chunk_size: int | None = None,
-    key: Any = 0,
+    key: Key | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimizes the local entropy F_tau of a loss that has values and no gradient.
 

@@ -20,7 +20,7 @@ from numpyro_regloss._core.checks import (
     check_optimizer,
     check_positive,
 )
-from numpyro_regloss._core.types import Array
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.transforms import base
 
 __all__ = ["HeatState", "fsgld", "heat"]
@@ -52,7 +52,7 @@ def heat(
     *,
     num_samples: int = 1,
     antithetic: bool = True,
-    key: Any = 0,
+    key: Key | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimizes the heat regularization E[Φ(x')] by gradients at perturbed points.
 
@@ -186,7 +186,7 @@ def heat(
 
 
 def fsgld(
-    step_size: Any, tau: Any, temperature: Any, *, key: Any = 0
+    step_size: Any, tau: Any, temperature: Any, *, key: Key | int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Flatness-aware stochastic-gradient Langevin dynamics: SGLD with gradients at perturbed points.
 

@@ -25,7 +25,7 @@ from numpyro_regloss._core.checks import (
     check_positive,
 )
 from numpyro_regloss._core.pytree import is_concrete
-from numpyro_regloss._core.types import Array
+from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.transforms import base
 
 __all__ = ["LocalEntropyState", "entropy_sgd", "local_entropy"]
@@ -66,7 +66,7 @@ def local_entropy(
     averaging_decay: Any = 1.0,
     noise: str = "normal",
     direction: str = "gradient",
-    key: Any = 0,
+    key: Key | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimizes the local entropy F_tau by stochastic-gradient Langevin dynamics.
 
@@ -212,8 +212,8 @@ def entropy_sgd(
     num_samples: int = 20,
     averaging_decay: Any = 0.75,
     noise: str = "normal",
-    optimizer: Any = None,
-    key: Any = 0,
+    optimizer: optax.GradientTransformation | None = None,
+    key: Key | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Entropy-SGD as an Optax transformation, with the settings of `schemes.entropy_sgd`.
 

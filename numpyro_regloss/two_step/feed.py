@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from numpyro_regloss._core.pytree import Partition
+from numpyro_regloss.losses.items import split_item
 from numpyro_regloss.losses.loss import Loss
 
 __all__ = ["Feed", "NoFeed", "feed_of"]
@@ -20,8 +21,7 @@ class Feed:
 
     Args:
         loss: of the run.
-        batches: items are positional arguments of the loss as tuples, single arrays, or keyword arguments as
-            dicts.
+        batches: items are arguments of the loss, see `split_item`.
         kwargs: keyword arguments of all steps.
         num_steps: of the run.
 
@@ -44,6 +44,7 @@ class Feed:
                 f"{WHAT}: expected an iterable of arguments of the loss, got {type(batches).__name__}."
             )
         self._items, self._kwargs, self._left = iter(batches), kwargs, num_steps
+        self._loss = loss
         first = next(self._items, None)
         if first is None:
             raise ValueError(
@@ -86,9 +87,8 @@ class Feed:
         self.arguments = arguments
 
     def _split(self, item: Any) -> tuple[tuple, dict]:
-        if isinstance(item, dict):
-            return (), {**self._kwargs, **item}
-        return tuple(item) if isinstance(item, tuple | list) else (item,), self._kwargs
+        args, kwargs = split_item(self._loss, item, WHAT)
+        return args, {**self._kwargs, **kwargs}
 
 
 class NoFeed:

@@ -337,9 +337,10 @@ class TwoStep:
                 bits as an uninterrupted run. SIGTERM then ends the run as Ctrl-C does: it finishes the steps under
                 way, saves and returns.
             batches: data that do not fit on the device: an iterable, such as a loader, of which each step takes
-                one item: a tuple of positional arguments of the loss, an array or a dict of keyword arguments.
-                The next item is fetched while a step runs. The run ends with the last item. A `Minibatch` of the
-                loss draws rows of the item.
+                one item: a tuple of positional arguments of the loss, an array or a dict of keyword arguments. If
+                the loss was built with one argument, such as a dict of arrays, items of its structure are that
+                argument. The next item is fetched while a step runs. The run ends with the last item. A
+                `Minibatch` of the loss draws rows of the item.
             **kwargs: keyword arguments of the loss over the bound ones.
 
         Returns:
@@ -620,6 +621,8 @@ def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
     try:
         return call(optimizer, *args)
     except (TypeError, ValueError, NotImplementedError) as error:
+        if str(error).startswith("anchor."):
+            raise
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "

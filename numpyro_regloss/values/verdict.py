@@ -35,6 +35,7 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.groups import check_scale
 from numpyro_regloss.losses.loss import Loss
+from numpyro_regloss.losses.probe import Probe, check_gradient, probe
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.values.estimate import Estimate
 from numpyro_regloss.values.pairs import heat_of_means
@@ -118,7 +119,8 @@ def flatness_verdict(
 
     Raises:
         TypeError: if the loss is not a `Loss` of a function, or has no gradient.
-        ValueError: if loss or gradient are not finite at the parameters, or these are all zero.
+        ValueError: if loss or gradient are not finite at the parameters, if the gradient is exactly zero near them
+            although the loss changes, or if the parameters are all zero.
 
     Example:
         >>> loss = Loss.from_function(lambda x: jnp.sum(x**2 - 2 * x), jnp.full(20, 1.001))
@@ -143,11 +145,12 @@ def flatness_verdict(
     target = RegularizedLoss(loss, Gaussian(x, scale))
     with differentiating(["the slope"], loss, what, "values.profile"):
         found = _measure(rng_key, target, num_pairs=-(-num_samples // 2))
-    plain, slope, found = jax.device_get(found)
+    plain, slope, found, look = jax.device_get(found)
     if not (np.isfinite(plain) and np.isfinite(slope)):
         raise ValueError(
             f"{what}: expected a finite loss and gradient at the parameters, got {plain} and a slope of {slope}."
         )
+    check_gradient(look, ["the slope"], what, "values.profile")
     rise = heat_of_means(jnp.asarray(found.rise), jnp.asarray(found.largest))
     # Of a slope of zero any rise is larger.
     steep = max(float(slope), float(np.finfo(slope.dtype).tiny))
@@ -167,7 +170,7 @@ def _answer(ratio: float, error: float) -> str:
 @own_settings
 def _measure(
     rng_key: Key, target: RegularizedLoss, *, num_pairs: int
-) -> tuple[Array, Array, Pairs]:
+) -> tuple[Array, Array, Pairs, Probe]:
     x = target.reference.mean
     blocks = target.num_blocks
 
@@ -177,4 +180,5 @@ def _measure(
 
     plain, gradient = lax.fori_loop(0, blocks, block, (jnp.zeros((), x.dtype), jnp.zeros_like(x)))
     slope = jnp.linalg.norm(target.reference.scaled(gradient))
-    return plain, slope, pairs(rng_key, target, num_pairs)
+    look = probe(rng_key, target.on_batch(rng_key))
+    return plain, slope, pairs(rng_key, target, num_pairs), look

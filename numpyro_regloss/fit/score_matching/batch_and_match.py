@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Batch and match: draws of a Gaussian, whose scores say what Gaussian to draw from next.
 
-A batch of draws from N_t and the scores of q at these draws give N_{t+1}, the Gaussian of least Fisher divergence
-over the batch; where the batch has no information, N_t is kept. For a Gaussian q the result is q itself. Two
-things differ from the publication:
+A batch of draws from a Gaussian N_t and the scores of q at these draws give the next one, that of least Fisher
+divergence over the batch; where the batch has no information, N_t is kept. For a Gaussian q the result is q
+itself. Two things differ from the publication:
 
 - Draws are weighted by (q / N_t)^p, with the largest power p ≤ 1 that leaves enough effective draws. Without
   weights the draws are distributed as narrowly as the solution, and for a skewed q both are far too narrow.

@@ -152,7 +152,7 @@ class AdaptiveImportance(Shift):
         covariance: of the proposal: `"dense"`, `"diagonal"`, `"low_rank"` (diagonal plus a direction for every
             eight draws, at most 64), or `"auto"`: dense up to 500 dimensions where there are four draws for each,
             and else of low rank, or diagonal without gradients.
-        max_rounds: rounds of a step at most.
+        max_rounds: the largest number of rounds in a step.
         defensive: share of the draws, from 0 to 0.5, of which one half comes from the reference and one half from
             around another mode. With 0 there are no scouts.
         gradient: whether the proposal follows scores. Without them it follows the moments of the draws, and that
