@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pickle
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -476,3 +477,20 @@ def test_other_sizes_of_data_are_refused():
     loss = Loss.from_model(eight_schools, 8, SIGMA, Y)
     with pytest.raises(ValueError, match="other latent sites"):
         loss.value(loss.x0, (5, SIGMA[:5], Y[:5]))
+
+
+def test_a_function_that_does_not_use_its_parameters_is_told():
+    captured = {"w": jnp.ones((3, 2))}
+    rows = np.ones((4, 3), np.float32)
+    with pytest.warns(UserWarning, match="does not use its parameters"):
+        Loss.from_function(lambda p, rows: jnp.sum(jnp.tanh(rows @ captured["w"])), captured, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Used by one of several, in a loop, in one branch, in an inner function, with no slope.
+        Loss.from_function(lambda p: p["w"] ** 2, {"w": 1.0, "v": jnp.ones(3)})
+        Loss.from_function(
+            lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c + x[0], 0.0), jnp.ones(2)
+        )
+        Loss.from_function(lambda x: jax.lax.cond(x[0] > 0, lambda: 1.0, lambda: 2.0), jnp.ones(2))
+        Loss.from_function(lambda x: jax.jit(jnp.sum)(x), jnp.ones(2))
+        Loss.from_function(lambda x: 0.0 * jnp.sum(x), jnp.ones(2))

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_regloss project.
 # SPDX-License-Identifier: Apache-2.0
-"""Data and temperatures that are most likely not meant: raw images, and sums with the temperature of a mean.
+"""What is most likely not meant: parameters that are not used, raw images, sums with the temperature of a mean.
 
 Each is told by what the loss does, not by how its data look: bytes that the loss divides by 255 are well, and so
 is a large loss that does not grow with the number of its rows.
@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Var
 from numpyro.util import find_stack_level
 
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import Partition, is_concrete, replace_fields
 from numpyro_regloss._core.types import Array
 
-__all__ = ["warn_of_raw_images", "warn_of_sum"]
+__all__ = ["warn_of_raw_images", "warn_of_sum", "warn_of_unused_parameters"]
 
 # Whole numbers from zero up to a byte's largest, in rows of so many: pixels.
 BRIGHT, LARGEST, LEAST_PIXELS = 100, 255, 16
@@ -59,6 +61,21 @@ def warn_of_raw_images(jaxpr: Any, inputs: list[Any]) -> None:
             f"Loss: the array {' and '.join(raw)} has whole numbers from 0 to 255, and the loss multiplies them "
             "by weights without scaling. The gradients of these weights are then hundreds of times those of other "
             "parameters. Pass images as floats from 0 to 1: x.astype(float) / 255.",
+            stacklevel=find_stack_level(),
+        )
+
+
+def warn_of_unused_parameters(jaxpr: Any, place: int) -> None:
+    """Warns of a loss whose value cannot depend on its parameters.
+
+    Args:
+        jaxpr: of the loss.
+        place: of the parameters among its inputs.
+    """
+    if not any(_reached(jaxpr, [place])):
+        warnings.warn(
+            "Loss: the function does not use its parameters, so that the loss is the same everywhere. Let it use "
+            "its first argument, and no module or array of weights from outside of it.",
             stacklevel=find_stack_level(),
         )
 
@@ -107,13 +124,36 @@ def _are_pixels(leaf: Any) -> bool:
     return bool(BRIGHT <= largest <= LARGEST and some.min() >= 0 and np.all(some == np.rint(some)))
 
 
+def _reached(jaxpr: Any, places: list[int]) -> list[bool]:
+    # Which outputs may depend on these inputs.
+    seen = {jaxpr.invars[i] for i in places}
+
+    def is_seen(atom: Any) -> bool:
+        # Literals are not hashable.
+        return isinstance(atom, Var) and atom in seen
+
+    for equation in jaxpr.eqns:
+        mine = [i for i, atom in enumerate(equation.invars) if is_seen(atom)]
+        if not mine:
+            continue
+        inner = _inner(equation)
+        hit = [True] * len(equation.outvars) if inner is None else _reached(inner, mine)
+        seen.update(v for v, is_hit in zip(equation.outvars, hit, strict=True) if is_hit)
+    return [is_seen(atom) for atom in jaxpr.outvars]
+
+
+def _inner(equation: Any) -> Any:
+    # The program that an equation calls with its own inputs, if it is such a call.
+    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    inner = attribute(inner, "jaxpr", inner)
+    return inner if inner is not None and len(inner.invars) == len(equation.invars) else None
+
+
 def _meets_weights(jaxpr: Any, variable: Any) -> bool:
     same = {variable}
     for equation in jaxpr.eqns:
         # Literals are not hashable.
-        mine = [
-            i for i, v in enumerate(equation.invars) if isinstance(v, type(variable)) and v in same
-        ]
+        mine = [i for i, v in enumerate(equation.invars) if isinstance(v, Var) and v in same]
         if not mine:
             continue
         name = equation.primitive.name
@@ -121,12 +161,8 @@ def _meets_weights(jaxpr: Any, variable: Any) -> bool:
             return True
         if name in SAME_VALUES:
             same.update(equation.outvars)
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if inner is not None and hasattr(inner, "jaxpr"):
-            inner = inner.jaxpr
-        if inner is None or len(inner.invars) != len(equation.invars):
-            continue
-        if any(_meets_weights(inner, inner.invars[i]) for i in mine):
+        inner = _inner(equation)
+        if inner is not None and any(_meets_weights(inner, inner.invars[i]) for i in mine):
             return True
     return False
 
