@@ -271,6 +271,10 @@ def test_what_is_damaged_is_told_and_set_aside(finished, tmp_path):
     with pytest.raises(ValueError, match=r"settings of a run in .*run.json, got something else"):
         run(folder, 12)
     known = json.loads((source / "run.json").read_text())
+    for strange in ({"fingerprint": None}, {"fingerprint": []}, {"versions": "1"}):
+        (folder / "run.json").write_text(json.dumps({**known, **strange}))
+        with pytest.raises(ValueError, match=r"run.json, got something else"):
+            run(folder, 12)
     (folder / "run.json").write_text(json.dumps({**known, "format": 99}))
     with pytest.raises(ValueError, match="format 1 .* got 99"):
         run(folder, 12)

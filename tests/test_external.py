@@ -211,6 +211,12 @@ def test_a_start_that_fails_says_why():
         ):
             make(no_number).init(KEY)
     assert np.isnan(as_reals(np.ma.masked))  # a missing value, whose number NumPy says is zero
+    # Of a double no more than infinity is left in single precision, and no warning of NumPy comes from within.
+    huge = Loss.from_external(lambda params: 1e300, PARAMS)
+    with pytest.raises(
+        ValueError, match=r"got inf, which any number beyond 3.4e\+38 is in float32"
+    ):
+        make(huge).init(KEY)
     few = Loss.from_external(lambda params: params["b"][0], PARAMS, batch=True)
     with pytest.raises(ValueError, match="expected an array of 1 losses, one per draw"):
         make(few).init(KEY)
@@ -517,7 +523,7 @@ def test_a_told_step_is_the_step(name):
                 found.append(fails_far_out({"a": a, "b": np.array(b)}))
             except ZeroDivisionError:
                 found.append(np.nan)
-        points = {name: np.array(value) for name, value in points.items()}
+        # Lists are points too, as they come out of a file.
         told, info_told = by_hand.tell(told, points, found)
         np.testing.assert_array_equal(told.reference.mean, state.reference.mean)
         assert info.shift.num_rejected == info_told.shift.num_rejected > 0
@@ -556,7 +562,10 @@ def test_asking_refuses_what_cannot_be_asked():
         optimizer.tell(state, {"a": points["a"]}, np.zeros(11))
     with pytest.raises(ValueError, match=r"shape \(11,\), got \(10,\)"):
         optimizer.tell(state, points, np.zeros(10))
-    for wrong in (["x"] * 11, ["1.5"] * 11, np.ones(11, complex)):
+    for wrong in ({**points, "a": ["x"] * 11}, {**points, "b": [[0.0]] * 10 + [[]]}, None):
+        with pytest.raises(ValueError, match="the points of TwoStep.ask for this state"):
+            optimizer.tell(state, wrong, np.zeros(11))
+    for wrong in (["x"] * 11, ["1.5"] * 11, np.ones(11, complex), [10**400] * 11):
         with pytest.raises(ValueError, match="expected 11 real numbers"):
             optimizer.tell(state, points, wrong)
     with pytest.raises(RuntimeError, match="no function to call"):

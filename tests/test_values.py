@@ -39,6 +39,20 @@ def test_values_are_exact_within_their_errors(name):
         assert abs(estimate.value - exact) < SIGMAS * estimate.error + 1e-5
 
 
+def test_errors_know_what_a_large_constant_hides():
+    # Neighbours of 1e9 in single precision are 64 apart: all draws have one loss, and no spread tells of an error.
+    loss = Loss.from_function(lambda x, c: 0.5 * jnp.sum(x**2) + c, jnp.full(2, 3.0), 1e9)
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 1.0))
+    for estimate in (
+        values.local_entropy(random.key(0), target),
+        values.heat(random.key(0), target),
+    ):
+        assert 64 / 2 < estimate.error < 200
+    info = shift.AdaptiveImportance()
+    info = info.step(random.key(0), info.init(random.key(0), target), target)[2]
+    assert info.local_entropy_error > 64 / 2
+
+
 def test_zero_one_loss_has_an_exact_heat():
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(60, 3))

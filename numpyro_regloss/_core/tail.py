@@ -21,7 +21,7 @@ from numpyro_regloss._core.pareto import MAX_KHAT, pareto_khat
 from numpyro_regloss._core.stats import standard_error
 from numpyro_regloss._core.types import Array
 
-__all__ = ["mean_with_error", "rare_term", "tail_error", "tail_index"]
+__all__ = ["mean_with_error", "rare_term", "tail_error", "tail_index", "with_rounding"]
 
 # Once in so many samples a 95 % interval may miss; and its half width in standard errors.
 RARE, QUANTILE = 20.0, 1.96
@@ -84,6 +84,20 @@ def rare_term(independent: Array, khat: Array) -> Array:
     """What a term that was not drawn adds to the standard error of a mean."""
     _, largest = _deviations(independent)
     return RARE ** jnp.clip(khat, 0.0, MAX_KHAT) * largest / (QUANTILE * independent.size)
+
+
+def with_rounding(error: Array, value: Array) -> Array:
+    """A standard error, with what the last digit of the value hides.
+
+    Args:
+        error: standard error.
+        value: of which it is.
+
+    Returns:
+        The error, larger where a large constant in the loss leaves few digits for its differences.
+    """
+    unit = jnp.finfo(value.dtype).eps * jnp.abs(value)
+    return jnp.hypot(error, jnp.where(jnp.isfinite(value), unit, 0.0))
 
 
 def _deviations(independent: Array) -> tuple[Array, Array]:

@@ -34,7 +34,7 @@ from numpyro.util import find_stack_level
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss.losses.captured import handle
 
-__all__ = ["WHAT", "Call", "Caller", "Watch", "as_reals", "check_executor"]
+__all__ = ["WHAT", "Call", "Caller", "Watch", "as_kept", "as_reals", "check_executor"]
 
 WHAT = "Loss.from_external"
 # How often a wait for results looks for Ctrl-C, in seconds.
@@ -428,6 +428,21 @@ def as_reals(found: Any) -> np.ndarray:
     if found is None or np.asarray(found).dtype.kind in "cmMSU":
         raise TypeError("not a real number")
     return np.asarray(found, float)
+
+
+def as_kept(losses: np.ndarray, dtype: Any) -> np.ndarray:
+    """Losses in the type in which JAX keeps them; those beyond it are infinite there.
+
+    Args:
+        losses: in double precision.
+        dtype: of JAX.
+
+    Returns:
+        The same numbers, rounded.
+    """
+    # What infinity means to an engine holds for them too: a weight of zero, or a failure if it is negative.
+    with np.errstate(over="ignore"):
+        return losses.astype(dtype)
 
 
 def _checked(out: Any, call: Call, *, raises: bool) -> np.ndarray | Failure:

@@ -27,7 +27,7 @@ from numpyro_regloss._core.checks import (
 )
 from numpyro_regloss._core.pytree import Partition, is_concrete, pytree_dataclass, static_field
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.losses.caller import WHAT, Call, Caller, Watch, check_executor
+from numpyro_regloss.losses.caller import WHAT, Call, Caller, Watch, as_kept, check_executor
 from numpyro_regloss.losses.function import FunctionSource, Leaf, flatten_params
 
 __all__ = ["ExternalSource", "external_source"]
@@ -110,7 +110,7 @@ class ExternalSource(FunctionSource):
                 calls.append(Call((rows(part), *args), kwargs, part.stop - start))
         else:
             calls = [Call((rows(i), *args), kwargs, 0) for i, (args, kwargs) in enumerate(each)]
-        losses = self.user.evaluate(calls).astype(x.dtype).reshape(lead)
+        losses = as_kept(self.user.evaluate(calls), x.dtype).reshape(lead)
         return np.where(np.isnan(losses), np.inf, losses).astype(x.dtype) if self.walls else losses
 
     def _columns(self, flat: np.ndarray) -> list[Callable[[Any], Any]]:

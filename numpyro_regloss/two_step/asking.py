@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_regloss._core.pytree import Partition
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.losses.caller import as_reals
+from numpyro_regloss.losses.caller import as_kept, as_reals
 from numpyro_regloss.losses.loss import Loss
 
 __all__ = ["as_points", "check_points", "checked_values"]
@@ -47,24 +47,30 @@ def check_points(points: Any, asked: Any) -> None:
     """Refuses points that were asked for another state.
 
     Args:
-        points: what came back.
+        points: what came back; lists in the place of arrays, as JSON has them, are the same points.
         asked: what this state asks for.
 
     Raises:
         ValueError: if they differ by more than what a text file loses.
     """
-    structures = jax.tree.structure(points), jax.tree.structure(asked)
-    pairs = zip(jax.tree.leaves(points), jax.tree.leaves(asked), strict=False)
-    same = structures[0] == structures[1] and all(
-        np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
-        for a, b in pairs
-        if isinstance(b, np.ndarray)
-    )
-    if not same:
+    if not _are_same(points, asked):
         raise ValueError(
             "TwoStep.tell: expected the points of TwoStep.ask for this state, got others; pass the state, the "
             "optimizer's settings and the points of one TwoStep.ask together, in its order."
         )
+
+
+def _are_same(points: Any, asked: Any) -> bool:
+    leaves, structure = jax.tree.flatten(asked)
+    try:
+        pairs = list(zip(structure.flatten_up_to(points), leaves, strict=True))
+        return all(
+            np.shape(a) == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+            for a, b in pairs
+            if isinstance(b, np.ndarray)
+        )
+    except (TypeError, ValueError):  # of another structure, of uneven lists, of text
+        return False
 
 
 def checked_values(values: Any, count: int) -> Array:
@@ -82,13 +88,14 @@ def checked_values(values: Any, count: int) -> Array:
     """
     try:
         found = as_reals(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"TwoStep.tell: expected {count} real numbers, NaN where an evaluation failed, got {type(values)}."
+            f"TwoStep.tell: expected {count} real numbers, NaN where an evaluation failed, got "
+            f"{type(values).__name__}: {error}."
         ) from error
     if found.shape != (count,):
         raise ValueError(
             f"TwoStep.tell: expected one value per point, of shape ({count},), got {found.shape}; pass NaN where "
             "an evaluation failed."
         )
-    return jnp.asarray(found, float)
+    return jnp.asarray(as_kept(found, jax.dtypes.canonicalize_dtype(float)))

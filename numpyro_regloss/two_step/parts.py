@@ -5,6 +5,7 @@
 import inspect
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
 
@@ -115,5 +116,13 @@ def check_start(value: Any, watch: Watch) -> None:
             else "choose another start (params, or rng_key of Loss.from_model), or look for NaN among the data"
         )
         raise ValueError(
-            f"TwoStep: expected a finite loss at the start, got {value}; {remedy}. {watch.report()}".rstrip()
+            f"TwoStep: expected a finite loss at the start, got {value}{_limit(value)}; {remedy}. "
+            f"{watch.report()}".rstrip()
         )
+
+
+def _limit(value: Any) -> str:
+    if not np.isinf(value):
+        return ""
+    dtype = np.asarray(value).dtype
+    return f", which any number beyond {jnp.finfo(dtype).max:.2g} is in {dtype}"

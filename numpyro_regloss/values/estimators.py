@@ -23,6 +23,7 @@ from numpyro_regloss._core.processes import here
 from numpyro_regloss._core.pytree import all_finite, is_concrete
 from numpyro_regloss._core.settings import own_settings
 from numpyro_regloss._core.stats import monte_carlo_error
+from numpyro_regloss._core.tail import with_rounding
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.fit.forward_kl import ForwardKL
@@ -362,7 +363,7 @@ def _by_smc(rng_key: Key, target: RegularizedLoss, engine: SMC) -> tuple[SMCEsti
     _, draws, info = engine.step(rng_key, (), target)
     # As above, whatever moves met on their ways; and what has not reached q knows no error.
     value = jnp.where(info.num_undefined > 0, jnp.nan, -target.temperature * info.log_evidence)
-    error = target.temperature * info.log_evidence_error
+    error = with_rounding(target.temperature * info.log_evidence_error, value)
     error = jnp.where(info.ok & jnp.isfinite(value), error, jnp.inf)
     return SMCEstimate(value, error, info.ess, jnp.full_like(value, -jnp.inf)), draws
 

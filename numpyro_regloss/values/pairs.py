@@ -10,7 +10,7 @@ import numpy as np
 from numpyro_regloss._core.pareto import MAX_KHAT
 from numpyro_regloss._core.pytree import is_concrete
 from numpyro_regloss._core.stats import log_mean_exp, weight_ess
-from numpyro_regloss._core.tail import mean_with_error, tail_error, tail_index
+from numpyro_regloss._core.tail import mean_with_error, tail_error, tail_index, with_rounding
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.values.estimate import Estimate, ImportanceEstimate
 
@@ -27,9 +27,10 @@ def entropy_of_pairs(loss: Array, temperature: Array) -> ImportanceEstimate:
     log_mean = log_mean_exp(log_weight)
     pair = jnp.mean(jnp.exp(log_weight - log_mean).reshape(-1, 2), 1)
     khat = tail_index(log_weight, pair)
+    value = -temperature * log_mean
     return ImportanceEstimate(
-        value=-temperature * log_mean,
-        error=temperature * tail_error(pair, khat),
+        value=value,
+        error=with_rounding(temperature * tail_error(pair, khat), value),
         ess=weight_ess(log_weight),
         khat=khat,
     )
@@ -43,6 +44,7 @@ def heat_of_pairs(loss: Array) -> Estimate:
 def heat_of_means(pair: Array, largest: Array) -> Estimate:
     """F^H_tau of the mean losses of pairs `(pair,)`, and the largest size of a loss."""
     mean, error, khat = mean_with_error(pair, largest)
+    error = with_rounding(error, mean)
     return Estimate(mean, error, jnp.asarray(2.0 * pair.size, pair.dtype), khat)
 
 

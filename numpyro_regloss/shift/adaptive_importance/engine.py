@@ -40,6 +40,7 @@ from numpyro_regloss._core.pytree import (
     strip_weak_types,
 )
 from numpyro_regloss._core.stats import tempered, weight_ess
+from numpyro_regloss._core.tail import with_rounding
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
@@ -50,7 +51,14 @@ from numpyro_regloss.shift.adaptive_importance.low_rank import LowRankProposal
 from numpyro_regloss.shift.adaptive_importance.mixture import draw
 from numpyro_regloss.shift.adaptive_importance.normalizer import mean_weight
 from numpyro_regloss.shift.adaptive_importance.proposal import NEAREST, Proposal
-from numpyro_regloss.shift.adaptive_importance.scouts import Scouts, led, moved, send, walked
+from numpyro_regloss.shift.adaptive_importance.scouts import (
+    UNKNOWN,
+    Scouts,
+    led,
+    moved,
+    send,
+    walked,
+)
 from numpyro_regloss.shift.base import Shift
 
 __all__ = ["AdaptiveImportance", "AdaptiveImportanceInfo", "AdaptiveImportanceState"]
@@ -452,9 +460,15 @@ class AdaptiveImportance(Shift):
         share = jnp.sum(jax.nn.softmax(batch.log_weight)[about])
         rise = batch.potential[about] - scouts.depth
         rise /= scouts.expected_rise(before.widened(), batch.e[about])
-        after = led(scouts, before, after, share)
         at_mean = batch.potential[-1]
-        level = at_mean - 0.5 * after.square(before.mean[None])[0]
+        after, level, left = led(scouts, before, after, share, at_mean)
+        e, potential, gradient = looked
+        looked = (
+            jnp.where(left[:, None], batch.e[-1], e),
+            jnp.where(left, at_mean, potential),
+            jnp.where(left[:, None], batch.gradient[-1], gradient),
+        )
+        scouts = scouts._replace(potential=jnp.where(left, UNKNOWN, scouts.potential))
         return walked(scouts, after, at_mean, level, looked, fresh, rise), after
 
     def _adapted(self, proposal: Proposal, batch: _Batch, reach: Array) -> Proposal:
@@ -491,6 +505,8 @@ class AdaptiveImportance(Shift):
         # The density of N(0, I) is in the weights: their mean is E exp(-loss / T) over the reference.
         weight = jnp.exp(log_weight - peak)
         mean, error = mean_weight(weight, batch.controls, self._num_pairs)
+        value = -target.temperature * (jnp.log(mean) + peak)
+        error = with_rounding(target.temperature * error / mean, value)
         evaluations = last.count * len(batch.e)
         none = jnp.zeros_like(evaluations)
         info = AdaptiveImportanceInfo(
@@ -502,7 +518,7 @@ class AdaptiveImportance(Shift):
             num_rounds=last.count,
             num_rejected=batch.num_rejected,
             proposal_shift=last.shift,
-            local_entropy=-target.temperature * (jnp.log(mean) + peak),
-            local_entropy_error=jnp.where(last.ok, target.temperature * error / mean, jnp.inf),
+            local_entropy=value,
+            local_entropy_error=jnp.where(last.ok, error, jnp.inf),
         )
         return draws, info

@@ -21,7 +21,7 @@ from numpyro_regloss._core.types import Array
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
 from numpyro_regloss.shift.adaptive_importance.proposal import Proposal
 
-__all__ = ["Scouts", "led", "moved", "send", "walked"]
+__all__ = ["UNKNOWN", "Scouts", "led", "moved", "send", "walked"]
 
 # Nearer to the proposal's mean, in its standard deviations, a scout has come to the mode that is known.
 NEAR = 3.0
@@ -131,7 +131,9 @@ def moved(scouts: Scouts, old: AnyGaussian, new: AnyGaussian) -> Scouts:
     )
 
 
-def led(scouts: Scouts, before: Proposal, after: Proposal, share: Array) -> Proposal:
+def led(
+    scouts: Scouts, before: Proposal, after: Proposal, share: Array, at_mean: Array
+) -> tuple[Proposal, Array, Array]:
     """The proposal about the witness where most of q is there, and else as it was adapted.
 
     Args:
@@ -139,13 +141,20 @@ def led(scouts: Scouts, before: Proposal, after: Proposal, share: Array) -> Prop
         before: the proposal that drew.
         after: as it was adapted.
         share: of the weights that the draws about the witness have.
+        at_mean: -log q at the mean of the proposal that drew.
 
     Returns:
-        The proposal of the next round.
+        The proposal of the next round, -log q at its mean, by its own curvature if it was adapted, and which scout
+        stays behind at the mean of the one that drew, `(scout,)`.
     """
     there = replace(before, mean=scouts.witness).stretched(jnp.minimum(scouts.width, 1.0))
     leads = scouts.known & (share > 0.5)
-    return jax.tree.map(lambda a, b: jnp.where(leads, a, b), there, after)
+    after = jax.tree.map(lambda a, b: jnp.where(leads, a, b), there, after)
+    level = jnp.where(leads, scouts.depth, at_mean - 0.5 * after.square(before.mean[None])[0])
+    # The scout at the witness changes places with the proposal. Else the mode that the proposal leaves would be
+    # forgotten, and of two equal ones each would be left for the other, and believed to be the only one.
+    gap = jnp.sum((scouts.place - scouts.witness) ** 2, -1)
+    return after, level, leads & (jnp.arange(len(gap)) == jnp.argmin(gap))
 
 
 def walked(

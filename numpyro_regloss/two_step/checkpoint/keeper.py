@@ -289,6 +289,8 @@ class Keeper:
         try:
             known = json.loads(manifest.read_text())
             there, versions, layout = known["fingerprint"], known["versions"], known["format"]
+            if not (isinstance(there, dict) and isinstance(versions, dict)):
+                raise TypeError("its settings are no table")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"TwoStep.run: expected the settings of a run in {manifest}, got something else "
