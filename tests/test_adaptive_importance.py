@@ -427,6 +427,27 @@ def test_two_modes_of_one_depth_are_not_left_for_each_other():
     assert taken(0.15, 0.3) > 0.95
 
 
+def test_a_part_of_a_thin_curve_is_hardly_ever_believed():
+    # A Gaussian covers a part of this arc. Every draw that meets nothing beyond it says that all is well: 14 % of
+    # the steps were taken when one even round was enough, and all of them were wrong.
+    def arc(x):
+        return jnp.sum(x**2) / 8.0 + jnp.sum((x[1] + x[0] ** 2 - jnp.array([1.0, 0.5])) ** 2) / 0.02
+
+    loss, engine = Loss.from_function(arc, np.zeros(2)), AdaptiveImportance()
+    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+
+    @jax.jit
+    @jax.vmap
+    def taken(key):
+        def one(state, key):
+            state, _, info = engine.step(key, state, target)
+            return state, info.ok
+
+        return lax.scan(one, engine.init(key, target), random.split(key, 6))[1]
+
+    assert np.mean(taken(random.split(random.key(0), 200))) < 0.04
+
+
 @pytest.mark.parametrize(
     ("name", "tau"),
     [("sblrc-blr", 0.01), long("sblrc-blr", 1.0), long("nes2000-nes", 0.01)],

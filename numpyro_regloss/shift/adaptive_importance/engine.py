@@ -71,6 +71,9 @@ MOST_RANK, DRAWS_PER_DIRECTION = 64, 8
 NUM_SAMPLES, MOST_SCOUTS = 256, 8
 # Below, k-hat has no tail to look at.
 LEAST_DRAWS = 32
+# Effective share of the draws from which on one round is enough. Below, two in a row must pass, unless the last
+# step was taken.
+SURE = 0.7
 # Of the draws, to which weights are tempered.
 TEMPERED = 0.5
 # Steps of the mean, one after another, up to what no target needs.
@@ -85,12 +88,14 @@ class AdaptiveImportanceState(NamedTuple):
         scouts: in the same coordinates; None without defensive draws.
         reach: longest step of the proposal's mean, in lengths of a draw's noise.
         reference: of these coordinates.
+        passed: whether the last step was ok.
     """
 
     proposal: Proposal
     scouts: Scouts | None
     reach: Array
     reference: AnyGaussian
+    passed: Array
 
 
 class AdaptiveImportanceInfo(NamedTuple):
@@ -142,6 +147,7 @@ class _Round(NamedTuple):
     khat: Array
     ess: Array
     shift: Array
+    passed: Array
     ok: Array
 
 
@@ -165,7 +171,8 @@ class AdaptiveImportance(Shift):
             around another mode. With 0 there are no scouts.
         gradient: whether the proposal follows scores. Without them it follows the moments of the draws, and that
             takes more draws.
-        ess: effective sample size of the weights, as a share of the draws, below which a step is rejected.
+        ess: effective sample size of the weights, as a share of the draws, below which a step is rejected. Below 0.7
+            two rounds in a row must pass, unless the last step was taken.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
@@ -304,7 +311,10 @@ class AdaptiveImportance(Shift):
             sd = jnp.sqrt(after.variance)
             shift = jnp.max(jnp.abs(after.mean - now.proposal.mean) / sd)
             smoothed, khat = pareto_smooth(batch.log_weight)
-            ok = (ess >= self.ess * self.num_samples) & (khat <= MAX_KHAT)
+            passed = (ess >= self.ess * self.num_samples) & (khat <= MAX_KHAT)
+            # Where weights are not very even, one of several rounds may look well by chance.
+            sure = state.passed | (ess >= SURE * self.num_samples)
+            ok = passed & (now.passed | sure)
             return strip_weak_types(
                 _Round(
                     now.count + 1,
@@ -317,6 +327,7 @@ class AdaptiveImportance(Shift):
                     khat,
                     ess,
                     shift,
+                    passed,
                     ok,
                 )
             )
@@ -335,11 +346,14 @@ class AdaptiveImportance(Shift):
             zero,
             zero,
             no,
+            no,
         )
         last = lax.while_loop(unfinished, one_more, strip_weak_types(first))
         draws, info = self._result(last, target)
         reach = jnp.where(last.ok, NEAREST, last.reach)
-        after = AdaptiveImportanceState(last.proposal, last.scouts, reach, target.reference)
+        after = AdaptiveImportanceState(
+            last.proposal, last.scouts, reach, target.reference, last.ok
+        )
         return strip_weak_types(after), draws, info
 
     def after_rejection(
@@ -390,7 +404,7 @@ class AdaptiveImportance(Shift):
         reach = jnp.full_like(zero[0], NEAREST)
         rank = min(MOST_RANK, self.num_samples // DRAWS_PER_DIRECTION, zero.size)
         proposal = FAMILIES[self._family(zero.size)].start(zero, rank)
-        return AdaptiveImportanceState(proposal, scouts, reach, reference)
+        return AdaptiveImportanceState(proposal, scouts, reach, reference, jnp.asarray(False))
 
     def _family(self, dim: int) -> str:
         if self.covariance != "auto":
