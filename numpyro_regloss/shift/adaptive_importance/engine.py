@@ -171,8 +171,8 @@ class AdaptiveImportance(Shift):
             around another mode. With 0 there are no scouts.
         gradient: whether the proposal follows scores. Without them it follows the moments of the draws, and that
             takes more draws.
-        ess: effective sample size of the weights, as a share of the draws, below which a step is rejected. Below 0.7
-            two rounds in a row must pass, unless the last step was taken.
+        ess: effective sample size of the weights, as a share of the draws, below which a step is rejected. Below
+            0.7 two rounds in a row must pass, unless the last step was taken.
 
     Raises:
         TypeError: if a setting is of the wrong kind.
