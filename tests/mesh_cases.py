@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpyro.infer import BarkerMH
 from numpyro.infer.autoguide import AutoDiagonalNormal
 
@@ -286,8 +286,28 @@ def resume(name):
     return all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def elsewhere():
+    """A run on eight devices with data that were put on two of them; and what data on two others raise."""
+    places = jax.devices()
+    two = NamedSharding(Mesh(np.array(places[:2]), ("some",)), PartitionSpec("some"))
+    loss = Loss.from_function(network, START, *jax.device_put((INPUTS, OUTPUTS), two))
+    found, expected = (
+        numbers_of(
+            optimizer_of("robbins_monro", mesh_of("eight"), a).run(KEY, STEPS, progress_bar=False)
+        )
+        for a in (loss, LOSS)
+    )
+    apart = jax.device_put(INPUTS, places[0]), jax.device_put(OUTPUTS, places[1])
+    try:
+        optimizer_of("robbins_monro", None, Loss.from_function(network, START, *apart)).init(KEY)
+    except ValueError as error:
+        return [distance(expected, found), str(error)]
+    return [distance(expected, found), "nothing"]
+
+
 GROUPS = {
     "few": {
+        "elsewhere": elsewhere,
         "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
         "importance by rows": lambda: by_rows("importance"),
         "resume": lambda: resume("robbins_monro"),

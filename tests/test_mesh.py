@@ -41,6 +41,9 @@ def test_bits_do_not_depend_on_the_number_of_devices():
     assert away < 1e-4
     check_rows(found["importance by rows"])
     assert found["resume"] is True
+    away, message = found["elsewhere"]
+    assert away == 0.0
+    assert "expected all arrays on the same devices" in message
     # Eight blocks on all devices together, and the centre on each.
     assert found["evaluations"] == [8 + 1, 8 + 8]
     check_program(found["program"], 4096)

@@ -176,7 +176,8 @@ class TwoStep:
         if self.loss.is_told:
             return _explain(outer_step.first_state, self, rng_key, arguments)
         with self.loss.watch() as watch, watch.running():
-            start = _explain(outer_step.init_state, self, rng_key, arguments)
+            given = copied(self.mesh, (self, rng_key, arguments))
+            start = _explain(outer_step.init_state, *given)
             state, value, gradient_ok, found = start
             value = value if not is_concrete(value) else np.asarray(value)
         if is_concrete(value):
@@ -387,7 +388,7 @@ class TwoStep:
         rng_key = check_key(rng_key, "TwoStep")
         start = init_state or rng_key
         processes = Processes(self.mesh, arguments)
-        arguments = copied(self.mesh, arguments)
+        placed, arguments = copied(self.mesh, (self, arguments))
         asked = {
             "num_steps": num_steps,
             "whether there is a callback": callback is not None,
@@ -416,7 +417,7 @@ class TwoStep:
                 state = self.init(rng_key, *args, **kwargs)
             else:
                 self.loss.check_captured()
-                state = _explain(outer_step.first_state, self, rng_key, arguments)
+                state = _explain(outer_step.first_state, placed, rng_key, arguments)
             state = copied(self.mesh, state)
             self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
             row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
@@ -428,7 +429,7 @@ class TwoStep:
             path = Path(kept, None if saved is None else saved.centers) if kept else None
 
             def advance(state: TwoStepState, count: int) -> tuple[TwoStepState, TwoStepInfo, int]:
-                before, optimizer = int(state.step), outer_step.successor(self, state)
+                before, optimizer = int(state.step), outer_step.successor(placed, state)
                 with watch.running(), processes.watched():
                     data = feed.of_step(arguments)
                     state, rows, _ = outer_step.advance(
@@ -624,6 +625,11 @@ def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
         if str(error).startswith("anchor."):
             raise
         kind = ValueError if isinstance(error, ValueError) else TypeError
+        if "incompatible devices" in str(error):
+            raise ValueError(
+                f"TwoStep: expected all arrays on the same devices, but JAX says: {error}. Put data, parameters "
+                "and keys on one device, or on one mesh, by jax.device_put."
+            ) from error
         raise kind(
             f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
             f"under jax.jit and jax.vmap{who_differentiates(optimizer.shift, optimizer.fit)}: it must allow that."
