@@ -85,6 +85,21 @@ def test_it_seldom_stops_too_early_and_not_late(case):
     assert delay <= 3 * rule.patience + 3 / (1 - contraction)
 
 
+@pytest.mark.parametrize("times", [1.0, None])
+@pytest.mark.parametrize("contraction", [-0.6, 0.1])
+def test_a_fast_start_is_no_noise(contraction, times):
+    # The first coordinate jumps to its end, or overshoots it, while a slow one is far from its own.
+    rates, center, sd = np.array([contraction, 0.9]), np.array([-4.0, 2.0]), 0.02
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(10):
+        fitted = rates * center + sd * rng.normal(size=2)
+        rows.append((center, fitted))
+        center = fitted
+    centers, means = (np.array(a) for a in zip(*rows, strict=True))
+    error = None if times is None else np.full_like(centers, times * sd)
+    assert not Arrived().holds(window_of(centers, means, error), 1)
+
+
 @pytest.fixture(scope="module")
 def optimizer():
     loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 4), jnp.full(3, 4.0))

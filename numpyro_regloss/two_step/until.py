@@ -164,7 +164,9 @@ def excess(pull: np.ndarray, square: np.ndarray) -> float:
 
 def _noise(pull: np.ndarray, error: np.ndarray | None) -> np.ndarray:
     # Variance of one step by coordinate. What the fit does not know, as of minibatches, is in the differences.
-    least = np.mean(np.diff(pull, axis=0) ** 2, 0) / (2 * SCATTER)
+    # Noise is the same in both halves of a window; far from the end, pulls of the first change by more than that.
+    halves = np.array_split(np.diff(pull, axis=0) ** 2 / (2 * SCATTER), 2)
+    least = min((half.mean(0) for half in halves), key=np.sum)
     if error is None or not np.isfinite(error).all():
         return least
     square = np.mean(np.asarray(error, float) ** 2, 0)
