@@ -72,6 +72,7 @@ def main():
     )
     parser.add_argument("--report", action="store_true", help="run nothing: tables of the store")
     parser.add_argument("--page", type=Path, help="a folder for figures and tables as Markdown")
+    parser.add_argument("--suffix", default="", help="of the names of these files")
     options = parser.parse_args()
     smoke = options.smoke
     chosen = options.only.split(",")
@@ -97,8 +98,9 @@ def main():
                 harness.show(title, rows)
     harness.save(options.out, tables)
     if options.page is not None:
-        figures = draw(options.page, tables)
-        print(*figures.values(), *write(options.page, tables, figures), sep="\n")
+        figures = draw(options.page, tables, options.suffix)
+        pages = write(options.page, tables, figures, options.suffix)
+        print(*figures.values(), *pages, sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 import re
 
 
-def draw(folder, tables):
+def draw(folder, tables, suffix):
     """One file for each table that has a figure; returns their paths by the letter of the experiment."""
     import matplotlib as mpl  # noqa: PLC0415
 
@@ -22,7 +22,7 @@ def draw(folder, tables):
         figure = drawer(plt, rows)
         if figure.get_layout_engine() is None:
             figure.tight_layout()
-        paths[title[0]] = folder / f"{title[0]}.svg"
+        paths[title[0]] = folder / f"{title[0]}{suffix}.svg"
         # Equal files of equal tables.
         figure.savefig(paths[title[0]], metadata={"Date": None})
         plt.close(figure)

@@ -8,13 +8,14 @@ import math
 LEFT_OUT = ("200", "400", "losses / update")
 
 
-def write(folder, tables, figures):
+def write(folder, tables, figures, suffix):
     """Writes `a.md`, `b.md`, ...; returns their paths.
 
     Args:
         folder: of the files.
         tables: rows by title, which begins with the letter of the experiment.
         figures: paths by letter, in the same folder.
+        suffix: of the files' names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -28,7 +29,7 @@ def write(folder, tables, figures):
             for title, rows in tables.items()
             if title.startswith(letter)
         ]
-        paths.append(folder / f"{letter}.md")
+        paths.append(folder / f"{letter}{suffix}.md")
         paths[-1].write_text("\n".join(parts))
     return paths
 

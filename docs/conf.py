@@ -20,7 +20,7 @@ repository = tomllib.loads(Path(__file__).parent.with_name("pyproject.toml").rea
 ]["urls"]["Repository"]
 release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "training/*", "training_digits/*"]  # tables that a page includes
+exclude_patterns = ["_build", "training/*"]  # tables that a page includes
 
 # Pages show the outputs that were committed: CI executes the notebooks in their own tests.
 nb_execution_mode = "off"
