@@ -305,11 +305,11 @@ def _each_seed(run, spent):
     return call
 
 
-def compare(target, *, smoke):
+def compare(target, only, *, smoke):
     problem = TARGETS[target]()
     num_steps, rounds, repeats = (2, 1, 1) if smoke else (20, 3, 11)
     labels = [label for label in CONTESTANTS if not (NO_BAR and label.endswith("bar on"))]
-    labels = [label for label in labels if label in SMOKE or not smoke]
+    labels = [label for label in labels if label in (SMOKE if smoke else only)]
     # The loops over MCMC compile dozens of programs: one run of each is enough, and as much as one process bears.
     slow = [label for label in labels if label.startswith(LOOPS)]
     first = {label: [] for label in labels}
@@ -353,15 +353,20 @@ def compare(target, *, smoke):
 def main():
     parser = harness.parser(__doc__)
     parser.add_argument("--first", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTESTANTS), help=f"contestants, {BASE!r} among them"
+    )
     options = parser.parse_args()
     if options.first:
         target, label, num_steps = options.first
         print(json.dumps(first_run(target, label, int(num_steps))))
         return
+    if options.only and BASE not in options.only:
+        parser.error(f"expected --only with {BASE!r}, to which all are compared")
     tables = {}
     print(harness.environment())
     for name in list(TARGETS)[1 if options.smoke else 0 :]:
-        tables[name] = compare(name, smoke=options.smoke)
+        tables[name] = compare(name, options.only or list(CONTESTANTS), smoke=options.smoke)
         harness.show(f"{name}: {'2' if options.smoke else '20'} outer steps", tables[name])
     harness.save(options.out, tables)
 
