@@ -51,8 +51,8 @@ from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 from numpyro_regloss.two_step.parts import (
     check_parts,
     check_start,
+    explaining,
     followers,
-    who_differentiates,
 )
 from numpyro_regloss.two_step.record import Record
 from numpyro_regloss.two_step.result import (
@@ -174,10 +174,10 @@ class TwoStep:
         self.loss.check_precision("TwoStep.init")
         arguments = self.loss.bind(args, kwargs)
         if self.loss.is_told:
-            return _explain(outer_step.first_state, self, rng_key, arguments)
+            return explaining(outer_step.first_state, self, rng_key, arguments)
         with self.loss.watch() as watch, watch.running():
             given = copied(self.mesh, (self, rng_key, arguments))
-            start = _explain(outer_step.init_state, *given)
+            start = explaining(outer_step.init_state, *given)
             state, value, gradient_ok, found = start
             value = value if not is_concrete(value) else np.asarray(value)
         if is_concrete(value):
@@ -417,7 +417,7 @@ class TwoStep:
                 state = self.init(rng_key, *args, **kwargs)
             else:
                 self.loss.check_captured()
-                state = _explain(outer_step.first_state, placed, rng_key, arguments)
+                state = explaining(outer_step.first_state, placed, rng_key, arguments)
             state = copied(self.mesh, state)
             self._check_schedule(int(state.step), num_steps - (0 if saved is None else saved.done))
             row = self._row(state, arguments, history, num_steps) if keeper is None else keeper.row
@@ -522,7 +522,7 @@ class TwoStep:
             )
 
     def _row(self, state: Any, arguments: Partition, history: str, num_steps: int) -> TwoStepInfo:
-        row = _explain(outer_step.row_of_history, self, state, arguments)
+        row = explaining(outer_step.row_of_history, self, state, arguments)
         if keeps_vectors(history, row, num_steps):
             return row
         return jax.eval_shape(scalars_of, row, state.reference)
@@ -546,7 +546,7 @@ class TwoStep:
             # That of the run that is gone on with, however many steps are asked for now.
             known = processes.led(lambda: (history_of(settings) or "").encode())
             history = known.decode() or history
-        state = _explain(outer_step.first_state.eval_shape, self, rng_key, arguments)
+        state = explaining(outer_step.first_state.eval_shape, self, rng_key, arguments)
         row = self._row(state, arguments, history, num_steps)
         print_ = fingerprint(self, arguments, start, state, row)
         make = partial(Keeper, settings, print_, state, row)
@@ -615,22 +615,3 @@ def _type_of(leaf: Any) -> tuple[Any, tuple[int, ...]]:
     # NumPy's float64 becomes a float32 on the way, which only `typeof` knows.
     known = leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(leaf)
     return known.dtype, known.shape
-
-
-def _explain(call: Callable[..., Any], optimizer: TwoStep, *args: Any) -> Any:
-    # The loss itself was traced before: what raises is its gradient, its vmap or an engine of the user's own.
-    try:
-        return call(optimizer, *args)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        if str(error).startswith("anchor."):
-            raise
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        if "incompatible devices" in str(error):
-            raise ValueError(
-                f"TwoStep: expected all arrays on the same devices, but JAX says: {error}. Put data, parameters "
-                "and keys on one device, or on one mesh, by jax.device_put."
-            ) from error
-        raise kind(
-            f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
-            f"under jax.jit and jax.vmap{who_differentiates(optimizer.shift, optimizer.fit)}: it must allow that."
-        ) from error

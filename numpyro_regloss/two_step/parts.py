@@ -3,6 +3,7 @@
 """Checks of what a scheme is made of."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from numpyro_regloss.fit.base import Fit
 from numpyro_regloss.losses.caller import Watch
 from numpyro_regloss.shift.base import Shift
 
-__all__ = ["check_parts", "check_start", "followers", "who_differentiates"]
+__all__ = ["check_parts", "check_start", "explaining", "followers", "who_differentiates"]
 
 
 @runtime_checkable
@@ -126,3 +127,37 @@ def _limit(value: Any) -> str:
         return ""
     dtype = np.asarray(value).dtype
     return f", which any number beyond {jnp.finfo(dtype).max:.2g} is in {dtype}"
+
+
+def explaining(call: Callable[..., Any], optimizer: Any, *args: Any) -> Any:
+    """Calls a function of an optimizer, and says whose an error is that JAX raises in it.
+
+    The loss itself was traced before: what raises is its gradient, its vmap or an engine of the user's own.
+
+    Args:
+        call: the function.
+        optimizer: its first argument, a `TwoStep`.
+        *args: the others.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        TypeError: if the loss, or an engine, cannot be used as they are.
+        ValueError: likewise; or if arrays lie on different devices.
+    """
+    try:
+        return call(optimizer, *args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if str(error).startswith("anchor."):
+            raise
+        if "incompatible devices" in str(error):
+            raise ValueError(
+                f"TwoStep: expected all arrays on the same devices, but JAX says: {error}. Put data, parameters "
+                "and keys on one device, or on one mesh, by jax.device_put."
+            ) from error
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"TwoStep: a step of these engines raised {type(error).__name__}: {error} Engines run the loss "
+            f"under jax.jit and jax.vmap{who_differentiates(optimizer.shift, optimizer.fit)}: it must allow that."
+        ) from error
