@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import long
 from jax import random
 
 from numpyro_regloss import Arrived, Gaussian, Loss, TwoStep, diagnostics, fit, shift
@@ -70,7 +71,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of a kind waits for the long tests.
+@pytest.mark.parametrize("case", [long(case) if case == "large errors" else case for case in CASES])
 def test_it_seldom_stops_too_early_and_not_late(case):
     dim, contraction, noise, times = CASES[case]
     rng, rule = np.random.default_rng(0), Arrived()
