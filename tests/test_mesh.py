@@ -191,3 +191,10 @@ def test_carries_are_added_but_for_what_is_shared():
         np.testing.assert_array_equal(shared.value, jnp.ones(2))
         np.testing.assert_array_equal(total, jnp.full(2, 3.0))
     np.testing.assert_array_equal(merge(some, some)[1], jnp.full(2, 6.0))
+
+
+def test_arrays_that_are_given_twice_are_copied_once():
+    mesh = jax.make_mesh((1,), ("draws",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jnp.ones(3)
+    first, second = copied(mesh, ({"a": rows}, rows))
+    assert first["a"] is second

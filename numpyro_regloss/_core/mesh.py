@@ -120,10 +120,15 @@ def copied(mesh: Mesh | None, tree: T) -> T:
     if mesh is None or not is_concrete(tree):
         return tree
     _check_context(mesh)
-    inner = _inner(mesh)
-    return jax.tree.map(
-        lambda leaf: placed(leaf, jax.NamedSharding(inner, _by_rows(leaf, mesh))), tree
-    )
+    inner, known = _inner(mesh), {}
+
+    def place(leaf: Any) -> Any:
+        # Data that an optimizer has are its step's arguments too: one copy of them.
+        if id(leaf) not in known:
+            known[id(leaf)] = placed(leaf, jax.NamedSharding(inner, _by_rows(leaf, mesh)))
+        return known[id(leaf)]
+
+    return jax.tree.map(place, tree)
 
 
 def _by_rows(leaf: Any, mesh: Mesh) -> PartitionSpec:

@@ -43,7 +43,7 @@ from numpyro_regloss.losses.function import (
 )
 from numpyro_regloss.losses.long_losses import is_long
 from numpyro_regloss.losses.minibatch import Minibatch
-from numpyro_regloss.losses.misuse import warn_of_raw_images, warn_of_unused_parameters
+from numpyro_regloss.losses.misuse import warn_of_misuse
 from numpyro_regloss.losses.noise import bind_keys, renew_keys
 from numpyro_regloss.losses.numpyro_model import DENSITIES, ModelSource, trace_model
 from numpyro_regloss.losses.one_at_a_time import one_at_a_time
@@ -663,8 +663,7 @@ class Loss:
         with source.own_settings():
             jaxpr = raw_value.trace(source, x0, arguments).jaxpr.jaxpr
         if source.density is None:
-            warn_of_raw_images(jaxpr, jax.tree.leaves((source, x0, arguments)))
-            warn_of_unused_parameters(jaxpr, len(jax.tree.leaves(source)))
+            warn_of_misuse(jaxpr, source, x0, arguments)
         return replace_fields(loss, fenced=reads_many_numbers(jaxpr), is_long=is_long(jaxpr))
 
     def _check_point(self, x: Any) -> None:

@@ -20,7 +20,7 @@ from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.pytree import Partition, is_concrete, replace_fields
 from numpyro_regloss._core.types import Array
 
-__all__ = ["warn_of_raw_images", "warn_of_sum", "warn_of_unused_parameters"]
+__all__ = ["warn_of_misuse", "warn_of_sum"]
 
 # Whole numbers from zero up to a byte's largest, in rows of so many: pixels.
 BRIGHT, LARGEST, LEAST_PIXELS = 100, 255, 16
@@ -44,15 +44,25 @@ OF_A_MEAN, LEAST_ROWS = 10.0, 100
 LARGE, HALF = 20.0, (0.35, 0.65)
 
 
-def warn_of_raw_images(jaxpr: Any, inputs: list[Any]) -> None:
-    """Warns of data that are pixels from 0 to 255 and are multiplied with weights as they are.
+def warn_of_misuse(jaxpr: Any, before: Any, parameters: Array, after: Any) -> None:
+    """Warns of parameters that are not used, and of pixels from 0 to 255 that meet weights without scaling.
 
     Args:
         jaxpr: of the loss.
-        inputs: its inputs, what the function captured among them; nothing is said of tracers, nor of arrays that
-            are not all here.
+        before: its inputs before the parameters, what the function captured among them; nothing is said of
+            tracers, nor of arrays that are not all here.
+        parameters: the flat vector.
+        after: the inputs after them.
     """
+    first = jax.tree.leaves(before)
+    if not any(_reached(jaxpr, [len(first)])):
+        warnings.warn(
+            "Loss: the function does not use its parameters, so that the loss is the same everywhere. Let it use "
+            "its first argument, and no module or array of weights from outside of it.",
+            stacklevel=find_stack_level(),
+        )
     raw = []
+    inputs = [*first, parameters, *jax.tree.leaves(after)]
     for leaf, variable in zip(inputs, jaxpr.invars, strict=True):
         if _are_pixels(leaf) and _meets_weights(jaxpr, variable):
             raw.append(f"{leaf.dtype}{list(leaf.shape)}")
@@ -61,21 +71,6 @@ def warn_of_raw_images(jaxpr: Any, inputs: list[Any]) -> None:
             f"Loss: the array {' and '.join(raw)} has whole numbers from 0 to 255, and the loss multiplies them "
             "by weights without scaling. The gradients of these weights are then hundreds of times those of other "
             "parameters. Pass images as floats from 0 to 1: x.astype(float) / 255.",
-            stacklevel=find_stack_level(),
-        )
-
-
-def warn_of_unused_parameters(jaxpr: Any, place: int) -> None:
-    """Warns of a loss whose value cannot depend on its parameters.
-
-    Args:
-        jaxpr: of the loss.
-        place: of the parameters among its inputs.
-    """
-    if not any(_reached(jaxpr, [place])):
-        warnings.warn(
-            "Loss: the function does not use its parameters, so that the loss is the same everywhere. Let it use "
-            "its first argument, and no module or array of weights from outside of it.",
             stacklevel=find_stack_level(),
         )
 
