@@ -5,7 +5,8 @@
 Each posterior is taken twice: times a regularizer about as wide as its parameters (tau = 1), and times one so wide
 that it does not matter. One shift from the posterior's mean, which warms up. Medians over seeds of the gradients
 of the draws per effective draw, of the mean and of the second moment of the coordinate that has fewest, and of
-all gradients, warm-up included. Counts, not seconds.
+all gradients, warm-up included. Kernels of NumPyro take the metric of their first step in later ones: all
+gradients of the third step, burn-in included, per effective draw. Counts, not seconds.
 """
 
 import statistics
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
+from numpyro.infer import NUTS, BarkerMH
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, shift
 from numpyro_regloss._core.stats import effective_sample_size
@@ -107,6 +109,47 @@ def compare(make, names, metrics, num_seeds):
     return tables
 
 
+def dense_nuts(model):
+    """NUTS of NumPyro with a dense mass matrix."""
+    return NUTS(model, dense_mass=True)
+
+
+def later_steps(make_kernel, sizes, names, num_seeds):
+    """Rows by tau and posterior: gradients per effective draw in the third step of a kernel, by metric."""
+    rows = []
+    for name in names:
+        found = {}
+        for metric in ("variance", "scores"):
+            engine = shift.Kernel(make_kernel, *sizes, num_chains=4, metric=metric)
+
+            def price(target, key, engine=engine):
+                key_init, *keys = random.split(key, 4)
+                state = engine.init(key_init, target)
+                for key in keys:
+                    state, _, info = engine.step(key, state, target)
+                return info.num_grad / info.ess
+
+            go = jax.jit(
+                lambda target, keys, price=price: lax.map(lambda k: price(target, k), keys)
+            )
+            keys = random.split(random.key(0), num_seeds)
+            for title, target in targets(name).items():
+                found[title, metric] = float(np.median(go(target, keys)))
+        for title in dict.fromkeys(title for title, _ in found):
+            of_draws, of_scores = (found[title, metric] for metric in ("variance", "scores"))
+            rows.append({
+                "tau": title,
+                "posterior": name,
+                "variance": of_draws,
+                "scores": of_scores,
+                "ratio": of_scores / of_draws,
+            })
+            print(rows[-1], flush=True)
+    columns = ("variance", "scores", "ratio")
+    middle = {column: statistics.median(row[column] for row in rows) for column in columns}
+    return [*rows, {"tau": "both", "posterior": "median"} | middle]
+
+
 def main():
     options = harness.arguments(__doc__)
     print(harness.environment())
@@ -126,6 +169,15 @@ def main():
         for title, rows in compare(make, names, metrics, num_seeds).items():
             tables[f"{label}, {title}"] = rows
             harness.show(f"{label}, {title}: gradients", rows)
+    kernels = {"NUTS": (NUTS, 1), "NUTS, dense": (dense_nuts, 1), "BarkerMH": (BarkerMH, 4)}
+    if options.smoke:
+        kernels = {"BarkerMH": (BarkerMH, 1)}
+    for label, (make_kernel, longer) in kernels.items():
+        # A random walk takes more iterations for as many effective draws.
+        lengths = [longer * size for size in sizes]
+        rows = later_steps(make_kernel, lengths, names, num_seeds)
+        tables[f"Kernel({label})"] = rows
+        harness.show(f"Kernel({label}), third step: gradients per effective draw", rows)
     harness.save(options.out, tables)
 
 

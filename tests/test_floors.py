@@ -28,7 +28,7 @@ FLOORS = [
     {"__main__"},
 ]
 SHARED = {
-    "shift": [["base"], ["sampler_stats"]],
+    "shift": [["base"], ["metric"], ["sampler_stats"]],
     "fit": [["base"]],
     "anchor": [["base"], ["regression"], ["safeguard"]],
 }

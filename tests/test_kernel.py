@@ -13,7 +13,8 @@ from jax import random
 from numpyro.infer import AIES, ESS, HMC, NUTS, SA, BarkerMH, DiscreteHMCGibbs, MixedHMC
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, TwoStep, fit, problems, shift
-from numpyro_regloss.shift.kernel import batches, ess_of_blocks
+from numpyro_regloss.shift.kernel.tuning import renewed
+from numpyro_regloss.shift.kernel.walkers import batches, ess_of_blocks
 
 FACTOR = np.random.default_rng(3).normal(size=(3, 3)) / np.sqrt(3)
 PROBLEM = problems.quadratic(FACTOR @ FACTOR.T, center=np.array([0.5, -1.0, 1.0]))
@@ -92,6 +93,11 @@ def test_moments_are_exact_at_both_centres_and_nothing_is_retraced(name):
         error = np.abs(gaussian.covariance - covariance) / np.outer(sd, sd)
         assert np.max(error) < SIGMAS * np.sqrt(3 / float(info.ess))
     assert COUNTER.count == count
+    if name in WITH_GRADIENT:
+        # The metric of all chains, each with a step size of its own.
+        matrices = state.tuning["inverse_mass_matrix"]
+        np.testing.assert_array_equal(matrices, np.tile(matrices[0], (len(matrices), 1)))
+        assert np.ptp(state.tuning["step_size"]) > 0
     # Values and scores that came with the draws are those of the target.
     x = draws.x[0, :5]
     np.testing.assert_allclose(draws.loss[0, :5], jax.vmap(target.value)(x), rtol=1e-3, atol=1e-3)
@@ -149,6 +155,85 @@ def test_a_step_that_fails_is_rejected_and_recovered_from():
     assert step(engine, random.key(3), state, here)[2].ok
 
 
+def dense_nuts(model):
+    return NUTS(model, dense_mass=True)
+
+
+def fixed_nuts(model):
+    return NUTS(model, dense_mass=True, adapt_mass_matrix=False)
+
+
+def narrow_target():
+    # Long and narrow along no axis.
+    rotation, _ = np.linalg.qr(np.random.default_rng(5).normal(size=(6, 6)))
+    precision = rotation @ np.diag(np.logspace(0, 5, 6)) @ rotation.T
+    loss = Loss.from_function(lambda x, p: 0.5 * x @ p @ x, np.zeros(6), precision)
+    return RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 10.0))
+
+
+@pytest.mark.parametrize("form", ["diagonal", "dense", "blocks"])
+def test_a_metric_of_draws_and_scores(form):
+    target = narrow_target()
+    precision = np.asarray(jax.hessian(target.whitened_potential)(jnp.zeros(6)), np.float64)
+    exact = np.linalg.inv(precision)
+    draws = np.random.default_rng(0).multivariate_normal(np.zeros(6), exact, (2, 300))
+    of_one = np.ones((2, 6)) if form == "diagonal" else np.tile(np.eye(6), (2, 1, 1))
+    of_one = jnp.asarray(of_one)
+    matrices = {("e",): of_one} if form == "blocks" else of_one
+    names = ("inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
+    tuning = {"step_size": jnp.asarray([0.1, 0.2])} | dict.fromkeys(names, matrices)
+    found = renewed(tuning, jnp.asarray(draws), jnp.asarray(draws @ precision))
+    np.testing.assert_array_equal(found["step_size"], tuning["step_size"])
+    inverse, root, root_inverse = (jax.tree.leaves(found[name])[0] for name in names)
+    if form == "diagonal":
+        # Of draws the ratio of standard deviations has an error of a few per cent.
+        sd = np.sqrt(np.sqrt(np.diag(exact) / np.diag(precision)))
+        np.testing.assert_allclose(root_inverse, np.tile(sd, (2, 1)), rtol=0.3)
+        np.testing.assert_allclose(inverse, root_inverse**2, rtol=1e-5)
+        np.testing.assert_allclose(root, 1 / root_inverse, rtol=1e-5)
+    else:
+        # Exact but for the prior and rounding, a thousand times less than between the eigenvalues.
+        unit = np.linalg.cholesky(precision)
+        for chain in range(2):
+            np.testing.assert_allclose(unit.T @ inverse[chain] @ unit, np.eye(6), atol=0.02)
+            mass = root[chain] @ root[chain].T
+            np.testing.assert_allclose(mass @ inverse[chain], np.eye(6), atol=0.02)
+            product = root[chain] @ root_inverse[chain]
+            np.testing.assert_allclose(product, np.eye(6), atol=1e-3)
+    kept = renewed(tuning, jnp.asarray(draws), jnp.full_like(draws, jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, kept, tuning)
+
+
+def steps_at(target, make):
+    engine, gradients = shift.Kernel(make, num_warmup=60, num_samples=60), []
+    state, one = engine.init(random.key(0), target), jax.jit(engine.step)
+    for i in range(3):
+        state, draws, info = one(random.key(i), state, target)
+        assert info.ok
+        gradients.append(int(info.num_grad))
+    return state, draws, info, gradients
+
+
+@pytest.mark.long
+def test_later_steps_take_the_metric_of_earlier_ones():
+    target = narrow_target()
+    _, draws, info, gradients = steps_at(target, dense_nuts)
+    # Three to seven gradients a draw on a standard normal, fifty and more where it is a thousand times as long.
+    assert gradients[2] < 0.3 * gradients[0]
+    assert info.accept_prob > 0.7
+    covariance = np.linalg.inv(jax.hessian(target.whitened_potential)(jnp.zeros(6)))
+    noise = jax.vmap(target.reference.whiten)(draws.x.reshape(-1, 6))
+    z = np.asarray(noise).mean(0) / np.sqrt(np.diag(covariance) / float(info.ess))
+    assert np.all(np.abs(z) < SIGMAS)
+
+
+@pytest.mark.long
+def test_a_matrix_that_a_kernel_was_told_to_keep_is_kept():
+    state, *_ = steps_at(target_at(np.zeros(3)), fixed_nuts)
+    matrices = jax.tree.leaves(state.tuning["inverse_mass_matrix"])[0]
+    np.testing.assert_array_equal(matrices, np.tile(np.eye(3), (4, 1, 1)))
+
+
 def test_stretches_of_time():
     # Two walkers that mirror each other's past: single walkers look independent, their mean does not move.
     draws = jnp.arange(2 * 23).reshape(2, 23).astype(float)
@@ -179,6 +264,7 @@ BAD = {
     "number": (lambda: shift.Kernel(3), TypeError, "got int"),
     "factory of nothing": (lambda: shift.Kernel(lambda model: None), TypeError, "got NoneType"),
     "factory of the class": (lambda: shift.Kernel(lambda model: NUTS), TypeError, "the class NUTS"),
+    "metric": (lambda: shift.Kernel(NUTS, metric="low_rank"), ValueError, "'scores', 'variance'"),
     "odd ensemble": (lambda: shift.Kernel(AIES, num_chains=5), ValueError, "even number of chains"),
     "no draws": (lambda: shift.Kernel(NUTS, num_samples=0), ValueError, "integer >= 1"),
     "kernel of another model": (

@@ -14,7 +14,7 @@ from reference_posteriors import POSTERIORS
 
 from numpyro_regloss import Gaussian, Loss, RegularizedLoss, shift
 from numpyro_regloss._core.stats import effective_sample_size
-from numpyro_regloss.shift.hmc.metric import RANK, SMALL, Metric
+from numpyro_regloss.shift.metric import RANK, SMALL, Metric
 
 LARGE = SMALL + 36
 DIAGONAL, LOW_RANK = Metric("scores", dense=False), Metric("low_rank", dense=False)

@@ -12,8 +12,8 @@ from numpyro.infer.hmc import IntegratorState
 from numpyro.infer.hmc_util import build_adaptation_schedule, warmup_adapter
 
 from numpyro_regloss import Loss, TwoStep, fit, problems, shift
-from numpyro_regloss.shift.hmc.metric import Metric
 from numpyro_regloss.shift.hmc.warm_up import Places, Tuning, WarmUp
+from numpyro_regloss.shift.metric import Metric
 
 DIM = 3
 

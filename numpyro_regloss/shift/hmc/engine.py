@@ -19,8 +19,8 @@ from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.base import Shift
 from numpyro_regloss.shift.hmc import transitions
-from numpyro_regloss.shift.hmc.metric import Metric
 from numpyro_regloss.shift.hmc.transitions import Settings, check_settings, remedy
+from numpyro_regloss.shift.metric import Metric
 
 __all__ = ["HMC", "NUTS"]
 

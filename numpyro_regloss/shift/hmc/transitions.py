@@ -41,8 +41,8 @@ from numpyro_regloss._core.threefry import unrolled
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
-from numpyro_regloss.shift.hmc.metric import METRICS, Metric
 from numpyro_regloss.shift.hmc.warm_up import Adaptation, Places, Tuning, WarmUp
+from numpyro_regloss.shift.metric import METRICS, Metric
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 
 __all__ = [

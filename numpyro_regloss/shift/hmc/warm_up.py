@@ -25,7 +25,7 @@ from numpyro.infer.hmc_util import AdaptWindow, build_adaptation_schedule, dual_
 from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss._core.pytree import strip_weak_types
 from numpyro_regloss._core.types import Array
-from numpyro_regloss.shift.hmc.metric import Metric
+from numpyro_regloss.shift.metric import Metric
 
 __all__ = ["Adaptation", "Places", "Tuning", "WarmUp"]
 

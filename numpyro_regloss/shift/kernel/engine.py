@@ -7,14 +7,9 @@ initialization. So every step builds the kernel anew, on `numpyro_regloss.model`
 its argument, and initializes it there. Chains start at their last positions in whitened coordinates: when the
 reference moves, they move with it, and are burnt in again.
 
-Walkers of an ensemble depend on one another. At one time they are independent draws, but over time they are not,
-and the usual autocorrelations of single walkers miss the dependence between walkers. So errors come from the
-scatter of means over batches of time, which include all dependence.
-
 References: Livingstone & Zanella (2022), "The Barker Proposal: Combining Robustness and Efficiency in
 Gradient-Based MCMC"; Goodman & Weare (2010), "Ensemble Samplers with Affine Invariance"; Karamanis & Beutler
-(2021), "Ensemble Slice Sampling"; Zhu (2019), "Sample Adaptive MCMC"; Flegal & Jones (2010), "Batch Means and
-Spectral Variance Estimators in Markov Chain Monte Carlo".
+(2021), "Ensemble Slice Sampling"; Zhu (2019), "Sample Adaptive MCMC".
 """
 
 import math
@@ -25,12 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax, random
-from jaxtyping import Float
 from numpyro.infer import HMC, BarkerMH, init_to_value
-from numpyro.infer.hmc_util import HMCAdaptState
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_regloss._core.checks import check_count, check_differentiable
+from numpyro_regloss._core.checks import check_choice, check_count, check_differentiable
 from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.mesh import divided
 from numpyro_regloss._core.pytree import (
@@ -45,14 +38,14 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss, latent_name, model
 from numpyro_regloss.shift.base import Shift
+from numpyro_regloss.shift.kernel.tuning import LEAST_BURN_IN, renewed, resumed, tuning_of
+from numpyro_regloss.shift.kernel.walkers import batches, ess_of_blocks
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 
-__all__ = ["Kernel", "KernelInfo", "KernelState", "ess_of_blocks", "batches"]
+__all__ = ["Kernel", "KernelInfo", "KernelState"]
 
 # A shift is rejected when its chains hardly moved, and a step size below which they do so is tuned anew.
 LEAST_MOVED, REWARM_BELOW = 0.02, 0.1
-TUNED = ("step_size", "inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
-NUM_BATCHES = 10
 
 
 class KernelState(NamedTuple):
@@ -123,6 +116,10 @@ class Kernel(Shift):
         num_samples: draws per chain and outer step.
         num_chains: chains, run side by side; for an ensemble kernel its walkers: an even number, better twice the
             number of parameters or more.
+        metric: of kernels that adapt a mass matrix. With "scores" the second step takes it from the draws and
+            scores of all chains in the first, and so on, and adapts the step size in its burn-in, if that has 20
+            iterations or more. With "variance" the matrix of each chain stays as the kernel has found it in the
+            first step; it is for losses whose gradients do not belong to their values.
 
     Raises:
         TypeError: if `make_kernel` is not such a function, or a count not an integer.
@@ -144,6 +141,7 @@ class Kernel(Shift):
     num_warmup: int = static_field(default=200)
     num_samples: int = static_field(default=100)
     num_chains: int = static_field(default=4)
+    metric: str = static_field(default="scores")
 
     _remedy: ClassVar[str] = (
         "pass a function of a model such as numpyro.infer.BarkerMH or lambda model: BarkerMH(model, step_size=0.1)"
@@ -158,6 +156,7 @@ class Kernel(Shift):
         check_count(self.num_warmup, "Kernel: num_warmup", 0)
         check_count(self.num_samples, "Kernel: num_samples")
         check_count(self.num_chains, "Kernel: num_chains")
+        check_choice(self.metric, "Kernel: metric", ("scores", "variance"))
         if self._made().is_ensemble_kernel and (self.num_chains % 2 or self.num_chains < 2):
             raise ValueError(
                 "Kernel: expected an even number of chains for an ensemble kernel, got "
@@ -241,6 +240,16 @@ class Kernel(Shift):
         del new
         return old._replace(warm=jnp.zeros_like(old.warm))
 
+    @property
+    def _burn_in(self) -> int:
+        return self.num_warmup // 2
+
+    @property
+    def _takes_metric(self) -> bool:
+        # A user who gave a matrix and told the kernel to leave it keeps it.
+        adapts = attribute(self._made(), "_adapt_mass_matrix", False)
+        return self.metric == "scores" and self._burn_in >= LEAST_BURN_IN and bool(adapts)
+
     def _made(self) -> MCMCKernel:
         kernel = self.make_kernel(model)
         if not isinstance(kernel, MCMCKernel):
@@ -281,7 +290,7 @@ class Kernel(Shift):
         return kernel, state
 
     def _tuned_at(self, target: RegularizedLoss, noise: Array) -> Any:
-        return _tuning(self._started(target, random.key(0), noise)[1])
+        return tuning_of(self._started(target, random.key(0), noise)[1])
 
     def _run(
         self, target: RegularizedLoss, rng_key: Key, noise: Array, tuning: Any, warm: Array
@@ -290,13 +299,10 @@ class Kernel(Shift):
         kernel, state = self._started(target, rng_key, noise)
         num_leading = jnp.asarray(self.num_warmup)
         if tuning is not None:
-            # Beyond the last iteration of the warm-up nothing adapts.
-            adapted = state._replace(
-                i=jnp.full_like(state.i, self.num_warmup),
-                adapt_state=state.adapt_state._replace(**tuning),
-            )
+            adapting = self._burn_in if self._takes_metric else 0
+            adapted = resumed(state, tuning, self.num_warmup, adapting)
             state = jax.tree.map(partial(jnp.where, warm), adapted, state)
-            num_leading = jnp.where(warm, self.num_warmup // 2, num_leading)
+            num_leading = jnp.where(warm, self._burn_in, num_leading)
         state = strip_weak_types(state)
 
         def body(i: Array, carry: tuple[Any, _Row, _Tally]) -> tuple[Any, _Row, _Tally]:
@@ -326,7 +332,7 @@ class Kernel(Shift):
         zero, none = jnp.zeros((), noise.dtype), jnp.asarray(0)
         carry = state, blank, _Tally(zero, zero, none, none)
         state, rows, tally = lax.fori_loop(0, num_leading + self.num_samples, body, carry)
-        return attribute(state, kernel.sample_field)[name], rows, tally, _tuning(state)
+        return attribute(state, kernel.sample_field)[name], rows, tally, tuning_of(state)
 
     def _report(
         self, target: RegularizedLoss, noise: Array, rows: _Row, tally: _Tally, tuning: Any
@@ -357,6 +363,8 @@ class Kernel(Shift):
         stats = sampler_stats(target, rows.noise, loss, **rows.stats) if rows.stats else None
         weight = jnp.zeros_like(loss)
         draws = StoredDraws(x, weight, loss, target.temperature, score, block_size, stats)
+        if tuning is not None and has_gradient and self._takes_metric:
+            tuning = renewed(tuning, rows.noise, rows.gradient)
         accept_prob = jnp.mean(tally.accept_prob) / self.num_samples
         moved = jnp.mean(tally.num_moved) / self.num_samples
         info = KernelInfo(
@@ -368,7 +376,9 @@ class Kernel(Shift):
             ess=ess,
             rhat=rhat,
         )
-        return KernelState(noise, tuning, accept_prob >= REWARM_BELOW), draws, info
+        # A metric of scores is right before the chains are, and goes with a step size of its own.
+        least = LEAST_MOVED if self._takes_metric else REWARM_BELOW
+        return KernelState(noise, tuning, accept_prob >= least), draws, info
 
 
 def _observe(state: Any, kernel: MCMCKernel, name: str) -> _Row:
@@ -387,15 +397,6 @@ def _observe(state: Any, kernel: MCMCKernel, name: str) -> _Row:
             "step_size": attribute(adapt_state, "step_size", None),
         }
     return _Row(noise, potential, gradient, stats)
-
-
-def _tuning(state: Any) -> Any:
-    # What HMC adapts in units of the reference, which a new target leaves as good as it was.
-    adapt_state = attribute(state, "adapt_state", None)
-    if not isinstance(adapt_state, HMCAdaptState):
-        return None
-    adapted = adapt_state._asdict()
-    return strip_weak_types({name: adapted[name] for name in TUNED})
 
 
 def _found(state: Any, name: str, default: Any) -> Any:
@@ -431,38 +432,3 @@ def _usable(target: RegularizedLoss, noise: Array) -> Array:
 
 def _named(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-
-
-def batches(a: Float[Array, "walker draw *event"]) -> Float[Array, "batch member *event"]:
-    """Groups draws by time; the first ones, which would not fill a batch, are dropped.
-
-    Args:
-        a: of the walkers, `(walker, draw, ...)`.
-
-    Returns:
-        `(batch, draws of all walkers in it, ...)`, ten to nineteen batches, or one per draw of fewer.
-    """
-    length = max(1, a.shape[1] // NUM_BATCHES)
-    number = a.shape[1] // length
-    a = jnp.swapaxes(a, 0, 1)[a.shape[1] - number * length :]
-    return a.reshape(number, length * a.shape[1], *a.shape[2:])
-
-
-def ess_of_blocks(x: Float[Array, "batch member *event"]) -> Float[Array, "*event"]:
-    """Effective sample size of the mean by batch means.
-
-    Args:
-        x: from `batches`.
-
-    Returns:
-        One value per event coordinate, between one and the number of draws; one where there is one batch or
-        draws are not finite.
-    """
-    number, size = x.shape[:2]
-    if number == 1:
-        return jnp.ones(x.shape[2:], x.dtype)
-    most = number * size
-    of_mean = jnp.var(jnp.mean(x, 1), 0, ddof=1) / number
-    ess = jnp.var(x, (0, 1)) / jnp.where(of_mean > 0, of_mean, 1)
-    ess = jnp.where(of_mean > 0, jnp.clip(ess, 1, most), most)
-    return jnp.where(jnp.isfinite(of_mean), ess, 1).astype(x.dtype)

@@ -100,6 +100,11 @@ class Metric(NamedTuple):
         Returns:
             The next one.
         """
+        new, usable = self.found(z, score, used)
+        return jax.tree.map(partial(jnp.where, usable), new, old)
+
+    def found(self, z: Array, score: Array, used: Array) -> tuple[Coordinates, Array]:
+        """The metric of draws, and whether they tell of one; arguments as of `estimate`."""
         (z, _), (score, slope) = _centered(z, used), _centered(score, used)
         count, rank = jnp.sum(used), self._rank(z.shape[1])
         if self.from_scores:
@@ -108,8 +113,7 @@ class Metric(NamedTuple):
             new = _from_scores(z, score, slope, count, rank)
         else:
             new = _from_variance(z, count, rank)
-        usable = all_finite(new) & jnp.all(new.scale > 0)
-        return jax.tree.map(partial(jnp.where, usable), new, old)
+        return new, all_finite(new) & jnp.all(new.scale > 0)
 
     def first(self, z: Array, score: Array, used: Array) -> Coordinates:
         """A diagonal metric from a few points, which need be no draws, in the coordinates of this one.
