@@ -305,9 +305,26 @@ def elsewhere():
     return [distance(expected, found), "nothing"]
 
 
+def bound():
+    """A step on eight devices with data that are bound to one, and what it leads to beside those data."""
+    place = jax.devices()[3]
+    loss = Loss.from_function(network, START, *jax.device_put((INPUTS, OUTPUTS), place))
+    optimizer = optimizer_of("robbins_monro", mesh_of("eight"), loss)
+    expected = optimizer.run(KEY, 1, progress_bar=False)
+    state, _ = optimizer.step(optimizer.init(KEY))
+    # Of a run, of a state on the mesh, and of a run that goes on from there without it.
+    alone = optimizer_of("robbins_monro", None, loss).run(
+        KEY, 1, init_state=state, progress_bar=False
+    )
+    for params in (expected.params, optimizer.get_params(state), alone.params):
+        network(params, *loss.arguments.tree[0])
+    return distance(*(jax.tree.leaves(a.reference) for a in (expected.state, state)))
+
+
 GROUPS = {
     "few": {
         "elsewhere": elsewhere,
+        "bound": bound,
         "importance": lambda: compare("importance", ["one", "explicit", "eight"]),
         "importance by rows": lambda: by_rows("importance"),
         "resume": lambda: resume("robbins_monro"),

@@ -41,6 +41,7 @@ def test_bits_do_not_depend_on_the_number_of_devices():
     assert away < 1e-4
     check_rows(found["importance by rows"])
     assert found["resume"] is True
+    assert found["bound"] == 0.0
     away, message = found["elsewhere"]
     assert away == 0.0
     assert "expected all arrays on the same devices" in message

@@ -82,27 +82,27 @@ def placed(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 def here(tree: T) -> T:
-    """What of arrays on several processes this one has, where it has all of it.
+    """What came from several devices, or several processes, where each of them has all of it.
 
     Args:
-        tree: of arrays. Those that are divided among processes stay as they are.
+        tree: of arrays. Those that are divided stay as they are.
 
     Returns:
-        The tree, of arrays that this process may use alone.
+        The tree, of arrays that this process may use alone, beside arrays on any devices.
     """
 
     def local(leaf: Any) -> Any:
         if (
             not isinstance(leaf, jax.Array)
             or isinstance(leaf, Tracer)
-            or leaf.is_fully_addressable
+            or len(leaf.sharding.device_set) == 1
             or not leaf.is_fully_replicated
         ):
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = local(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        # By the host: an array that is bound to a device cannot be used beside one on all of them.
+        # By the host: JAX refuses an array that is bound to a device beside one that is bound to others.
         return jnp.asarray(np.asarray(leaf))
 
     return jax.tree.map(local, tree)

@@ -207,9 +207,8 @@ class TwoStep:
             The next state and what the step did.
         """
         arguments = self.loss.bind(args, kwargs)
-        state = self._checked_state(state, arguments, "TwoStep.step: state")
-        optimizer = outer_step.successor(self, state)
-        return self.loss.listen("TwoStep.step", outer_step.step, optimizer, state, arguments)
+        given = self._placed(state, arguments, "TwoStep.step: state")
+        return self.loss.listen("TwoStep.step", outer_step.step, *given)
 
     def ask(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The points at which the next step needs the loss, if you evaluate it yourself. Pure.
@@ -244,8 +243,8 @@ class TwoStep:
         """
         self._check_asking()
         arguments = self.loss.bind(args, kwargs)
-        state = self._checked_state(state, arguments, "TwoStep.ask: state")
-        return as_points(self.loss, outer_step.ask(self, state, arguments), arguments)
+        given = self._placed(state, arguments, "TwoStep.ask: state")
+        return as_points(self.loss, outer_step.ask(*given), arguments)
 
     def tell(
         self, state: TwoStepState, points: Any, values: Any, *args: Any, **kwargs: Any
@@ -268,11 +267,11 @@ class TwoStep:
         """
         self._check_asking()
         arguments = self.loss.bind(args, kwargs)
-        state = self._checked_state(state, arguments, "TwoStep.tell: state")
-        x = outer_step.ask(self, state, arguments)
+        given = self._placed(state, arguments, "TwoStep.tell: state")
+        x = outer_step.ask(*given)
         check_points(points, as_points(self.loss, x, arguments))
         values = checked_values(values, len(x))
-        return outer_step.tell(self, state, arguments, values)
+        return outer_step.tell(*given, copied(self.mesh, values))
 
     def scan(
         self, state: TwoStepState, num_steps: int, *args: Any, **kwargs: Any
@@ -292,10 +291,8 @@ class TwoStep:
         """
         check_count(num_steps, "TwoStep.scan: num_steps")
         arguments = self.loss.bind(args, kwargs)
-        state = self._checked_state(state, arguments, "TwoStep.scan: state")
-        optimizer = outer_step.successor(self, state)
-        call = (outer_step.scan, optimizer, state, arguments, num_steps)
-        return self.loss.listen("TwoStep.scan", *call)
+        given = self._placed(state, arguments, "TwoStep.scan: state")
+        return self.loss.listen("TwoStep.scan", outer_step.scan, *given, num_steps)
 
     def run(
         self,
@@ -406,7 +403,7 @@ class TwoStep:
             elif init_state is not None:
                 self.loss.check_captured()
                 state = strip_weak_types(
-                    self._checked_state(init_state, arguments, "TwoStep.run: init_state")
+                    self._checked_state(here(init_state), arguments, "TwoStep.run: init_state")
                 )
                 if not all(np.isfinite(part).all() for part in state.reference):
                     raise ValueError(
@@ -463,7 +460,8 @@ class TwoStep:
                 cause = keeper.finish(state, (infos, seconds), path, cause)
         # From here on each process is by itself, and need not be followed by the others.
         state = here(state)
-        params = here(self.loss.source.constrain(state.reference.mean, *here(arguments).tree))
+        arguments = arguments if processes.alone else here(arguments)
+        params = here(self.loss.source.constrain(state.reference.mean, *arguments.tree))
         stopped = "interrupted" if isinstance(cause, BaseException) else cause
         centers = None if path is None else path.until(state)
         result = TwoStepResult(params, state, infos, seconds, stopped, centers)
@@ -487,13 +485,11 @@ class TwoStep:
         if rng_key is not None:
             rng_key = check_key(rng_key, "TwoStep.draw")
         arguments = self.loss.bind(args, kwargs)
-        state = self._checked_state(state, arguments, "TwoStep.draw: state")
-        optimizer = outer_step.successor(self, state)
+        optimizer, *given = self._placed(state, arguments, "TwoStep.draw: state")
         if rng_key is None:
-            call, args = outer_step.next_draws, (optimizer, state, arguments)
-        else:
-            call, args = outer_step.draw, (optimizer, rng_key, state, arguments)
-        return self.loss.listen("TwoStep.draw", call, *args)
+            return self.loss.listen("TwoStep.draw", outer_step.next_draws, optimizer, *given)
+        rng_key = copied(self.mesh, rng_key)
+        return self.loss.listen("TwoStep.draw", outer_step.draw, optimizer, rng_key, *given)
 
     def get_params(self, state: TwoStepState, *args: Any, **kwargs: Any) -> Any:
         """The parameters at the state's centre, as the user wrote them (sites constrained).
@@ -507,7 +503,8 @@ class TwoStep:
             The user's pytree, or a dict of sites.
         """
         _check_kind(state, "TwoStep.get_params: state")
-        return self.loss.constrain(state.reference.mean, args, kwargs)
+        # Data stay where they are, and a state may be on a mesh.
+        return self.loss.constrain(here(state.reference.mean), args, kwargs)
 
     def _check_asking(self) -> None:
         if self.fit.uses_gradient or not self.fit.uses_draws:
@@ -600,7 +597,14 @@ class TwoStep:
                 f"{what}: expected {types}, got {found}; it comes from other engines or other settings "
                 "of them: start anew with TwoStep.init."
             )
-        return copied(self.mesh, with_context_axes(state))
+        return with_context_axes(state)
+
+    def _placed(
+        self, state: Any, arguments: Partition, what: str
+    ) -> tuple["TwoStep", TwoStepState, Partition]:
+        # All together: JAX refuses arrays that are bound to one device beside those of a mesh.
+        state = self._checked_state(state, arguments, what)
+        return copied(self.mesh, (outer_step.successor(self, state), state, arguments))
 
 
 def _check_kind(state: Any, what: str) -> None:
