@@ -109,13 +109,15 @@ def tempered(log_weight: Float[Array, " draw"], enough: Array | float) -> Float[
 
     # By its logarithm: far from a steep density log weights differ by millions.
     zero = jnp.zeros_like(peak)
-    low, _ = bisect(is_below, zero + LEAST_LOG_POWER, zero, NUM_HALVINGS)
-    power = jnp.where(is_below(zero), 1.0, jnp.exp(low))
+    even = is_below(zero)
+    # Mostly they are as they come: no halvings then.
+    low, _ = bisect(is_below, zero + LEAST_LOG_POWER, zero, jnp.where(even, 0, NUM_HALVINGS))
+    power = jnp.where(even, 1.0, jnp.exp(low))
     return jax.nn.softmax(power * log_weight)
 
 
 def bisect(
-    is_below: Callable[[Array], Array], low: Array, high: Array, num_halvings: int
+    is_below: Callable[[Array], Array], low: Array, high: Array, num_halvings: Array | int
 ) -> tuple[Array, Array]:
     """A bracket of the place where a condition ends to hold.
 

@@ -51,6 +51,8 @@ FALSE_ALARM = 1e-6
 MOST_UNEXPLAINED = 3.0
 # In nats: what rounding, or a jump that moves no mean, may leave unexplained.
 LEAST_UNEXPLAINED = 0.05
+# Blocks whose draws are added one by one.
+SHORT = 8
 # Elements of the series whose autocorrelations are computed at once.
 CHUNK_ELEMENTS = 4_000_000
 
@@ -118,10 +120,12 @@ def _error_of_blocks(chains: Chains, values: Array, size: int) -> Array:
     weight = jnp.pad(chains.weight, (0, -chains.weight.size % size))
     influence = chains.weight[:, None] * (values - chains.weight @ values)
     influence = jnp.pad(influence, ((0, -len(influence) % size), (0, 0)))
-    of_blocks = jnp.sum(influence.reshape(-1, size, values.shape[-1]), 1)
-    rest = 1.0 - jnp.sum(weight.reshape(-1, size), 1, keepdims=True)
+    parts = influence.reshape(-1, size, values.shape[-1])
+    of_blocks = sum(parts[:, i] for i in range(size)) if size < SHORT else jnp.sum(parts, 1)
+    rest = 1.0 - jnp.sum(weight.reshape(-1, size), 1)
     least = jnp.finfo(rest.dtype).eps
-    return jnp.sqrt(jnp.sum((of_blocks / jnp.maximum(rest, least)) ** 2, 0))
+    # As products: XLA would work out the draws again within a sum over them.
+    return jnp.sqrt(jnp.maximum(rest, least) ** -2 @ of_blocks**2)
 
 
 def choose(chains: Chains, which: str, *, variances: bool) -> tuple[Control, list[Control]]:
