@@ -3,6 +3,8 @@
 """Named trouble during a run: what was reached is kept, counted and told, with a remedy that works."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax import random
 from scipy import stats
 
 from numpyro_regloss import Loss, Minibatch, RejectedError, TwoStep, fit, schemes, shift
+from numpyro_regloss.two_step.result import TwoStepResult, disagreement, report_trouble
 
 CHAIN = {"num_warmup": 30, "num_samples": 20, "num_chains": 2}
 ENGINES = {
@@ -126,6 +129,29 @@ def test_chains_that_walls_hold_are_rejected_and_others_named(engine):
     others = "shift.HMC, shift.SMC or" if engine == "nuts" else "use shift.SMC or"
     with pytest.raises(RejectedError, match=f"{others} shift.Importance"):
         optimizer.run(random.key(0), 2, progress_bar=False)
+
+
+def test_chains_in_different_modes_are_told_where_their_steps_are_taken():
+    taken = make().run(random.key(0), 5, progress_bar=False).history
+    rhat = np.array([np.nan, 9.0, 12.0, 1.1, 15.0])
+
+    class Info(NamedTuple):
+        rhat: np.ndarray
+
+    class Mute:
+        remedy = staticmethod(lambda info, ok: "")
+
+    apart = taken._replace(shift=Info(rhat))
+    assert "in 3 of 4 steps that were taken" in disagreement(apart)
+    assert "split R-hat 10.5 in the median" in disagreement(apart)
+    # Steps that were rejected are told of as such; and one unlucky step in many is no news.
+    assert not disagreement(apart._replace(ok=rhat < 9.0))
+    assert not disagreement(apart._replace(shift=Info(np.array([1.0, 1.2, 9.0, 1.1, 1.3]))))
+    assert not disagreement(taken)
+    with pytest.warns(UserWarning, match="different places .* shift.SMC"):
+        report_trouble(
+            TwoStepResult(None, None, apart), SimpleNamespace(shift=Mute, fit=Mute, anchor=Mute)
+        )
 
 
 def test_a_loss_that_is_undefined_around_its_start():

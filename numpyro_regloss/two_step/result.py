@@ -18,6 +18,7 @@ from numpyro_regloss.two_step.outer_step import TwoStepInfo, TwoStepState
 __all__ = [
     "RejectedError",
     "TwoStepResult",
+    "disagreement",
     "headline",
     "rejections",
     "remedies",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 
+# R-hat of chains between which there is three times the variance that there is within: of short chains in one
+# place it is hardly ever so large.
+APART = 2.0
 # Of the parameters, in notebooks.
 SHOWN_LEAVES, SHOWN_SIZE = 20, 10
 
@@ -206,6 +210,21 @@ def rejections(history: TwoStepInfo) -> str:
     return " ".join(parts)
 
 
+def disagreement(history: TwoStepInfo) -> str:
+    """A sentence on chains that stayed in different places in most steps that were taken, or nothing."""
+    ok = np.asarray(history.ok)
+    rhat = np.broadcast_to(fields_of(history.shift).get("rhat", np.nan), ok.shape)
+    # Steps of an engine without chains have none.
+    rhat = rhat[ok & ~np.isnan(rhat)]
+    if not rhat.size or np.median(rhat) < APART:
+        return ""
+    return (
+        f"TwoStep.run: in {np.sum(rhat >= APART)} of {rhat.size} steps that were taken the chains stayed in "
+        f"different places (split R-hat {np.median(rhat):.3g} in the median), so that the fitted mean depends on "
+        "how many of them are where: use shift.SMC, which weighs several modes, longer chains, or a smaller tau."
+    )
+
+
 def remedies(history: TwoStepInfo, optimizer: Any) -> dict[str, str]:
     """What the engines themselves have to say of a run.
 
@@ -225,7 +244,7 @@ def remedies(history: TwoStepInfo, optimizer: Any) -> dict[str, str]:
 
 
 def report_trouble(result: TwoStepResult, optimizer: Any, of_loss: str = "") -> None:
-    """Warns once of rejected steps and of what the engines themselves have to say of the run.
+    """Warns once of rejected steps, of chains apart and of what the engines themselves have to say of the run.
 
     Args:
         result: of the run.
@@ -237,6 +256,7 @@ def report_trouble(result: TwoStepResult, optimizer: Any, of_loss: str = "") -> 
     """
     rejected = rejections(result.history)
     parts = [rejected and f"TwoStep.run: {rejected}", *remedies(result.history, optimizer).values()]
+    parts.append(disagreement(result.history))
     message = " ".join(filter(None, parts))
     if not result.history.ok.any():
         text = f"{message} No step succeeded; error.result holds the history. {of_loss}".rstrip()
