@@ -19,7 +19,7 @@ from numpyro.infer.hmc_util import (
 )
 
 from numpyro_regloss._core.foreign import attribute
-from numpyro_regloss._core.pytree import strip_weak_types
+from numpyro_regloss._core.pytree import all_finite, strip_weak_types
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.shift.metric import Metric
 
@@ -92,23 +92,14 @@ def renewed(tuning: dict[str, Any], noise: Array, gradient: Array) -> dict[str, 
         rows = found.forth(jnp.eye(dim, dtype=z.dtype))
         return rows.T @ rows, usable
 
-    old = tuning["inverse_mass_matrix"]
-    leaves, structure = jax.tree.flatten(old)  # one: the model has one latent site
+    # One, since the model has one latent site.
+    leaves, structure = jax.tree.flatten(tuning["inverse_mass_matrix"])
     found, usable = zip(*map(covariance, leaves), strict=True)
     # NumPyro's way from moments to the three matrices: of two draws the covariance is their second moment.
     *_, finish = welford_covariance()
     moments = [(jnp.zeros(dim, z.dtype), matrix, 2) for matrix in found]
     matrices = finish(jax.tree.unflatten(structure, moments))
-    new = {
-        name: jax.tree.map(lambda a, b: jnp.broadcast_to(b, a.shape), tuning[name], matrix)
-        for name, matrix in zip(MATRICES, matrices, strict=True)
-    }
-    keep = ~jnp.all(jnp.stack(usable))
-    return strip_weak_types(
-        tuning
-        | jax.tree.map(
-            lambda a, b: jnp.where(keep | ~jnp.all(jnp.isfinite(b)), a, b),
-            {name: tuning[name] for name in MATRICES},
-            new,
-        )
-    )
+    old = {name: tuning[name] for name in MATRICES}
+    new = dict(zip(MATRICES, matrices, strict=True))
+    told = jnp.all(jnp.stack(usable)) & all_finite(new)
+    return strip_weak_types(tuning | jax.tree.map(lambda a, b: jnp.where(told, b, a), old, new))
