@@ -221,37 +221,47 @@ def _mean_alone(x: Array, weight: Array, num_chains: int, block_size: int | None
     # As `of_chains`, in the units of the draws: of a network there are few of many parameters, and every passage
     # over them takes as long as a good part of a gradient.
     center = x[jnp.argmax(weight)]
-    offset = jnp.where(weight[:, None] > 0, x - center, 0.0)
-    shift = _over_rows(jnp.add, weight[:, None] * offset)
-    left_out = (offset - shift) / (1.0 - weight)[:, None]
+    rows, shares = _few_rows(x), _few_rows(weight[:, None])
+    offset = [jnp.where(w > 0, row - center, 0.0) for row, w in zip(rows, shares, strict=True)]
+    terms = [w * row for row, w in zip(offset, shares, strict=True)]
+    shift = _over_rows(jnp.add, terms)
+    left_out = [(row - shift) / (1.0 - w) for row, w in zip(offset, shares, strict=True)]
     if block_size is None and 1 < len(x) < LEAST_DRAWS * num_chains:
-        error = _error_of_few(left_out, weight, num_chains)
+        error = _error_of_few(left_out, shares, num_chains, len(x))
     else:
-        chains = Chains(num_chains, weight, left_out, None, None, block_size)
-        error = series_error(chains, left_out)
+        values = jnp.concatenate(left_out)
+        error = series_error(Chains(num_chains, weight, values, None, None, block_size), values)
     mean, alone = center + shift, jnp.max(weight) > DOMINANT_WEIGHT
-    error = with_rounding(error, mean, _over_rows(jnp.maximum, jnp.abs(offset)))
+    error = with_rounding(error, mean, _over_rows(jnp.maximum, [jnp.abs(row) for row in offset]))
     error = jnp.where(alone, jnp.inf, error)
     none = jnp.asarray(0)
     return Moments(mean, error, None, None, none, none, jnp.asarray(True), alone)
 
 
-def _error_of_few(values: Array, weight: Array, num_chains: int) -> Array:
+def _error_of_few(
+    values: list[Array], weight: list[Array], num_chains: int, num_draws: int
+) -> Array:
     # What `series_error` is where chains are too short to have autocorrelations.
-    influence = len(weight) * weight[:, None] * values
-    influence = influence - _over_rows(jnp.add, influence) / len(weight)
-    unit = _over_rows(jnp.maximum, jnp.abs(influence))
+    influence = [num_draws * w * row for row, w in zip(values, weight, strict=True)]
+    mean = _over_rows(jnp.add, influence) / num_draws
+    influence = [row - mean for row in influence]
+    unit = _over_rows(jnp.maximum, [jnp.abs(row) for row in influence])
     unit = jnp.where(unit > 0, unit, 1.0)
-    square = _over_rows(jnp.add, (influence / unit) ** 2) / (len(weight) - 1)
+    square = _over_rows(jnp.add, [(row / unit) ** 2 for row in influence]) / (num_draws - 1)
     error = unit * jnp.sqrt(square / num_chains)
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
 
-def _over_rows(combine: Callable[[Array, Array], Array], rows: Array) -> Array:
-    # Few rows one by one: XLA reduces over a leading axis of few without vector instructions.
-    if len(rows) > FEW_ROWS:
-        return jnp.max(rows, 0) if combine is jnp.maximum else jnp.sum(rows, 0)
-    return functools.reduce(combine, list(rows))
+def _few_rows(rows: Array) -> list[Array]:
+    # Few rows one by one, many as they are: XLA sums over a leading axis of few without vector instructions, and
+    # where it fuses slices of an array with what follows, it computes the rows anew for each of them.
+    return jnp.split(rows, len(rows)) if len(rows) <= FEW_ROWS else [rows]
+
+
+def _over_rows(combine: Callable[[Array, Array], Array], rows: list[Array]) -> Array:
+    if len(rows) > 1:
+        return functools.reduce(combine, rows)[0]
+    return jnp.max(rows[0], 0) if combine is jnp.maximum else jnp.sum(rows[0], 0)
 
 
 def of_blocks(draws: Draws, unit: Array, *, structure: str | None) -> Moments:

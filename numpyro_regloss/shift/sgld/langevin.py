@@ -320,13 +320,13 @@ def diagnose(x: Array, log_weight: Array, spread: Array | None) -> tuple[Array, 
     whole = x.shape[1] // size
     if size > 1:
         x, log_weight, spread = in_batches(x, log_weight, size)
-    weight = normalize_log_weight(log_weight)
-    offset = x - x[0, 0]
-    square = offset**2 if spread is None else offset**2 + spread
-    first = weight[..., None] * offset
-    mean = jnp.sum(first, (0, 1))
-    variance = jnp.sum(jnp.sum(weight[..., None] * square, (0, 1)) - mean**2)
-    error = jnp.sum((first - weight[..., None] * mean) ** 2)
+    weight = normalize_log_weight(log_weight).reshape(-1)
+    offset = (x - x[0, 0]).reshape(weight.size, -1)
+    square = offset**2 if spread is None else offset**2 + spread.reshape(offset.shape)
+    # Sums over draws are products: XLA compiles a reduction over leading axes without vector instructions.
+    mean = weight @ offset
+    variance = weight @ jnp.sum(square, -1) - jnp.sum(mean**2)
+    error = weight**2 @ jnp.sum((offset - mean) ** 2, -1)
     error = error / jnp.maximum(1.0 - jnp.sum(weight**2), 1e-3)
     ess = variance / jnp.where(error > 0, error, 1.0)
     # Without a last batch that is shorter.
