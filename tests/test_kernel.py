@@ -214,7 +214,7 @@ def test_later_steps_take_the_metric_of_earlier_ones():
     loss = Loss.from_function(lambda x, p: 0.5 * x @ p @ x, np.zeros(6), NARROW)
     target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 10.0))
     _, draws, info, gradients = steps_at(target, dense_nuts)
-    # Three to seven gradients a draw on a standard normal, fifty and more where it is a thousand times as long.
+    # Three to seven gradients a draw on a standard normal, fifty and more where it is 300 times as long as wide.
     assert gradients[2] < 0.3 * gradients[0]
     assert info.accept_prob > 0.7
     covariance = np.linalg.inv(jax.hessian(target.whitened_potential)(jnp.zeros(6)))

@@ -82,24 +82,19 @@ def renewed(tuning: dict[str, Any], noise: Array, gradient: Array) -> dict[str, 
     """
     dim = noise.shape[-1]
     z, score = noise.reshape(-1, dim), -gradient.reshape(-1, dim)
-    used = jnp.ones(len(z), bool)
-
-    def covariance(old: Array) -> tuple[Array, Array]:
-        dense = old.ndim == 3  # noqa: PLR2004
-        found, usable = Metric("scores", dense).found(z, score, used)
-        if not dense:
-            return found.scale**2, usable
+    # One, by name or not: the model has one latent site.
+    (matrix,), structure = jax.tree.flatten(tuning["inverse_mass_matrix"])
+    dense = matrix[0].ndim > 1
+    found, told = Metric("scores", dense).found(z, score, jnp.ones(len(z), bool))
+    inverse = found.scale**2
+    if dense:
         rows = found.forth(jnp.eye(dim, dtype=z.dtype))
-        return rows.T @ rows, usable
-
-    # One, since the model has one latent site.
-    leaves, structure = jax.tree.flatten(tuning["inverse_mass_matrix"])
-    found, usable = zip(*map(covariance, leaves), strict=True)
+        inverse = rows.T @ rows
     # NumPyro's way from moments to the three matrices: of two draws the covariance is their second moment.
     *_, finish = welford_covariance()
-    moments = [(jnp.zeros(dim, z.dtype), matrix, 2) for matrix in found]
-    matrices = finish(jax.tree.unflatten(structure, moments))
+    moments = (jnp.zeros(dim, z.dtype), inverse, 2)
+    matrices = finish(jax.tree.unflatten(structure, [moments]))
     old = {name: tuning[name] for name in MATRICES}
     new = dict(zip(MATRICES, matrices, strict=True))
-    told = jnp.all(jnp.stack(usable)) & all_finite(new)
+    told &= all_finite(new)
     return strip_weak_types(tuning | jax.tree.map(lambda a, b: jnp.where(told, b, a), old, new))
