@@ -17,6 +17,10 @@ Scores of q have mean zero. Draws that have not yet reached q have another mean,
 cuts q off, the mean of the scores is a slope of 1 / w for draws within a width w, and their variance says nothing
 about w. So the part of the mean beyond `MOST_MEAN` standard deviations counts as a variance of the coordinate.
 
+A reference of another scale changes the precision. In its units z' = C⁻¹ z, up to a shift, that of a Gaussian q is
+P' = I + Cᵀ (P - I) C: the loss keeps its curvature, and the regularizer is white again. With P = F⁻ᵀ F⁻¹ and
+Fᵀ (C⁻ᵀ C⁻¹ - I) F + I = V E Vᵀ, a root of its inverse is C⁻¹ F V E^-1/2.
+
 References: Seyboldt, Carlson & Carpenter (2026), "Preconditioning Hamiltonian Monte Carlo by Minimizing Fisher
 Divergence"; Stan Development Team, "Stan Reference Manual", chapter on HMC algorithm parameters.
 """
@@ -26,13 +30,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
 
 from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss._core.linalg import after, inverse_of_lower, lower_of_root
-from numpyro_regloss._core.pytree import all_finite
+from numpyro_regloss._core.pytree import all_finite, strip_weak_types
 from numpyro_regloss._core.types import Array
+from numpyro_regloss.losses.regularized import RegularizedLoss
 
-__all__ = ["METRICS", "Metric"]
+__all__ = ["METRICS", "Metric", "unit_of"]
 
 METRICS = ("variance", "scores", "low_rank")
 # Up to so many parameters a metric of low rank is dense; beyond, half as many directions are those in which q is
@@ -47,6 +54,10 @@ MOST_DRAWS = 512
 LEAST_PRIOR = 1e-5
 # Mean of scores, in their standard deviations, that may be that of draws on their way.
 MOST_MEAN = 3.0
+# Of the precision in the old units of mass: a reference that grows widens q no further than to twice its width.
+LEAST_SHARE = 0.25
+# Draws of a known metric, as which it is brought to a form with fewer numbers.
+KNOWN = 1e6
 # Stan's, of variances.
 STAN_DRAWS, STAN_VARIANCE = 5, 1e-3
 
@@ -132,12 +143,81 @@ class Metric(NamedTuple):
         unit = self.identity(z.shape[1], z.dtype)
         return unit._replace(scale=jnp.where(usable, scale, unit.scale))
 
+    def moved(self, old: Coordinates, before: Array, now: Array) -> Coordinates:
+        """The metric in units of another reference, of the same loss.
+
+        Args:
+            old: the metric in units of the last reference.
+            before: `unit_of` that one's target.
+            now: the same of the next one.
+
+        Returns:
+            The next one; where units are the same, the old one.
+        """
+        if now.ndim == 2:
+            change = solve_triangular(before, now, lower=True)
+        else:
+            change = now / before
+        # A loop, since vmap makes a conditional run both of its branches at every step.
+        count = jnp.any(before != now).astype(int)
+        return lax.fori_loop(0, count, lambda _, metric: self._in_units(metric, change), old)
+
+    def _in_units(self, old: Coordinates, change: Array) -> Coordinates:
+        dim = len(old.scale)
+        rank = self._rank(dim)
+        if change.ndim < 2 and rank < dim:
+            return _of_diagonal_change(old, jnp.broadcast_to(change, (dim,)))
+        identity = jnp.eye(dim, dtype=old.scale.dtype)
+        change = change if change.ndim == 2 else change * identity
+        forth = inverse_of_lower(change) @ old.forth(identity).T
+        back = old.back(identity).T @ change
+        root, inverse = _root(forth, back, identity - change.T @ change)
+        if rank == dim:
+            return Coordinates(jnp.ones_like(old.scale), None, root, inverse)
+        size = jnp.asarray(KNOWN, root.dtype)
+        rows = jnp.sqrt(size / dim)
+        return _from_scores(rows * root.T, rows * inverse, jnp.zeros(dim, root.dtype), size, rank)
+
     def _rank(self, dim: int) -> int:
         if self.dense:
             return dim
         if self.kind != "low_rank":
             return 0
         return dim if dim <= SMALL else RANK
+
+
+def unit_of(target: RegularizedLoss) -> Array:
+    """What a metric depends on beside the loss: scale / T^1/2, where T is the temperature.
+
+    Args:
+        target: the target.
+
+    Returns:
+        `()`, `(dim,)` or lower triangular, `(dim, dim)`. References of low rank are of no anchor: their scale stays.
+    """
+    scale = getattr(target.reference, "scale", jnp.ones((), target.reference.mean.dtype))
+    return strip_weak_types(scale / jnp.sqrt(jnp.asarray(target.temperature, scale.dtype)))
+
+
+def _root(forth: Array, back: Array, rest: Array) -> tuple[Array, Array]:
+    # Of the inverse of  backᵀ back + rest,  and its inverse; `forth` is that of `back`.
+    values, vectors = jnp.linalg.eigh(forth.T @ rest @ forth)
+    roots = jnp.sqrt(jnp.maximum(1.0 + values, LEAST_SHARE))
+    return forth @ (vectors / roots), (vectors * roots).T @ back
+
+
+def _of_diagonal_change(old: Coordinates, change: Array) -> Coordinates:
+    ratio = change / old.scale
+    precision = jnp.maximum(1.0 - change**2 + ratio**2, LEAST_SHARE * ratio**2)
+    scale = 1.0 / jnp.sqrt(precision)
+    if old.basis is None or old.inner is None or old.inner_inverse is None:
+        return Coordinates(scale, None, None, None)
+    # Directions in the new units of the diagonal, and the precision in them, `upper M upperᵀ` beside the identity.
+    basis, upper = jnp.linalg.qr((scale * ratio)[:, None] * old.basis)
+    forth = inverse_of_lower(upper.T) @ old.inner
+    back = old.inner_inverse @ upper.T
+    rest = jnp.eye(len(upper), dtype=upper.dtype) - upper @ upper.T
+    return Coordinates(scale, basis, *_root(forth, back, rest))
 
 
 def _centered(rows: Array, used: Array) -> tuple[Array, Array]:

@@ -329,7 +329,11 @@ class RobbinsMonro(Fit):
                 )
                 return state._replace(curvature=curvature), start, spent
             direction, curvature, start, spent = evaluations.curvature_of_gradients(
-                rng_key, state.direction, state.curvature, estimate
+                rng_key,
+                state.direction,
+                state.curvature,
+                estimate,
+                batches=target.loss.minibatch is not None,
             )
             spent = spent * (2 if self._has_pairs(target) else 1)
             return state._replace(direction=direction, curvature=curvature), start, spent

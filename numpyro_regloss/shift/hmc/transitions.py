@@ -3,7 +3,8 @@
 """NumPyro's HMC and NUTS on the whitened target, for a reference that moves at every outer step.
 
 In whitened coordinates x = mean + scale ε the regularizer is a standard normal wherever the reference
-is, so step size and mass matrix carry over when it moves. Warm-up runs once, as leading iterations of
+is, so step size and mass matrix carry over when it moves. When its scale changes, the mass matrix changes with it
+(`Metric.moved`). Warm-up runs once, as leading iterations of
 the same compiled loop, at a step size ε that the chains share; then ε is frozen within a shift, so that each
 shift is a valid chain, and corrected once after it by the law of Hamiltonian paths in many dimensions,
 acceptance = erfc(c ε²):
@@ -42,7 +43,7 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss
 from numpyro_regloss.shift.hmc.warm_up import Adaptation, Places, Tuning, WarmUp
-from numpyro_regloss.shift.metric import METRICS, Metric
+from numpyro_regloss.shift.metric import METRICS, Metric, unit_of
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 
 __all__ = [
@@ -91,12 +92,14 @@ class HMCState(NamedTuple):
         step_size: in units of the mass matrix, shared by the chains.
         coordinates: the mass matrix, shared by the chains.
         warm: whether step size and mass matrix are adapted.
+        unit: scale of the reference over the root of the temperature, in which the mass matrix is.
     """
 
     x: Array
     step_size: Array
     coordinates: Coordinates
     warm: Array
+    unit: Array
 
 
 class HMCInfo(NamedTuple):
@@ -200,6 +203,7 @@ def init(settings: Settings, target: RegularizedLoss) -> HMCState:
         step_size=jnp.asarray(settings.step_size, mean.dtype),
         coordinates=settings.metric.identity(target.dim, mean.dtype),
         warm=jnp.asarray(False),
+        unit=unit_of(target),
     )
 
 
@@ -365,7 +369,7 @@ def _start(
         usable = finite[:number].reshape(-1, *(1,) * (a.ndim - 1))
         return jnp.where(usable, a[:number], a[number])
 
-    to = state.coordinates
+    to = settings.metric.moved(state.coordinates, state.unit, unit_of(target))
     if settings.metric.from_scores:
         # Before there are draws, changes of the gradient around the centre tell of its curvature.
         near = settings.metric.first(points[number:], -gradient[number:], finite[number:])
@@ -432,6 +436,7 @@ def _report(
         step_size=step_size * _correction(accept_prob, settings.target_accept_prob),
         coordinates=coordinates,
         warm=accept_prob >= REWARM_BELOW,
+        unit=unit_of(target),
     )
     return state, draws, info
 

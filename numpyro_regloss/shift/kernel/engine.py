@@ -38,8 +38,9 @@ from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import StoredDraws
 from numpyro_regloss.losses.regularized import RegularizedLoss, latent_name, model
 from numpyro_regloss.shift.base import Shift
-from numpyro_regloss.shift.kernel.tuning import LEAST_BURN_IN, renewed, resumed, tuning_of
+from numpyro_regloss.shift.kernel.tuning import LEAST_BURN_IN, moved, renewed, resumed, tuning_of
 from numpyro_regloss.shift.kernel.walkers import batches, ess_of_blocks
+from numpyro_regloss.shift.metric import unit_of
 from numpyro_regloss.shift.sampler_stats import sampler_stats
 
 __all__ = ["Kernel", "KernelInfo", "KernelState"]
@@ -55,11 +56,13 @@ class KernelState(NamedTuple):
         noise: last positions in units of the reference, (x - mean) / scale, `(chain, dim)`.
         tuning: step size and mass matrix of each chain, where the kernel adapts them as HMC does; else None.
         warm: whether a step has set `tuning`.
+        unit: scale of the reference over the root of the temperature, in which mass matrices are.
     """
 
     noise: Array
     tuning: Any
     warm: Array
+    unit: Array
 
 
 class KernelInfo(NamedTuple):
@@ -192,7 +195,7 @@ class Kernel(Shift):
             shapes = jax.eval_shape(partial(self._tuned_at, target), noise[0])
             zeros = jax.tree.map(lambda a: jnp.zeros((self.num_chains, *a.shape), a.dtype), shapes)
             tuning = strip_weak_types(zeros)
-        return KernelState(noise, tuning, jnp.asarray(False))
+        return KernelState(noise, tuning, jnp.asarray(False), unit_of(target))
 
     def step(
         self, rng_key: Key, state: KernelState, target: RegularizedLoss
@@ -223,8 +226,11 @@ class Kernel(Shift):
             noise, rows, tally, tuning = self._run(target, keys, start, None, warm)
             rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), rows)
         else:
+            tuning = state.tuning
+            if tuning is not None and self._adapts_metric:
+                tuning = moved(tuning, state.unit, unit_of(target))
             run = partial(self._run, target, warm=warm)
-            noise, rows, tally, tuning = divided(run)(keys, start, state.tuning)
+            noise, rows, tally, tuning = divided(run)(keys, start, tuning)
         return self._report(target, noise, rows, tally, tuning)
 
     def after_rejection(self, old: KernelState, new: KernelState) -> KernelState:
@@ -245,10 +251,15 @@ class Kernel(Shift):
         return self.num_warmup // 2
 
     @property
-    def _takes_metric(self) -> bool:
+    def _adapts_metric(self) -> bool:
         # A user who gave a matrix and told the kernel to leave it keeps it.
-        adapts = attribute(self._made(), "_adapt_mass_matrix", False)
-        return self.metric == "scores" and self._burn_in >= LEAST_BURN_IN and bool(adapts)
+        return bool(attribute(self._made(), "_adapt_mass_matrix", False))
+
+    @property
+    def _takes_metric(self) -> bool:
+        return (
+            self.metric == "scores" and self._burn_in >= LEAST_BURN_IN and self._adapts_metric
+        )
 
     def _made(self) -> MCMCKernel:
         kernel = self.make_kernel(model)
@@ -378,7 +389,7 @@ class Kernel(Shift):
         )
         # A metric of scores is right before the chains are, and goes with a step size of its own.
         least = LEAST_MOVED if self._takes_metric else REWARM_BELOW
-        return KernelState(noise, tuning, accept_prob >= least), draws, info
+        return KernelState(noise, tuning, accept_prob >= least, unit_of(target)), draws, info
 
 
 def _observe(state: Any, kernel: MCMCKernel, name: str) -> _Row:

@@ -3,7 +3,7 @@
 """Step size and mass matrix of kernels that adapt as HMC does, carried from one target to the next.
 
 NumPyro estimates a mass matrix from the variance of one chain's own draws. After a step there are draws and scores
-of all chains. They say more of it, and hold for the next target as well, whose units are those of its reference.
+of all chains. They say more of it, and hold for the next target as well, in the units of its reference.
 With another matrix goes another step size, which the next burn-in finds by dual averaging.
 """
 
@@ -18,12 +18,14 @@ from numpyro.infer.hmc_util import (
     welford_covariance,
 )
 
+from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss._core.foreign import attribute
+from numpyro_regloss._core.linalg import after, inverse_of_lower
 from numpyro_regloss._core.pytree import all_finite, strip_weak_types
 from numpyro_regloss._core.types import Array
 from numpyro_regloss.shift.metric import Metric
 
-__all__ = ["LEAST_BURN_IN", "renewed", "resumed", "tuning_of"]
+__all__ = ["LEAST_BURN_IN", "moved", "renewed", "resumed", "tuning_of"]
 
 MATRICES = ("inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
 # Iterations that dual averaging takes to find a step size.
@@ -82,19 +84,60 @@ def renewed(tuning: dict[str, Any], noise: Array, gradient: Array) -> dict[str, 
     """
     dim = noise.shape[-1]
     z, score = noise.reshape(-1, dim), -gradient.reshape(-1, dim)
-    # One, by name or not: the model has one latent site.
-    (matrix,), structure = jax.tree.flatten(tuning["inverse_mass_matrix"])
+    (matrix,), structure = _matrix_of(tuning)
     dense = matrix[0].ndim > 1
     found, told = Metric("scores", dense).found(z, score, jnp.ones(len(z), bool))
-    inverse = found.scale**2
-    if dense:
-        rows = found.forth(jnp.eye(dim, dtype=z.dtype))
-        inverse = rows.T @ rows
+    return _with(tuning, _matrices(structure, _inverse_mass(found)), told)
+
+
+def moved(tuning: dict[str, Any], before: Array, now: Array) -> dict[str, Any]:
+    """The mass matrices in units of another reference.
+
+    Args:
+        tuning: of all chains, with a leading axis.
+        before: `unit_of` the target of the tuning.
+        now: the same of the next target.
+
+    Returns:
+        The tuning of all chains; as it was where units are the same.
+    """
+    (matrix,), structure = _matrix_of(tuning)
+
+    def one(inverse: Array) -> dict[str, Any]:
+        dense = inverse.ndim > 1
+        if dense:
+            lower = jnp.linalg.cholesky(inverse)
+            unit = jnp.ones(len(inverse), inverse.dtype)
+            old = Coordinates(unit, None, lower, inverse_of_lower(after(lower[0, 0], lower)))
+        else:
+            old = Coordinates(jnp.sqrt(inverse), None, None, None)
+        new = Metric("scores", dense).moved(old, before, now)
+        return _matrices(structure, _inverse_mass(new))
+
+    return _with(tuning, jax.vmap(one)(matrix), jnp.any(before != now))
+
+
+def _matrix_of(tuning: dict[str, Any]) -> tuple[list[Array], Any]:
+    # One, by name or not: the model has one latent site.
+    return jax.tree.flatten(tuning["inverse_mass_matrix"])
+
+
+def _inverse_mass(metric: Coordinates) -> Array:
+    if metric.inner is None:
+        return metric.scale**2
+    rows = metric.forth(jnp.eye(len(metric.scale), dtype=metric.scale.dtype))
+    return rows.T @ rows
+
+
+def _matrices(structure: Any, inverse: Array) -> dict[str, Any]:
     # NumPyro's way from moments to the three matrices: of two draws the covariance is their second moment.
     *_, finish = welford_covariance()
-    moments = (jnp.zeros(dim, z.dtype), inverse, 2)
-    matrices = finish(jax.tree.unflatten(structure, [moments]))
+    moments = (jnp.zeros(len(inverse), inverse.dtype), inverse, 2)
+    found = finish(jax.tree.unflatten(structure, [moments]))
+    return dict(zip(MATRICES, found, strict=True))
+
+
+def _with(tuning: dict[str, Any], new: dict[str, Any], usable: Array) -> dict[str, Any]:
     old = {name: tuning[name] for name in MATRICES}
-    new = dict(zip(MATRICES, matrices, strict=True))
-    told &= all_finite(new)
-    return strip_weak_types(tuning | jax.tree.map(lambda a, b: jnp.where(told, b, a), old, new))
+    usable &= all_finite(new)
+    return strip_weak_types(tuning | jax.tree.map(lambda a, b: jnp.where(usable, b, a), old, new))
