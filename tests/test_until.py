@@ -102,6 +102,15 @@ def test_a_fast_start_is_no_noise(contraction, times):
     assert not Arrived().holds(window_of(centers, means, error), 1)
 
 
+def test_the_way_that_few_inner_steps_have_left_is_no_noise():
+    # Steps of a hundredth of the way state that they have the rest left, and nothing scatters.
+    center = 30.0 * 0.99 ** np.arange(11.0)[:, None] * np.ones(3)
+    window = window_of(center[:-1], center[1:], center[:-1])
+    assert Arrived().holds(window, 1)
+    biased = window._replace(fit=fit.FitInfo(mean_error=center[:-1], biased=np.ones(10, bool)))
+    assert not Arrived().holds(biased, 1)
+
+
 @pytest.fixture(scope="module")
 def optimizer():
     loss = Loss.from_function(lambda x: jnp.sum((x - 1.0) ** 4), jnp.full(3, 4.0))

@@ -93,7 +93,7 @@ def arrival(motion: Motion) -> tuple[bool | None, str]:
     else:
         squares = np.sum(error**2, 0)
         if count >= TREND:
-            squares = squares / excess(pull, squares / count)
+            squares = squares / excess(pull, squares / count, biased=motion.biased)
         noise = squares.sum()
         dimension = max(noise**2 / max(np.sum(squares**2), np.finfo(float).tiny), 1.0)
         limit = MARGIN * noise * (1 + SIGMAS * np.sqrt(2 / dimension))

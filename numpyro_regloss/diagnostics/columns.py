@@ -14,7 +14,7 @@ import numpy as np
 from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss.two_step.motion import MotionInfo
 from numpyro_regloss.two_step.result import TwoStepResult
-from numpyro_regloss.two_step.until import pulls
+from numpyro_regloss.two_step.until import is_biased, pulls
 
 __all__ = ["COLUMNS", "Motion", "run_columns", "run_motion"]
 
@@ -66,6 +66,7 @@ class Motion(NamedTuple):
         stopped: whether the run ended because it had arrived.
         exact: lengths of a history without vectors.
         dim: number of parameters, where it is not that of columns.
+        biased: whether errors contain the way that fitted means have left.
     """
 
     pull: np.ndarray
@@ -74,6 +75,7 @@ class Motion(NamedTuple):
     stopped: bool = False
     exact: MotionInfo | None = None
     dim: int | None = None
+    biased: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -97,13 +99,14 @@ def run_motion(result: TwoStepResult) -> Motion:
         The motion, rejected steps left out.
     """
     stopped, motion = result.stopped == "arrived", result.history.motion
+    biased = is_biased(result.history)
     if motion is not None:
         ok, dim = np.asarray(result.history.ok), len(result.state.reference.mean)
         exact = jax.tree.map(lambda a: np.asarray(a)[ok], motion)
-        return Motion(*pulls(result.history), exact.step_sketch, stopped, exact, dim)
+        return Motion(*pulls(result.history), exact.step_sketch, stopped, exact, dim, biased)
     sd = np.sqrt(np.asarray(result.history.reference.variance))
     step = (np.diff(result.centers, axis=0) / sd)[result.history.ok]
-    return Motion(*pulls(result.history), step, stopped)
+    return Motion(*pulls(result.history), step, stopped, biased=biased)
 
 
 def run_columns(result: TwoStepResult, motion: Motion) -> dict[str, np.ndarray]:

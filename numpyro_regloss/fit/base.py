@@ -21,6 +21,7 @@ class FitInfo(NamedTuple):
         num_loss: loss evaluations.
         num_grad: gradient evaluations.
         mean_error: standard errors of the fitted mean, `(dim,)`; None if they are not known.
+        biased: whether `mean_error` contains, beside noise, the way that the mean has left.
         covariance_error: of the covariance `(dim, dim)`, or of the variances, or None.
         control_variate: index of the control variate of the mean, see `draws.control_variates`; None of fits that
             match no moments.
@@ -31,6 +32,7 @@ class FitInfo(NamedTuple):
     num_loss: Any = 0
     num_grad: Any = 0
     mean_error: Array | None = None
+    biased: Any = False
     covariance_error: Array | None = None
     control_variate: Array | None = None
     score_compatible: Any = True

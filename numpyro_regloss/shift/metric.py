@@ -37,6 +37,7 @@ from numpyro_regloss._core.coordinates import Coordinates
 from numpyro_regloss._core.linalg import after, inverse_of_lower, lower_of_root
 from numpyro_regloss._core.pytree import all_finite, strip_weak_types
 from numpyro_regloss._core.types import Array
+from numpyro_regloss.gaussians.gaussian import Gaussian
 from numpyro_regloss.losses.regularized import RegularizedLoss
 
 __all__ = ["METRICS", "Metric", "unit_of"]
@@ -154,10 +155,8 @@ class Metric(NamedTuple):
         Returns:
             The next one; where units are the same, the old one.
         """
-        if now.ndim == 2:
-            change = solve_triangular(before, now, lower=True)
-        else:
-            change = now / before
+        dense = now.ndim == 2
+        change = solve_triangular(before, now, lower=True) if dense else now / before
         # A loop, since vmap makes a conditional run both of its branches at every step.
         count = jnp.any(before != now).astype(int)
         return lax.fori_loop(0, count, lambda _, metric: self._in_units(metric, change), old)
@@ -193,9 +192,12 @@ def unit_of(target: RegularizedLoss) -> Array:
         target: the target.
 
     Returns:
-        `()`, `(dim,)` or lower triangular, `(dim, dim)`. References of low rank are of no anchor: their scale stays.
+        `()`, `(dim,)` or lower triangular, `(dim, dim)`.
     """
-    scale = getattr(target.reference, "scale", jnp.ones((), target.reference.mean.dtype))
+    reference = target.reference
+    # No anchor makes references of low rank, so that their scale stays.
+    one = jnp.ones((), reference.mean.dtype)
+    scale = reference.scale if isinstance(reference, Gaussian) else one
     return strip_weak_types(scale / jnp.sqrt(jnp.asarray(target.temperature, scale.dtype)))
 
 

@@ -24,7 +24,7 @@ from numpyro_regloss._core.pytree import pytree_dataclass, static_field
 from numpyro_regloss.fit.base import FitInfo
 from numpyro_regloss.two_step.outer_step import TwoStepInfo
 
-__all__ = ["NEGLIGIBLE", "Arrived", "excess", "is_steady", "pulls"]
+__all__ = ["NEGLIGIBLE", "Arrived", "excess", "is_biased", "is_steady", "pulls"]
 
 # Squared length of a pull, in standard deviations of the reference, that no use of the loss notices: a step gains
 # about so much, in units of T.
@@ -57,6 +57,18 @@ def pulls(history: TwoStepInfo) -> tuple[np.ndarray, np.ndarray | None]:
     pull = (np.asarray(history.fitted.mean) - np.asarray(history.reference.mean)) / sd
     error = FitInfo.of(history.fit).mean_error
     return pull[ok], None if error is None else (np.asarray(error) / sd)[ok]
+
+
+def is_biased(history: TwoStepInfo) -> bool:
+    """Whether errors of the fitted means contain the way that these have left, see `FitInfo.biased`.
+
+    Args:
+        history: of a run, or a part of it.
+
+    Returns:
+        The answer.
+    """
+    return bool(np.any(FitInfo.of(history.fit).biased))
 
 
 @pytree_dataclass
@@ -105,6 +117,9 @@ class Arrived:
             Whether to stop.
         """
         pull, error = pulls(window)
+        if is_biased(window):
+            # A way that is left is no noise: a pull is always shorter than its own errors then.
+            error = None
         pull = np.asarray(pull, float)
         count = len(pull)
         if 2 * count <= self.patience or not np.isfinite(pull).all():
@@ -137,7 +152,7 @@ def is_steady(pull: np.ndarray) -> bool:
     return bool(late > STEADY * early)
 
 
-def excess(pull: np.ndarray, square: np.ndarray) -> float:
+def excess(pull: np.ndarray, square: np.ndarray, *, biased: bool = False) -> float:
     """How far reported errors are above the scatter of pulls.
 
     Few inner steps do not know how curvature damps their noise. Let a share a of the way to the end be left after
@@ -147,6 +162,7 @@ def excess(pull: np.ndarray, square: np.ndarray) -> float:
     Args:
         pull: `(step, dim)`, in standard deviations of the reference.
         square: reported errors of a step, squared, `(dim,)`.
+        biased: whether they contain more than noise.
 
     Returns:
         A factor of `square`; 1 where chance may be the cause, infinite where pulls do not scatter at all.
@@ -159,7 +175,8 @@ def excess(pull: np.ndarray, square: np.ndarray) -> float:
         return 1.0 if reported <= 0 else np.inf
     # Of the logarithm of a sum of squares: two over its degrees of freedom.
     variance = 2 * np.sum(scatter**2) / ((count - 1) * np.sum(scatter) ** 2)
-    return reported / seen if reported > seen * np.exp(AGREES * np.sqrt(variance)) else 1.0
+    agrees = 0.0 if biased else AGREES
+    return reported / seen if reported > seen * np.exp(agrees * np.sqrt(variance)) else 1.0
 
 
 def _noise(pull: np.ndarray, error: np.ndarray | None) -> np.ndarray:

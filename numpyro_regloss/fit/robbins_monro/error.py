@@ -18,7 +18,8 @@ Few steps know no curvature. The last iterate of u ← u - a_j (g_j + u) is a we
 
     u_M = Π_j (1 - a_j) u_0 - Σ_j c_j g_j,    c_j = a_j Π_{i > j} (1 - a_i),
 
-whose error is Var(g) Σ c_j² and, in flat directions, a share Π_j (1 - a_j) of the way to the root.
+whose error is Var(g) Σ c_j² and, in flat directions, a share Π_j (1 - a_j) of the way to the root. That way is
+u_M / (1 - Π_j (1 - a_j)) and noise, whose square is subtracted: steep directions have no way left.
 
 References: Polyak & Juditsky (1992), "Acceleration of Stochastic Approximation by Averaging"; Stein
 (1981), "Estimation of the Mean of a Multivariate Normal Distribution"; Chen, Lee, Tong & Zhang (2020),
@@ -134,8 +135,9 @@ class Scatter(NamedTuple):
         if num_steps == 1:
             return jnp.full_like(u, jnp.inf)
         variance = (self.squares - self.sum**2 / num_steps) / (num_steps - 1)
-        way = self.kept / (1.0 - self.kept) * u
-        return self.share * jnp.maximum(variance, 0.0) + way**2
+        noise = self.share * jnp.maximum(variance, 0.0)
+        left = self.kept / (1.0 - self.kept)
+        return noise + left**2 * jnp.maximum(u**2 - noise, 0.0)
 
 
 def start(zero: Array, *, dense: bool) -> Sums:

@@ -36,7 +36,7 @@ __all__ = [
 # Power iterations at the first step, and those on each of some batches where there are minibatches; later steps
 # refine the direction by one each.
 FIRST_ITERATIONS = 10
-FIRST_BATCHES, BATCH_ITERATIONS = 3, 4
+FIRST_BATCHES, BATCH_ITERATIONS = 3, 3
 # Second differences of the score form at the first step and at later ones, and how much the latter count.
 FIRST_PROBES, PROBES, PROBE_WEIGHT = 16, 4, 0.25
 # Estimates of a later look at the curvature of gradients, and loss evaluations of one at that of values.

@@ -257,9 +257,7 @@ class Kernel(Shift):
 
     @property
     def _takes_metric(self) -> bool:
-        return (
-            self.metric == "scores" and self._burn_in >= LEAST_BURN_IN and self._adapts_metric
-        )
+        return self.metric == "scores" and self._burn_in >= LEAST_BURN_IN and self._adapts_metric
 
     def _made(self) -> MCMCKernel:
         kernel = self.make_kernel(model)
