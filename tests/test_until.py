@@ -103,11 +103,12 @@ def test_a_fast_start_is_no_noise(contraction, times):
 
 
 def test_the_way_that_few_inner_steps_have_left_is_no_noise():
-    # Steps of a hundredth of the way state that they have the rest left, and nothing scatters.
-    center = 30.0 * 0.99 ** np.arange(11.0)[:, None] * np.ones(3)
-    window = window_of(center[:-1], center[1:], center[:-1])
+    # Steps of four tenths of the way, without noise, state errors as long as themselves.
+    center = 3.0 * 0.6 ** np.arange(11.0)[:, None] * np.ones(3)
+    error = 0.4 * center[:-1]
+    window = window_of(center[:-1], center[1:], error)
     assert Arrived().holds(window, 1)
-    biased = window._replace(fit=fit.FitInfo(mean_error=center[:-1], biased=np.ones(10, bool)))
+    biased = window._replace(fit=fit.FitInfo(mean_error=error, biased=np.ones(10, bool)))
     assert not Arrived().holds(biased, 1)
 
 
