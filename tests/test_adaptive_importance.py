@@ -108,6 +108,48 @@ def test_intervals_of_the_mean_and_of_the_value_cover(temperature, settings):
     assert 0.90 - 3 * np.sqrt(0.9 * 0.1 / REPETITIONS) < of_value <= 1.0
 
 
+def test_values_in_one_dimension_are_exact_for_a_gaussian_and_covered_for_a_quartic():
+    # In few dimensions some of the reference's draws lie in a narrow q, and regressions within its few pairs did
+    # not see them: of narrow Gaussians 43 % of intervals covered, of this quartic 73 %.
+    def bowl(x, curvature, quartic):
+        return jnp.sum(0.5 * curvature * (x - 0.5) ** 2 + quartic * x**4)
+
+    engine, tau = AdaptiveImportance(), 1.0
+    loss = Loss.from_function(bowl, np.zeros(1), 1.0, 0.0)
+    reference = Gaussian.isotropic(jnp.zeros(1), tau)
+
+    @jax.jit
+    def values(curvature, quartic):
+        target = RegularizedLoss(loss, reference, args=(curvature, quartic))
+
+        def warm(state, key):
+            return engine.step(key, state, target)[0], None
+
+        state, _ = lax.scan(
+            warm, engine.init(random.key(0), target), random.split(random.key(1), 4)
+        )
+
+        def one(key):
+            info = engine.step(key, state, target)[2]
+            return info.local_entropy, info.local_entropy_error
+
+        return lax.map(one, random.split(random.key(2), REPETITIONS))
+
+    for curvature in (1e-2, 1.0, 1e3):
+        value, error = map(np.asarray, values(curvature, 0.0))
+        ratio = 1.0 + tau * curvature
+        exact = 0.5 * np.log(ratio) + 0.5 * curvature * 0.25 / ratio
+        # Rounding is all that is left: of single precision, in weights, their logarithm and the value.
+        assert np.abs(value - exact).max() < 3e-6
+        assert np.mean(np.abs(value - exact) < 1.96 * error) > 0.9
+    value, error = map(np.asarray, values(0.5, 1.0))
+    grid = np.linspace(-8.0, 8.0, 20_001)
+    density = np.exp(-0.25 * (grid - 0.5) ** 2 - grid**4 - 0.5 * grid**2 / tau)
+    exact = -np.log(density.sum() * (grid[1] - grid[0]) / np.sqrt(2 * np.pi * tau))
+    covered = np.mean(np.abs(value - exact) < 1.96 * error)
+    assert 0.90 - 3 * np.sqrt(0.9 * 0.1 / REPETITIONS) < covered < 0.99
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_a_warm_step_is_one_round_and_its_weights_have_a_variance(temperature):
     _, _, _, _, khat, rounds, _ = repeated(temperature)
