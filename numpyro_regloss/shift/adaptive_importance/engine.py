@@ -159,7 +159,9 @@ class AdaptiveImportance(Shift):
     uneven and the step is rejected: use `NUTS` or `SMC` there. *Scouts* are points that walk downhill from draws
     of the reference. They look for modes that the proposal misses. Before a first step is accepted, they walk for
     eight rounds, or until 24 walks have ended at the only mode. A mode is not found if its valley contains hardly
-    any of the reference.
+    any of the reference. Where q is strongly skewed, or a curve that the Gaussian covers in part, a step may be
+    taken although some of q was hardly seen. The errors of its mean and of F_tau are then smaller than they should
+    be, most of all where few draws are effective.
 
     Args:
         num_samples: draws of a round, an even number: antithetic pairs.
@@ -314,6 +316,8 @@ class AdaptiveImportance(Shift):
             # A tail with an end has no large weight that was not drawn, and to smooth it is a bias.
             smoothed = jnp.where(khat > 0, smoothed, batch.log_weight)
             passed = (ess >= self.ess * self.num_samples) & (khat <= MAX_KHAT)
+            if scouts is not None:
+                passed &= ~scouts.rivals(depth)
             # Where weights are not very even, one of several rounds may look well by chance.
             sure = state.passed | (ess >= SURE * self.num_samples)
             ok = passed & (now.passed | sure)
