@@ -108,6 +108,48 @@ def test_intervals_of_the_mean_and_of_the_value_cover(temperature, settings):
     assert 0.90 - 3 * np.sqrt(0.9 * 0.1 / REPETITIONS) < of_value <= 1.0
 
 
+def test_values_in_one_dimension_are_exact_for_a_gaussian_and_covered_for_a_quartic():
+    # In few dimensions some of the reference's draws lie in a narrow q, and regressions within its few pairs did
+    # not see them: of narrow Gaussians 43 % of intervals covered, of this quartic 73 %.
+    def bowl(x, curvature, quartic):
+        return jnp.sum(0.5 * curvature * (x - 0.5) ** 2 + quartic * x**4)
+
+    engine, tau = AdaptiveImportance(), 1.0
+    loss = Loss.from_function(bowl, np.zeros(1), 1.0, 0.0)
+    reference = Gaussian.isotropic(jnp.zeros(1), tau)
+
+    @jax.jit
+    def values(curvature, quartic):
+        target = RegularizedLoss(loss, reference, args=(curvature, quartic))
+
+        def warm(state, key):
+            return engine.step(key, state, target)[0], None
+
+        state, _ = lax.scan(
+            warm, engine.init(random.key(0), target), random.split(random.key(1), 4)
+        )
+
+        def one(key):
+            info = engine.step(key, state, target)[2]
+            return info.local_entropy, info.local_entropy_error
+
+        return lax.map(one, random.split(random.key(2), REPETITIONS))
+
+    for curvature in (1e-2, 1.0, 1e3):
+        value, error = map(np.asarray, values(curvature, 0.0))
+        ratio = 1.0 + tau * curvature
+        exact = 0.5 * np.log(ratio) + 0.5 * curvature * 0.25 / ratio
+        # Rounding is all that is left: of single precision, in weights, their logarithm and the value.
+        assert np.abs(value - exact).max() < 3e-6
+        assert np.mean(np.abs(value - exact) < 1.96 * error) > 0.9
+    value, error = map(np.asarray, values(0.5, 1.0))
+    grid = np.linspace(-8.0, 8.0, 20_001)
+    density = np.exp(-0.25 * (grid - 0.5) ** 2 - grid**4 - 0.5 * grid**2 / tau)
+    exact = -np.log(density.sum() * (grid[1] - grid[0]) / np.sqrt(2 * np.pi * tau))
+    covered = np.mean(np.abs(value - exact) < 1.96 * error)
+    assert 0.90 - 3 * np.sqrt(0.9 * 0.1 / REPETITIONS) < covered < 0.99
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_a_warm_step_is_one_round_and_its_weights_have_a_variance(temperature):
     _, _, _, _, khat, rounds, _ = repeated(temperature)
@@ -430,22 +472,30 @@ def test_two_modes_of_one_depth_are_not_left_for_each_other():
 def test_a_part_of_a_thin_curve_is_hardly_ever_believed():
     # A Gaussian covers a part of this arc. Every draw that meets nothing beyond it says that all is well: 14 % of
     # the steps were taken when one even round was enough, and all of them were wrong.
-    def arc(x):
-        return jnp.sum(x**2) / 8.0 + jnp.sum((x[1] + x[0] ** 2 - jnp.array([1.0, 0.5])) ** 2) / 0.02
+    def arc(x, observed, width):
+        return jnp.sum(x**2) / width + jnp.sum((x[1] + x[0] ** 2 - observed) ** 2) / 0.02
 
-    loss, engine = Loss.from_function(arc, np.zeros(2)), AdaptiveImportance()
-    target = RegularizedLoss(loss, Gaussian.isotropic(loss.x0, 0.1))
+    first = jnp.array([1.0, 0.5])
+    loss, engine = Loss.from_function(arc, np.zeros(2), first, 8.0), AdaptiveImportance()
 
     @jax.jit
-    @jax.vmap
-    def taken(key):
-        def one(state, key):
-            state, _, info = engine.step(key, state, target)
-            return state, info.ok
+    def taken(observed, width):
+        reference = Gaussian.isotropic(loss.x0, 0.1)
+        target = RegularizedLoss(loss, reference, args=(observed, width))
 
-        return lax.scan(one, engine.init(key, target), random.split(key, 6))[1]
+        def run(key):
+            def one(state, key):
+                state, _, info = engine.step(key, state, target)
+                return state, info.ok
 
-    assert np.mean(taken(random.split(random.key(0), 200))) < 0.04
+            return lax.scan(one, engine.init(key, target), random.split(key, 6))[1]
+
+        return jnp.mean(jax.vmap(run)(random.split(random.key(0), 200)))
+
+    assert taken(first, 8.0) < 0.04
+    # Of two arms far from each other, draws of the one's shape about a scout in the other see a twentieth. A third
+    # of these steps was taken with the mean of one arm, until the height of the other was believed.
+    assert taken(jnp.array([1.0, 0.9]), jnp.inf) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_regloss._core.types import Array, Key
-from numpyro_regloss.shift.adaptive_importance.normalizer import controls_of
 from numpyro_regloss.shift.adaptive_importance.proposal import Proposal
 
 __all__ = ["Drawn", "draw"]
@@ -28,12 +27,13 @@ class Drawn(NamedTuple):
     Attributes:
         e: `(draw, dim)`.
         log_density: of the mixture, up to (2 pi)^(-dim / 2), `(draw,)`.
-        controls: functions whose means are zero, `(draw, 2)`.
+        control: density of the proposal, before it is widened, over that of the mixture, less their mean, one;
+            `(draw,)`.
     """
 
     e: Array
     log_density: Array
-    controls: Array
+    control: Array
 
 
 def draw(
@@ -47,21 +47,23 @@ def draw(
 
     Args:
         rng_key: a random key.
-        proposal: in coordinates where the reference is N(0, I).
+        proposal: in coordinates where the reference is N(0, I); draws come from a wider one.
         num_pairs: of the proposal, the reference and the witness; of the proposal alone.
         witness: where the third part is, `(dim,)`; None for the proposal alone.
-        width: of the third part, in units of the proposal's.
+        width: of the third part, in units of the wider one's.
 
     Returns:
         The draws.
     """
-    mean = proposal.mean
+    mean, narrow, ratio = proposal.mean, proposal, proposal.widening**2
+    proposal = proposal.widened()
     noise = random.normal(rng_key, (sum(num_pairs), 1, mean.size), mean.dtype)
     noise = jnp.concatenate([noise, -noise], 1).reshape(-1, mean.size)
     if witness is None:
         square = jnp.sum(noise**2, -1)
-        controls = controls_of(jnp.zeros_like(square), square, mean.size)
-        return Drawn(mean + proposal.scaled(noise), proposal.log_density(square), controls)
+        log_density = proposal.log_density(square)
+        control = jnp.expm1(narrow.log_density(ratio * square) - log_density)
+        return Drawn(mean + proposal.scaled(noise), log_density, control)
     ends = [2 * sum(num_pairs[:i]) for i in (1, 2)]
     own, wide, other = jnp.split(noise, ends)
     gap = proposal.whitened(witness[None])
@@ -70,13 +72,12 @@ def draw(
     # In units of the proposal's noise both Gaussians of its shape are standard normal.
     noise = jnp.concatenate([own, proposal.whitened(wide), gap + other])
     square = jnp.sum(noise**2, -1)
-    gaussian = proposal.log_density(square)
     parts = [
-        gaussian,
+        proposal.log_density(square),
         -0.5 * jnp.sum(e**2, -1),
         proposal.log_density(jnp.sum(((noise - gap) / width) ** 2, -1))
         - mean.size * jnp.log(width),
     ]
     shares = [math.log(count / sum(num_pairs)) for count in num_pairs]
     log_density = jax.nn.logsumexp(jnp.stack(parts) + jnp.array(shares)[:, None], axis=0)
-    return Drawn(e, log_density, controls_of(gaussian - log_density, square, mean.size))
+    return Drawn(e, log_density, jnp.expm1(narrow.log_density(ratio * square) - log_density))

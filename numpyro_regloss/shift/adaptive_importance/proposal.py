@@ -124,10 +124,15 @@ class Proposal:
         """
         raise NotImplementedError
 
+    @property
+    def widening(self) -> float:
+        """By what factor draws are wider."""
+        # The share of effective draws that it costs is the same in all dimensions, WIDER² / 2.
+        return math.sqrt(1.0 + WIDER / math.sqrt(self.mean.size))
+
     def widened(self) -> Self:
         """A little wider: too narrow a proposal has weights without a variance, too wide a one costs draws."""
-        # The share of effective draws that it costs is the same in all dimensions, WIDER² / 2.
-        return self.stretched(math.sqrt(1.0 + WIDER / math.sqrt(self.mean.size)))
+        return self.stretched(self.widening)
 
     def square(self, e: Array) -> Array:
         """Squared length of the noise that leads to draws, `(draw, dim)` -> `(draw,)`."""

@@ -29,6 +29,8 @@ NEAR = 3.0
 EXPLAINED = 0.1
 # Of -log q above that at the proposal's mean: a Gaussian so high holds a four-hundredth of the other's mass.
 HIGHEST = 6.0
+# The same, for a place half as dense as the proposal's mean. A q that is nearly the proposal has none so far away.
+RIVAL = math.log(2.0)
 # Steps after which a scout that found nothing begins anew.
 OLDEST = 15
 # A round changes the width about the witness at most by the root of this.
@@ -79,6 +81,20 @@ class Scouts(NamedTuple):
     def known(self) -> Array:
         """Whether there is a witness."""
         return self.depth < UNKNOWN
+
+    def rivals(self, at_mean: Array) -> Array:
+        """Whether q is as good as at the proposal's mean in a place that the proposal does not explain.
+
+        Draws about it have the proposal's shape. Where q has another there, as in the other arm of a thin curve,
+        their weights are even and tell of a small part of it.
+
+        Args:
+            at_mean: -log q at the proposal's mean.
+
+        Returns:
+            A scalar.
+        """
+        return self.known & (self.depth < at_mean + RIVAL)
 
     @property
     def next_place(self) -> Array:
