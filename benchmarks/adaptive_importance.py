@@ -4,9 +4,9 @@
 
 Runs of 20 steps on posteriors, each started at its default, at two widths of the regularizer. At the last
 reference the fitted mean is compared with that of a long run of NUTS, of SMC for the mixture. Distances are in
-standard deviations of q, the largest over the parameters. Two tables have the accuracy at one centre: how often 95
-% intervals of F_tau cover, and what the error is, where q is Gaussian and where it is a product of simple laws in
-few dimensions; and the intervals of the fitted mean and of F_tau, with 256 draws, of models. There the truth is
+standard deviations of q, the largest over the parameters. Two tables have the accuracy at one centre: how often
+95 % intervals of F_tau cover, and what the error is, where q is Gaussian and where it is a product of simple laws
+in few dimensions; and the intervals of the fitted mean and of F_tau, with 256 draws, of models. There the truth is
 the mean of 20 steps of 16,384 draws. The last one compares a proposal of low rank with a diagonal one where there
 are more parameters than a dense one is for: five steps at one centre, rounds and effective sample size of the
 last, milliseconds of a round there, both in turn.
