@@ -155,7 +155,9 @@ class RobbinsMonro(Fit):
     gradients, as if the loss were flat, and too large where the loss is steep.
 
     With minibatches five inner steps need five gradients, and some more as `diagnose_every` says. The loss in the
-    history comes with the first of them, so it is the loss at a draw of the reference around the centre.
+    history comes with the first of them, so it is the loss at a draw of the reference around the centre. The
+    curvature is that of one batch at a time: where batches have so few rows that their curvatures differ by factors,
+    steps may be too long for some, and a run diverges; draw more rows, or use a smaller tau.
 
     Args:
         num_steps: inner steps, at most; each draws fresh noise and a fresh minibatch.
@@ -332,11 +334,7 @@ class RobbinsMonro(Fit):
                 )
                 return state._replace(curvature=curvature), start, spent
             direction, curvature, start, spent = evaluations.curvature_of_gradients(
-                rng_key,
-                state.direction,
-                state.curvature,
-                estimate,
-                batches=target.loss.minibatch is not None,
+                rng_key, state.direction, state.curvature, estimate
             )
             spent = spent * (2 if self._has_pairs(target) else 1)
             return state._replace(direction=direction, curvature=curvature), start, spent

@@ -33,16 +33,12 @@ __all__ = [
     "curvature_of_gradients",
 ]
 
-# Power iterations at the first step, and those on each of some batches where there are minibatches; later steps
-# refine the direction by one each.
+# Power iterations at the first step; later steps refine the direction by one each.
 FIRST_ITERATIONS = 10
-FIRST_BATCHES, BATCH_ITERATIONS = 3, 3
 # Second differences of the score form at the first step and at later ones, and how much the latter count.
 FIRST_PROBES, PROBES, PROBE_WEIGHT = 16, 4, 0.25
 # Estimates of a later look at the curvature of gradients, and loss evaluations of one at that of values.
 GRADIENT_LOOK, VALUE_LOOK = 2, 2 * PROBES + 1
-# A later look on another batch lowers the curvature by this share of the difference, and raises it by all of it.
-FALL = 0.1
 # Two values or gradients are equal up to so many units of the last digit.
 ROUNDING = 64.0
 
@@ -137,7 +133,7 @@ def score(target: RegularizedLoss, *, antithetic: bool) -> Estimator:
 
 
 def curvature_of_gradients(
-    rng_key: Key, direction: Array, curvature: Array, estimate: Estimator, *, batches: bool
+    rng_key: Key, direction: Array, curvature: Array, estimate: Estimator
 ) -> tuple[Array, Array, Array, Array]:
     """Steepest direction and its curvature by a power iteration on gradients.
 
@@ -146,37 +142,23 @@ def curvature_of_gradients(
         direction: a unit vector to start from, `(dim,)`.
         curvature: the curvature so far, negative if there is none.
         estimate: from `reparametrized`.
-        batches: whether each look has another minibatch.
 
     Returns:
         The direction, the curvature, where to start (zero, or aside of a mirror) and the number of estimates.
     """
     # The secant over one reference scale, not the Hessian: it sees kinks, and only the curvature that
     # is left after smoothing matters for stability.
-    first = curvature < 0
-    per_look = BATCH_ITERATIONS if batches else FIRST_ITERATIONS
-    iterations = jnp.where(first, per_look, 1)
-    looks = jnp.where(first, FIRST_BATCHES, 1) if batches else 1
+    key_batch, key_noise = random.split(rng_key)
+    noise = random.normal(key_noise, (1, *direction.shape), direction.dtype)
+    base, odd, _ = estimate(key_batch, jnp.zeros_like(direction), noise)
+    hidden = _is_rounding(jnp.linalg.norm(base), jnp.linalg.norm(odd)) & (curvature < 0)
 
-    def look(i: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        direction, highest, _ = now
-        key_batch, key_noise = random.split(random.fold_in(rng_key, i))
-        noise = random.normal(key_noise, (1, *direction.shape), direction.dtype)
-        base, odd, _ = estimate(key_batch, jnp.zeros_like(direction), noise)
-        hidden = _is_rounding(jnp.linalg.norm(base), jnp.linalg.norm(odd)) & first
+    def secant(direction: Array) -> Array:
+        return estimate(key_batch, direction, noise).gradient - base
 
-        def secant(direction: Array) -> Array:
-            return estimate(key_batch, direction, noise).gradient - base
-
-        direction, _, found = power_iteration(direction, iterations, secant)
-        return direction, jnp.maximum(highest, found), _aside(hidden, odd[0], found)
-
-    # Of one batch it may be far below that of the next ones, and steps that are too long for these diverge.
-    now = (direction, jnp.zeros_like(curvature), jnp.zeros_like(direction))
-    direction, found, start = lax.fori_loop(0, looks, look, now)
-    if batches:
-        found = jnp.maximum(found, curvature + FALL * (found - curvature))
-    return direction, found, start, looks * (iterations + 1)
+    iterations = jnp.where(curvature < 0, FIRST_ITERATIONS, 1)
+    direction, _, curvature = power_iteration(direction, iterations, secant)
+    return direction, curvature, _aside(hidden, odd[0], curvature), iterations + 1
 
 
 def curvature_of_values(
