@@ -156,8 +156,8 @@ class RobbinsMonro(Fit):
 
     With minibatches five inner steps need five gradients, and some more as `diagnose_every` says. The loss in the
     history comes with the first of them, so it is the loss at a draw of the reference around the centre. The
-    curvature is that of one batch at a time: where batches have so few rows that their curvatures differ by factors,
-    steps may be too long for some, and a run diverges; draw more rows, or use a smaller tau.
+    curvature is that of one batch at a time. Where batches have so few rows that their curvatures differ by
+    factors, steps may be too long for some, and a run diverges: draw more rows, or use a smaller tau.
 
     Args:
         num_steps: inner steps, at most; each draws fresh noise and a fresh minibatch.
