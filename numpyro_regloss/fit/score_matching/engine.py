@@ -59,6 +59,9 @@ class ScoreMatchingInfo(NamedTuple):
         converged: whether factors converged and batches had settled; True where there are none.
         num_steps: batches that were drawn for a target; zero with draws.
         names: of the coordinates, where the samples had names; None within compiled code.
+        coordinate_divergence: of `score_matching`: what the Gaussian leaves of each coordinate, mean square of
+            x - mean + covariance @ score in units of its variance, `(dim,)`. Zero where q is a Gaussian of the
+            family; `divergence`, a mean, hardly shows one skewed coordinate of many. None in a scheme.
     """
 
     ok: Array
@@ -71,6 +74,7 @@ class ScoreMatchingInfo(NamedTuple):
     converged: Array
     num_steps: Array
     names: Any = None
+    coordinate_divergence: Any = None
 
 
 @pytree_dataclass
