@@ -4,7 +4,7 @@
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from numpyro_regloss._core.pytree import fields_of
+from numpyro_regloss._core.foreign import attribute
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
@@ -42,12 +42,12 @@ class FitInfo(NamedTuple):
         """The fields of a fit's own info that others read.
 
         Args:
-            info: from `Fit.step`, a named tuple or a dataclass.
+            info: from `Fit.step`, a named tuple or a dataclass; its fields, or properties.
 
         Returns:
             The values of these fields, and the defaults for missing ones.
         """
-        return cls(**{name: a for name, a in fields_of(info).items() if name in cls._fields})
+        return cls(**{name: attribute(info, name, a) for name, a in cls._field_defaults.items()})
 
 
 @runtime_checkable

@@ -103,7 +103,6 @@ class RobbinsMonroInfo(NamedTuple):
         num_steps: inner steps done.
         converged: whether error and average drift fell below `tolerance`; false without one.
         looked: whether curvature and residual were measured, see `diagnose_every`.
-        biased: True: `mean_error` contains the remaining way.
         loss: at the points of the first inner step, on its minibatch; None for a loss without minibatches.
     """
 
@@ -116,8 +115,12 @@ class RobbinsMonroInfo(NamedTuple):
     num_steps: Array
     converged: Array
     looked: Array
-    biased: Any = True
     loss: Any = None
+
+    @property
+    def biased(self) -> bool:
+        """True: `mean_error` contains the remaining way. The same at all steps, so no column of the history."""
+        return True
 
 
 class Path(NamedTuple):
@@ -293,7 +296,6 @@ class RobbinsMonro(Fit):
             num_steps=path.num_steps,
             converged=path.converged,
             looked=looked,
-            biased=jnp.asarray(True),
             loss=path.loss if target.loss.minibatch is not None else None,
         )
         age = jnp.where(looked, 1, state.age + 1) % every
