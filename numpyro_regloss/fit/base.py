@@ -5,6 +5,7 @@
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from numpyro_regloss._core.foreign import attribute
+from numpyro_regloss._core.pytree import fields_of
 from numpyro_regloss._core.types import Array, Key
 from numpyro_regloss.draws.base import Draws
 from numpyro_regloss.gaussians.gaussian import AnyGaussian
@@ -46,7 +47,12 @@ class FitInfo(NamedTuple):
 
         Returns:
             The values of these fields, and the defaults for missing ones.
+
+        Raises:
+            TypeError: if the info is neither.
         """
+        # Refuses what has no fields. Of what has some, a property, which takes no place in a history, is as good.
+        fields_of(info)
         return cls(**{name: attribute(info, name, a) for name, a in cls._field_defaults.items()})
 
 
