@@ -118,7 +118,7 @@ class Arrived:
         """
         pull, error = pulls(window)
         if is_biased(window):
-            # A way that is left is no noise: a pull is always shorter than its own errors then.
+            # A way that is left is no noise: wherever the centre is, a pull may be shorter than it.
             error = None
         pull = np.asarray(pull, float)
         count = len(pull)

@@ -3,11 +3,10 @@
 """NumPyro's HMC and NUTS on the whitened target, for a reference that moves at every outer step.
 
 In whitened coordinates x = mean + scale ε the regularizer is a standard normal wherever the reference
-is, so step size and mass matrix carry over when it moves. When its scale changes, the mass matrix changes with it
-(`Metric.moved`). Warm-up runs once, as leading iterations of
-the same compiled loop, at a step size ε that the chains share; then ε is frozen within a shift, so that each
-shift is a valid chain, and corrected once after it by the law of Hamiltonian paths in many dimensions,
-acceptance = erfc(c ε²):
+is, so step size and mass matrix carry over when it moves. When its scale changes, the mass matrix changes with
+it (`Metric.moved`). Warm-up runs once, as leading iterations of the same compiled loop, at a step size ε that the
+chains share; then ε is frozen within a shift, so that each shift is a valid chain, and corrected once after it by
+the law of Hamiltonian paths in many dimensions, acceptance = erfc(c ε²):
 
     ε ← ε sqrt( erfc⁻¹(target) / erfc⁻¹(acceptance) ),   by a factor of 2 at most.
 

@@ -145,7 +145,7 @@ def lay_out(
     size = chunk_size
     if size is None:
         # What a loss keeps per draw is unknown; half its data is what a layer half as wide as its inputs keeps.
-        # Too small a chunk costs a few per cent, too large a one of a network up to half of the time.
+        # Too large a chunk of a network leaves the cache; too small a one costs little.
         data = sum(leaf.size for leaf in target.arguments.leaves)
         size = max(16, CHUNK_ELEMENTS // max(target.dim, data // 2))
     per_row = 2 if antithetic else 1
